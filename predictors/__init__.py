@@ -1,0 +1,1 @@
+"""What is predicted, and by what: MoE layers, speculation, the residual MLP, its metrics and its files."""

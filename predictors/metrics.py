@@ -1,0 +1,35 @@
+"""Hit rate and its kin, as torchmetrics."""
+
+from __future__ import annotations
+
+import torch
+from torchmetrics import Metric
+
+
+class HitRate(Metric):
+    """Recall@m per layer: the share of the router's true experts that are among the candidates.
+
+    `update` takes candidates `[layers, tokens, m]` and true experts `[layers, tokens, top_k]`; `compute` gives
+    `[layers]`, fp64. With `exact=True` it is the share of tokens all of whose experts are among them.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    hits: torch.Tensor
+    total: torch.Tensor
+
+    def __init__(self, num_layers: int, exact: bool = False):
+        super().__init__()
+        self.exact = exact
+        self.add_state("hits", torch.zeros(num_layers, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, candidates: torch.Tensor, experts: torch.Tensor) -> None:
+        found = (experts.unsqueeze(-1) == candidates.unsqueeze(-2)).any(-1)
+        if self.exact:
+            found = found.all(-1, keepdim=True)
+        self.hits += found.sum((-2, -1))
+        self.total += found.shape[-2] * found.shape[-1]
+
+    def compute(self) -> torch.Tensor:
+        return self.hits / self.total
