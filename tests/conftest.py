@@ -1,0 +1,117 @@
+"""Tiny random models, a byte tokenizer and a little text: everything the tests need, made here, nothing downloaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+END_OF_TEXT = "<|endoftext|>"
+SHAPE: dict[str, Any] = {
+    "vocab_size": 257,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"head_dim": 16},
+    "mixtral": {},
+    "olmoe": {},
+    "qwen2_moe": {"shared_expert_intermediate_size": 16},
+    "deepseek_v3": {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_oss": {"head_dim": 16},
+    "qwen3": {"head_dim": 16},
+}
+
+
+def build_model(architecture: str, **overrides: Any) -> PreTrainedModel:
+    """A random fp32 model of 4 layers, 8 experts, top 2, hidden size 32, whose routing is spread over the experts."""
+    config = AutoConfig.for_model(architecture, **(SHAPE | ARCHITECTURES[architecture] | overrides))
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            is_router = ".gate." in name or ".router." in name
+            if tensor.ndim >= 2 or "bias" in name:
+                tensor.normal_(0.0, 0.5 if is_router else 0.2, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def build_moe() -> Callable[..., PreTrainedModel]:
+    """`build_moe(architecture, **config)` makes a tiny random model; see `build_model`."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and an end-of-text token, which has id 0."""
+    alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    fast = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_moe_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A Qwen3-MoE in transformers form: 4 layers, 8 experts, top 2, hidden 32, 257 tokens, fp32. Don't write to it."""
+    return save_model(build_model("qwen3_moe"), tokenizer, tmp_path_factory.mktemp("models") / "tiny-moe")
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A dense model (Qwen3), which nothing can be speculated on."""
+    return save_model(build_model("qwen3"), tokenizer, tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture
+def tiny_moe(tiny_moe_folder: Path) -> PreTrainedModel:
+    """A fresh copy of the model in `tiny_moe_folder`."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny_moe_folder, dtype=torch.float32).eval()
+    return model
+
+
+@pytest.fixture(scope="session")
+def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two text files, of about 20 kB in all."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, topic in (("stones.txt", "stone"), ("rivers.txt", "river")):
+        lines = (f"The {topic} number {i} is {i * i % 97} paces from the {topic} before it.\n" for i in range(200))
+        (folder / name).write_text("".join(lines), encoding="utf-8")
+    return folder
