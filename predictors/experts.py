@@ -1,0 +1,111 @@
+"""The arithmetic of routed experts, one expert at a time, for any model whose experts transformers can dispatch.
+
+`use_experts_implementation` of transformers leaves on each experts module how its weights lie (gated or not, with
+biases or not, transposed or not) and how its gate is applied. That is all there is to know, so there is no code per
+model here. The result is that of transformers' `batched_mm` to rounding; each expert's weights are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from predictors.architecture import UnsupportedModelError
+
+
+class Groups(NamedTuple):
+    """The (token, choice) pairs of a batch, sorted by the expert they go to."""
+
+    order: torch.Tensor
+    """`[tokens * top_k]`: the pairs' positions in the flattened `ids`, those of one expert side by side."""
+    experts: list[int]
+    """The distinct experts, rising."""
+    sizes: list[int]
+    """How many pairs go to each of them; `order.split(sizes)` gives each expert's pairs."""
+
+
+def expert_parameters(experts: nn.Module) -> list[str]:
+    """The names of the stacked parameters of `experts`, `[num_experts, ...]` each, that `expert_output` needs.
+
+    Raises `UnsupportedModelError` where the module does not say how its weights lie, or holds weights beside them.
+    """
+    kind = type(experts).__name__
+    if not all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
+        raise UnsupportedModelError(
+            f"{kind} does not say how its weights lie (it lacks use_experts_implementation), so its experts can't be run one by one"
+        )
+    names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
+    if experts.has_bias:
+        names += [f"{name}_bias" for name in names]
+    found = {name for name, _ in experts.named_parameters(recurse=False)}
+    if found != set(names):
+        raise UnsupportedModelError(
+            f"{kind} holds the weights {sorted(found)} where {sorted(names)} are expected, so its experts can't be run one by one"
+        )
+    return names
+
+
+def expert_output(experts: nn.Module, weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """One expert's unweighted output `[n, hidden]` for its inputs `x` `[n, hidden]`, in the dtype of `x`.
+
+    `weights` maps each name of `expert_parameters(experts)` to this expert's slice of that parameter; `experts` itself
+    gives only the layout and the gate, so its own weights may lie on another device.
+    """
+    hidden = _linear(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", x)
+    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)  # type: ignore[operator]
+    output = _linear(experts, weights, "down_proj", hidden)
+    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output  # type: ignore[operator]
+
+
+def _linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    weight = weights[name]
+    return F.linear(x, weight.mT if experts.is_transposed else weight, weights.get(f"{name}_bias"))
+
+
+def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:
+    """Sorts the pairs of `ids` `[tokens, top_k]` by expert. Waits for the device once."""
+    flat = ids.flatten()
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    present = [expert for expert, count in enumerate(counts) if count]
+    return Groups(flat.argsort(stable=True), present, [counts[expert] for expert in present])
+
+
+def combine(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The experts' weighted sum `[tokens, hidden]` from `outputs` `[tokens * top_k, hidden]` in the order of `ids`.
+
+    `weights` is `[tokens, top_k]`. The product is taken in the wider of both dtypes and the result is that of
+    `outputs`, as in transformers. It does not depend on the order in which the experts were computed.
+    """
+    weighted = outputs.view(*weights.shape, outputs.shape[-1]) * weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(outputs.dtype)
+
+
+def run_experts(
+    experts: nn.Module,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    on_output: Callable[[int, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """What `experts(x, ids, weights)` gives, `[tokens, hidden]`, computed expert by expert on resident weights.
+
+    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. `on_output(expert, output)` sees each
+    expert's unweighted output `[n, hidden]` for the tokens routed to it. Raises `UnsupportedModelError` as
+    `expert_parameters` does.
+    """
+    stacked = {name: getattr(experts, name) for name in expert_parameters(experts)}
+    groups = group_by_expert(ids, stacked["down_proj"].shape[0])
+    sorted_x = x[groups.order // ids.shape[-1]]
+    outputs = x.new_empty(ids.numel(), x.shape[-1])
+    for expert, inputs, pairs in zip(
+        groups.experts, sorted_x.split(groups.sizes), groups.order.split(groups.sizes), strict=True
+    ):
+        output = expert_output(experts, {name: p[expert] for name, p in stacked.items()}, inputs)
+        if on_output is not None:
+            on_output(expert, output)
+        outputs[pairs] = output
+    return combine(outputs, weights)
