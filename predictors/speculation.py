@@ -64,16 +64,23 @@ class Speculator(nn.Module):
         self.default_vectors: torch.Tensor | None
         self.mlp = mlp
 
+    @property
+    def norm(self) -> nn.Module:
+        return self._model_parts[0]
+
+    @property
+    def router(self) -> nn.Module:
+        return self._model_parts[1]
+
     def states(self, residual: torch.Tensor, source: Routing | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The quasi-hidden state `q` and the normed residual `a`, each `[tokens, hidden]`."""
-        norm = self._model_parts[0]
-        quasi = norm(quasi_residual(residual, source, self.default_vectors))
-        return quasi, norm(residual) if self.mlp is not None else quasi
+        return self.norm(quasi_residual(residual, source, self.default_vectors)), self.norm(residual)
 
     def forward(self, residual: torch.Tensor, source: Routing | None) -> Routing:
         """The speculated routing of the target layer for `residual` `[tokens, hidden]` of its source layer."""
-        quasi, normed = self.states(residual, source)
-        return Routing(*self._model_parts[1](quasi if self.mlp is None else self.mlp(quasi, normed)))
+        if self.mlp is None:  # without an MLP nothing reads the normed residual
+            return Routing(*self.router(self.norm(quasi_residual(residual, source, self.default_vectors))))
+        return Routing(*self.router(self.mlp(*self.states(residual, source))))
 
 
 def candidates(routing: Routing, m: int) -> torch.Tensor:

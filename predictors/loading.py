@@ -1,0 +1,84 @@
+"""Models and tokenizers from a folder or the Hub, with one sentence where that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from predictors.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadingError(UserError):
+    """A model, device or dtype that can't be had; the message says which and what to do."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is a CUDA device, else the CPU. Raises `LoadingError` for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise LoadingError(f"there is no kind of device called {device}; give auto, cpu or cuda") from error
+    if resolved.type not in ("cpu", "cuda"):
+        raise LoadingError(f"{device} is a device that this project has no code for; give auto, cpu or cuda")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise LoadingError(f"{device} was asked for, but this machine has no CUDA device; give cpu or auto")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise LoadingError(f"{device} was asked for, but this machine has {torch.cuda.device_count()} CUDA devices")
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+    """`auto` is the checkpoint's dtype on CUDA, and float32 on a CPU, many of which crawl in bfloat16."""
+    if dtype == "auto":
+        return "auto" if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise LoadingError(f"dtype can't be {dtype}; give auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or Hub repository. Raises `LoadingError` where there is none."""
+    _check_name(name)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadingError(f"no tokenizer can be loaded from {name} ({_first_line(error)})") from error
+    return tokenizer
+
+
+def load_model(name: str | Path, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal language model of a folder or Hub repository, whole on `device`, in evaluation mode.
+
+    Raises `LoadingError` where it can't be found, read or held.
+    """
+    _check_name(name)
+    # Loaded straight to the GPU, a model need not pass through as much host memory.
+    placement = {"device_map": {"": device}} if device.type == "cuda" else {}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **placement)
+    except torch.OutOfMemoryError as error:
+        raise LoadingError(f"{name} does not fit into the memory of {device}; give a smaller --dtype or --device cpu") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise LoadingError(f"no causal language model can be loaded from {name} ({_first_line(error)})") from error
+    return model.eval()
+
+
+def _check_name(name: str | Path) -> None:
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise LoadingError(f"{name} is a file; give the model's folder or Hub name")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise LoadingError(f"{name} holds no model (no config.json); give the folder of a transformers model")
+    looks_local = path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2
+    if looks_local and not path.exists():
+        raise LoadingError(f"there is no model at {name}; give the folder of a transformers model or a Hub name")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
