@@ -1,0 +1,156 @@
+"""The recorder: hooks on a full run of a model, from which everything that predictors learn from is read.
+
+Nothing of the model is computed a second time, with one exception: the control, which feeds each target's norm and
+router with their recorded true input again and must find the very experts that the model used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from predictors.architecture import MoELayer, override_forward, sources
+from predictors.experts import expert_parameters, run_experts
+from predictors.metrics import HitRate
+from predictors.speculation import Routing
+
+
+class LayerRecord(NamedTuple):
+    """What one MoE layer did in one forward pass. Tensors are on the model's device and in its dtypes."""
+
+    residual: torch.Tensor
+    """`[tokens, hidden]`: all of the layer's output but its routed experts."""
+    routing: Routing
+    """As the model itself used it."""
+    input: torch.Tensor | None
+    """`[tokens, hidden]`: the decoder layer's own input, where the layer is a target without a source; else None."""
+
+
+class Recorder:
+    """Records the forward passes of a model between `__enter__` and `__exit__`, which restores the model exactly.
+
+    `targets` are indices of MoE layers among `layers`; each target's source layer is recorded with it. A model whose
+    experts can't be run one by one raises `UnsupportedModelError` on entering.
+    """
+
+    def __init__(self, layers: list[MoELayer], targets: Iterable[int]):
+        before = sources(layers)
+        self.sources: dict[int, int | None] = {target: before[target] for target in sorted(targets)}
+        """The source layer of each target."""
+        used_as_source = {source for source in self.sources.values() if source is not None}
+        self._taps = {
+            layer.index: _Tap(
+                layer,
+                is_source=layer.index in used_as_source,
+                keeps_input=layer.index in self.sources and self.sources[layer.index] is None,
+            )
+            for layer in layers
+            if layer.index in used_as_source or layer.index in self.sources
+        }
+        self._control = HitRate(len(self.sources))
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        with ExitStack() as stack:
+            for tap in self._taps.values():
+                tap.attach(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def take(self) -> dict[int, LayerRecord]:
+        """The records of the last forward pass, by layer index; they are handed over, not kept."""
+        recomputed, used = [], []
+        for target in self.sources:
+            routing = self._taps[target].recompute()
+            recomputed.append(routing.ids.cpu())
+            used.append(self._taps[target].routing.ids.cpu())
+        self._control.update(torch.stack(recomputed), torch.stack(used))
+        return {index: tap.take() for index, tap in self._taps.items()}
+
+    def control_hit_rates(self) -> dict[int, float]:
+        """By target: how often router and norm, given their recorded input again, find the experts used. Must be 1.0."""
+        return dict(zip(self.sources, self._control.compute().tolist(), strict=True))
+
+    def default_vectors(self) -> dict[int, torch.Tensor]:
+        """By source layer: `[experts, hidden]`, fp32, on the CPU; the row of an expert that no token took is zero."""
+        return {index: tap.mean_outputs() for index, tap in self._taps.items() if tap.is_source}
+
+
+class _Tap:
+    """The hooks on one MoE layer and what they saw."""
+
+    def __init__(self, layer: MoELayer, is_source: bool, keeps_input: bool):
+        self.layer, self.is_source, self.keeps_input = layer, is_source, keeps_input
+        self.seen: dict[str, torch.Tensor] = {}
+        self.routing: Routing
+        self.sums = torch.zeros(layer.num_experts, layer.hidden_size)
+        self.counts = [0] * layer.num_experts
+
+    def attach(self, stack: ExitStack) -> None:
+        layer = self.layer
+
+        def keep_input(name: str, module: nn.Module) -> None:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self.seen[name] = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+        def keep_output(name: str, module: nn.Module) -> None:
+            def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+                self.seen[name] = output
+
+            stack.callback(module.register_forward_hook(hook).remove)
+
+        def keep_routing(_: nn.Module, __: Any, output: tuple[torch.Tensor, ...]) -> None:
+            self.routing = Routing(*(part.flatten(0, -2) for part in output))
+
+        keep_input("norm_input", layer.norm)
+        stack.callback(layer.router.register_forward_hook(keep_routing).remove)
+        if self.keeps_input:
+            keep_input("decoder_input", layer.decoder)
+        if self.is_source:
+            if layer.shared is not None:
+                keep_output("shared", layer.shared)
+            if layer.shared_gate is not None:
+                keep_output("shared_gate", layer.shared_gate)
+            expert_parameters(layer.experts)  # refuses experts that can't be run one by one, before the first pass
+            stack.enter_context(override_forward(layer.experts, self.run_experts))
+
+    def run_experts(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        # The names of the three arguments differ between models, their order does not.
+        x, ids, weights = (*args, *kwargs.values())
+        self.sums = self.sums.to(x.device)
+
+        def add(expert: int, output: torch.Tensor) -> None:
+            self.sums[expert] += output.sum(0, dtype=torch.float32)
+            self.counts[expert] += output.shape[0]
+
+        return run_experts(self.layer.experts, x, ids, weights, on_output=add)
+
+    def recompute(self) -> Routing:
+        # Through `forward`, past the hooks: a recomputation is not to be recorded.
+        normed = self.layer.norm.forward(self.seen["norm_input"])
+        return Routing(*(part.flatten(0, -2) for part in self.layer.router.forward(normed.flatten(0, -2))))
+
+    def take(self) -> LayerRecord:
+        residual = self.seen.pop("norm_input").flatten(0, -2)
+        if "shared" in self.seen:
+            shared = self.seen.pop("shared").flatten(0, -2)
+            if "shared_gate" in self.seen:
+                shared = torch.sigmoid(self.seen.pop("shared_gate").flatten(0, -2)) * shared
+            residual = residual + shared
+        decoder_input = self.seen.pop("decoder_input", None)
+        routing = self.routing
+        del self.routing
+        return LayerRecord(residual, routing, None if decoder_input is None else decoder_input.flatten(0, -2))
+
+    def mean_outputs(self) -> torch.Tensor:
+        counts = torch.tensor(self.counts, dtype=torch.float32).clamp(min=1)
+        return self.sums.cpu() / counts.unsqueeze(-1)

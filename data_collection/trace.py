@@ -1,0 +1,331 @@
+"""The trace on disk: what a run of a model left behind, and all that `fit` needs.
+
+    manifest.json            what was recorded, from which model and text, and the shards with their checksums
+    config.json              the model's config
+    speculation.safetensors  `default_vectors.<source>`, `layers.<target>.norm.<name>`, `layers.<target>.router.<name>`
+    shard-NNNNN.safetensors  one row a token:
+        layers.<l>.residual        [rows, hidden]   bf16    of every source layer
+        layers.<l>.input           [rows, hidden]   bf16    of a target that has no source
+        layers.<l>.expert_ids      [rows, top_k]    int16   of every recorded layer
+        layers.<l>.expert_weights  [rows, top_k]    bf16    of every recorded layer
+        layers.<l>.router_logits   [rows, experts]  bf16    of every target
+        token_ids, position, sequence  [rows]       int32
+
+bf16 throughout, because the bytes are what a trace costs, and nothing is chosen by what is rounded: the experts stand
+in `expert_ids`, weights only scale the default vectors, and logits only shape the loss. The manifest is written last,
+so a folder without one is an unfinished trace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from predictors.architecture import skeleton
+from predictors.errors import UserError
+from predictors.settings import describe
+from predictors.speculation import Routing, Speculator
+
+FORMAT_VERSION = 1
+MANIFEST, CONFIG, SPECULATION = "manifest.json", "config.json", "speculation.safetensors"
+ROW_COLUMNS = ("token_ids", "position", "sequence")
+
+Columns = dict[str, torch.Tensor]
+"""Tensors of some rows, by the names that they have in a shard."""
+
+
+class TraceError(UserError):
+    """A trace that can't be written or read; the message says what is wrong and what to do."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelEntry(_Entry):
+    """The model that was recorded: its name and the facts of `architecture.moe_shape`."""
+
+    name: str
+    revision: str | None
+    architecture: str
+    model_type: str
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    moe_layers: list[int]
+    num_experts: int = Field(gt=0, lt=1 << 15)
+    top_k: int = Field(gt=0)
+    fingerprint: str
+
+    def identity(self) -> dict[str, Any]:
+        """What predictors say of the model that they belong to."""
+        return self.model_dump(exclude={"revision", "architecture"})
+
+
+class LayerEntry(_Entry):
+    """One target layer."""
+
+    layer: int
+    source: int | None
+    norm: str
+    """Dotted name of the norm in the model."""
+    router: str
+    """Dotted name of the router in the model."""
+    training_free: float = Field(ge=0, le=1)
+    """Hit rate without a predictor, over a sample of the rows."""
+    control: float = Field(ge=0, le=1)
+    """Hit rate of norm and router on their recorded true input, over all rows."""
+
+
+class ShardEntry(_Entry):
+    file: str = Field(pattern=r"^shard-\d{5,}\.safetensors$")
+    rows: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: str
+
+
+class Manifest(_Entry):
+    """Everything in manifest.json."""
+
+    format_version: int
+    model: ModelEntry
+    layers: list[LayerEntry] = Field(min_length=1)
+    dtype: str
+    """Of the model while it was recorded."""
+    phase: str
+    """`prefill`: the rows are tokens of whole sequences, computed at once."""
+    corpus: str
+    split: str
+    seed: int
+    sequence_length: int
+    sequences: int
+    tokens: int
+    speculation_sha256: str
+    shards: list[ShardEntry] = Field(min_length=1)
+    versions: dict[str, str]
+    command: str
+
+
+class Batch(NamedTuple):
+    """Rows as a predictor sees them, all target layers stacked. Floats are fp32."""
+
+    quasi: torch.Tensor
+    """Quasi-hidden states, `[layers, rows, hidden]`."""
+    normed: torch.Tensor
+    """Normed residuals, `[layers, rows, hidden]`."""
+    ids: torch.Tensor
+    """The experts that the router chose, `[layers, rows, top_k]`, int64."""
+    logits: torch.Tensor
+    """The router's logits, `[layers, rows, experts]`."""
+
+
+def column_shapes(manifest: Manifest) -> dict[str, tuple[torch.dtype, int | None]]:
+    """Dtype and width of each column; a width of None is one value a row."""
+    model = manifest.model
+    shapes: dict[str, tuple[torch.dtype, int | None]] = dict.fromkeys(ROW_COLUMNS, (torch.int32, None))
+    for entry in manifest.layers:
+        if entry.source is None:
+            shapes[f"layers.{entry.layer}.input"] = (torch.bfloat16, model.hidden_size)
+        else:
+            shapes[f"layers.{entry.source}.residual"] = (torch.bfloat16, model.hidden_size)
+        shapes[f"layers.{entry.layer}.router_logits"] = (torch.bfloat16, model.num_experts)
+    for layer in {layer for entry in manifest.layers for layer in (entry.layer, entry.source) if layer is not None}:
+        shapes[f"layers.{layer}.expert_ids"] = (torch.int16, model.top_k)
+        shapes[f"layers.{layer}.expert_weights"] = (torch.bfloat16, model.top_k)
+    return shapes
+
+
+def make_batch(columns: Columns, sources: dict[int, int | None], speculators: dict[int, Speculator]) -> Batch:
+    """What the predictors of the target layers in `sources` read and should say, for the rows of `columns`.
+
+    States come from `Speculator.states`, which is what the runtime calls. No gradient flows through them.
+    """
+    states, ids, logits = [], [], []
+    with torch.no_grad():
+        for target, source in sources.items():
+            speculator = speculators[target]
+            dtype = next(speculator.router.parameters()).dtype
+            routing = None
+            if source is not None:
+                weights = columns[f"layers.{source}.expert_weights"]
+                # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
+                routing = Routing(weights, weights, columns[f"layers.{source}.expert_ids"].long())
+            name = f"layers.{target}.input" if source is None else f"layers.{source}.residual"
+            states.append(speculator.states(columns[name].to(dtype), routing))
+            ids.append(columns[f"layers.{target}.expert_ids"].long())
+            logits.append(columns[f"layers.{target}.router_logits"].float())
+        quasi, normed = (torch.stack(parts).float() for parts in zip(*states, strict=True))
+        return Batch(quasi, normed, torch.stack(ids), torch.stack(logits))
+
+
+class Trace:
+    """A finished trace, its rows mapped from disk. Use `Trace.open`."""
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path, self.manifest = path, manifest
+        self.sources = {entry.layer: entry.source for entry in manifest.layers}
+        """The source layer of each target."""
+        self._mapped: dict[int, Any] = {}
+
+    @classmethod
+    def open(cls, path: str | Path) -> Trace:
+        """Opens the trace in the folder `path`: its manifest is checked, and its files must be there whole.
+
+        Raises `TraceError` otherwise, naming the field or the file. Contents are checked by `verify`.
+        """
+        path = Path(path)
+        trace = cls(path, _read_manifest(path))
+        for shard in trace.manifest.shards:
+            file = path / shard.file
+            if not file.is_file():
+                raise TraceError(f"{file} is missing from the trace; collect it again")
+            if file.stat().st_size != shard.bytes:
+                raise TraceError(
+                    f"{file} is broken: it has {file.stat().st_size} bytes, and should have {shard.bytes}; collect it again"
+                )
+        for name in (CONFIG, SPECULATION):
+            if not (path / name).is_file():
+                raise TraceError(f"{path / name} is missing from the trace; collect it again")
+        return trace
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Mappings don't travel to the processes of a data loader; each of them maps the files itself.
+        return self.__dict__ | {"_mapped": {}}
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.manifest.shards)
+
+    def verify(self) -> None:
+        """Reads every file once and compares it with its checksum. Raises `TraceError` naming the file that differs."""
+        files = {shard.file: shard.sha256 for shard in self.manifest.shards}
+        for name, expected in {SPECULATION: self.manifest.speculation_sha256, **files}.items():
+            if checksum(self.path / name) != expected:
+                raise TraceError(f"{self.path / name} is broken: its checksum is not the manifest's; collect it again")
+        for number in range(len(self.manifest.shards)):
+            self._check_columns(number)
+
+    def _check_columns(self, number: int) -> None:
+        shard = self.manifest.shards[number]
+        mapped, found = self._map(number), set(self._map(number).keys())
+        for name, (dtype, width) in column_shapes(self.manifest).items():
+            shape = [shard.rows] if width is None else [shard.rows, width]
+            if (
+                name not in found
+                or mapped.get_slice(name).get_shape() != shape
+                or mapped.get_tensor(name).dtype != dtype
+            ):
+                raise TraceError(
+                    f"{self.path / shard.file} lacks {name} as {dtype} {shape}, which its manifest promises; collect it again"
+                )
+
+    def _map(self, number: int) -> Any:
+        if number not in self._mapped:
+            file = self.path / self.manifest.shards[number].file
+            try:
+                self._mapped[number] = safe_open(file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise TraceError(f"{file} is broken ({error}); collect the trace again") from error
+        return self._mapped[number]
+
+    def column(self, shard: int, name: str) -> torch.Tensor:
+        """One whole column of a shard, mapped from disk: pages are read when they are touched."""
+        tensor: torch.Tensor = self._map(shard).get_tensor(name)
+        return tensor
+
+    def read(self, shard: int, rows: torch.Tensor) -> Columns:
+        """The given rows `[n]` (int64, counted from the shard's start) of all columns but the token's own."""
+        names = [name for name in column_shapes(self.manifest) if name not in ROW_COLUMNS]
+        return {name: self.column(shard, name).index_select(0, rows) for name in names}
+
+    def sample(self, rows: int) -> Iterator[Columns]:
+        """About `rows` rows in all, evenly spaced over the whole trace, shard by shard."""
+        step = max(1, self.rows // rows)
+        for number, shard in enumerate(self.manifest.shards):
+            yield self.read(number, torch.arange(0, shard.rows, step))
+
+    def default_vectors(self) -> dict[int, torch.Tensor]:
+        """By source layer: `[experts, hidden]`, fp32."""
+        state = self._speculation()
+        return {s: state[f"default_vectors.{s}"] for s in sorted({s for s in self.sources.values() if s is not None})}
+
+    def speculators(self, device: torch.device | str = "cpu") -> dict[int, Speculator]:
+        """A training-free speculator for each target layer, in fp32, frozen, made without the model's weights."""
+        try:
+            bones = skeleton(AutoConfig.from_pretrained(self.path))
+            state = self._speculation()
+            speculators = {}
+            for entry in self.manifest.layers:
+                parts = {"norm": bones.get_submodule(entry.norm), "router": bones.get_submodule(entry.router)}
+                for part, module in parts.items():
+                    module.to_empty(device=device)
+                    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                        tensor.data = state[f"layers.{entry.layer}.{part}.{name}"].to(device)
+                    module.float().requires_grad_(False).eval()
+                vectors = None if entry.source is None else state[f"default_vectors.{entry.source}"]
+                speculators[entry.layer] = Speculator(parts["norm"], parts["router"], vectors).to(device)
+        except (KeyError, AttributeError, ValueError, RuntimeError, OSError) as error:
+            raise TraceError(
+                f"the routers of {self.path} can't be rebuilt ({type(error).__name__}: {error}); collect the trace again"
+            ) from error
+        return speculators
+
+    def _speculation(self) -> Columns:
+        try:
+            return load_file(self.path / SPECULATION)
+        except (OSError, SafetensorError) as error:
+            raise TraceError(f"{self.path / SPECULATION} is broken ({error}); collect the trace again") from error
+
+
+def checksum(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def write_durably(file: Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all, even if the machine stops."""
+    aside = file.with_name(file.name + ".partial")
+    with aside.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(aside, file)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not path.is_dir():
+        raise TraceError(f"there is no trace at {path}; give the folder that collect wrote")
+    file = path / MANIFEST
+    if not file.is_file():
+        unfinished = any(path.glob("shard-*"))
+        raise TraceError(
+            f"{path} holds an unfinished trace (no {MANIFEST}); collect it again"
+            if unfinished
+            else f"{path} holds no trace (no {MANIFEST}); give the folder that collect wrote"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TraceError(f"{file} is not a trace's manifest; collect the trace again") from error
+    if version != FORMAT_VERSION:
+        raise TraceError(
+            f"{file} has format version {version}, and this release reads {FORMAT_VERSION}; collect the trace again"
+        )
+    try:
+        manifest = Manifest(**content)
+    except ValidationError as error:
+        raise TraceError(f"{file} is broken: {describe(error)}; collect the trace again") from error
+    known = set(manifest.model.moe_layers)
+    if not {i for entry in manifest.layers for i in (entry.layer, entry.source) if i is not None} <= known:
+        raise TraceError(f"{file} is broken: layers names layers that are not MoE layers; collect the trace again")
+    return manifest
