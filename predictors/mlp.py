@@ -30,6 +30,12 @@ class ResidualMLP(nn.Module):
 class StackedResidualMLPs(nn.Module):
     """The predictors of all target layers as one batched computation, for training; weights are `[layers, ...]`."""
 
+    w1: nn.Parameter
+    b1: nn.Parameter
+    w2: nn.Parameter
+    b2: nn.Parameter
+
+
     def __init__(self, num_layers: int, hidden_size: int, width: int):
         super().__init__()
         single = [ResidualMLP(hidden_size, width) for _ in range(num_layers)]

@@ -1,0 +1,112 @@
+"""The training of all predictors at once: what is minimised, and what is measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+
+from data_collection.trace import Batch, Columns, Trace, make_batch
+from predictors.metrics import HitRate
+from predictors.mlp import StackedResidualMLPs
+from predictors.speculation import Routing, candidates
+
+MEASURES = ("recall@k", "recall@2k", "exact")
+MEAN_HIT_RATE = "hit_rate/mean"
+
+
+class PredictorTraining(lightning.LightningModule):
+    """Trains the predictors of every target layer of a trace against the model's frozen routers.
+
+    Only `mlps` is learned and saved; norms, routers and default vectors come from the trace.
+    """
+
+    def __init__(self, trace: Trace, width: int, learning_rate: float, weight_decay: float):
+        super().__init__()
+        self.sources = trace.sources
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.top_k = trace.manifest.model.top_k
+        self.mlps = StackedResidualMLPs(len(self.sources), trace.manifest.model.hidden_size, width)
+        # In a plain dict, so that the frozen parts are neither parameters of this module nor in its checkpoints.
+        self.speculators = trace.speculators()
+        # In plain lists for the same reason; they count on the CPU.
+        self.measures = {
+            kind: [HitRate(len(self.sources), exact=measure == "exact") for measure in MEASURES]
+            for kind in ("training_free", "predictor")
+        }
+        self.results: dict[int, dict[str, dict[str, float]]] = {}
+        """Of the last validation: target layer -> `training_free` or `predictor` -> measure -> value."""
+
+    def on_fit_start(self) -> None:
+        self._follow()
+
+    def on_validation_start(self) -> None:
+        self._follow()
+
+    def _follow(self) -> None:
+        for speculator in self.speculators.values():
+            speculator.to(self.device)
+            speculator.norm.to(self.device)
+            speculator.router.to(self.device)
+
+    def route(self, states: torch.Tensor) -> list[Routing]:
+        """Each target layer's own router on its states, `[layers, rows, hidden]`."""
+        return [
+            Routing(*speculator.router(state))
+            for speculator, state in zip(self.speculators.values(), states, strict=True)
+        ]
+
+    def loss(self, batch: Batch, routings: list[Routing]) -> torch.Tensor:
+        """KL divergence from the true router distribution to the speculated one, nats a row, summed over layers."""
+        total = torch.zeros((), device=self.device)
+        for logits, routing in zip(batch.logits, routings, strict=True):
+            speculated, true = F.log_softmax(routing.logits.float(), -1), F.log_softmax(logits, -1)
+            total = total + F.kl_div(speculated, true, log_target=True, reduction="batchmean")
+        return total
+
+    def training_step(self, columns: Columns, _: int) -> torch.Tensor:
+        batch = make_batch(columns, self.sources, self.speculators)
+        loss = self.loss(batch, self.route(self.mlps(batch.quasi, batch.normed)))
+        self.log("loss/train", loss, prog_bar=True, batch_size=batch.ids.shape[1])
+        return loss
+
+    def validation_step(self, columns: Columns, _: int) -> None:
+        batch = make_batch(columns, self.sources, self.speculators)
+        corrected = self.route(self.mlps(batch.quasi, batch.normed))
+        rows = batch.ids.shape[1]
+        self.log("loss/validation", self.loss(batch, corrected), batch_size=rows)
+        twice, ids = min(2 * self.top_k, batch.logits.shape[-1]), batch.ids.cpu()
+        for kind, routings in (("training_free", self.route(batch.quasi)), ("predictor", corrected)):
+            found = torch.stack([candidates(routing, twice) for routing in routings]).cpu()
+            for metric, m in zip(self.measures[kind], (self.top_k, twice, self.top_k), strict=True):
+                metric.update(found[..., :m], ids)
+
+    def on_validation_epoch_end(self) -> None:
+        self.results = {target: {} for target in self.sources}
+        for kind, metrics in self.measures.items():
+            columns = [metric.compute().tolist() for metric in metrics]
+            for target, *values in zip(self.sources, *columns, strict=True):
+                self.results[target][kind] = dict(zip(MEASURES, values, strict=True))
+            for metric in metrics:
+                metric.reset()
+        for target, result in self.results.items():
+            layer = f"layer_{target:02d}"
+            self.log(f"hit_rate/{layer}", result["predictor"]["recall@k"])
+            self.log(f"training_free/{layer}", result["training_free"]["recall@k"])
+            self.log(f"hit_rate_at_2k/{layer}", result["predictor"]["recall@2k"])
+            self.log(f"exact/{layer}", result["predictor"]["exact"])
+        self.log(MEAN_HIT_RATE, mean_of(self.results, "predictor"), prog_bar=True)
+        self.log("training_free/mean", mean_of(self.results, "training_free"))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.mlps.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def mean_of(results: dict[int, dict[str, dict[str, float]]], kind: str, measure: str = "recall@k") -> float:
+    """The mean of a measure over the target layers."""
+    return sum(result[kind][measure] for result in results.values()) / len(results)
