@@ -63,12 +63,12 @@ def override_forward(module: nn.Module, forward: Any) -> Iterator[Any]:
     """Puts `forward` in the place of `module.forward` and yields the original; the module is restored exactly."""
     had_own = "forward" in vars(module)
     original = module.forward
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield original
     finally:
         if had_own:
-            module.forward = original  # type: ignore[method-assign]
+            module.forward = original
         else:
             del module.forward
 
@@ -77,9 +77,9 @@ def _router_classes(model: nn.Module) -> tuple[type, ...]:
     classes: list[type] = []
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
+            recorders: Any = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
             for recorder in recorders if isinstance(recorders, list) else [recorders]:
-                classes.append(getattr(recorder, "target_class", recorder))
+                classes.append(getattr(recorder, "target_class", None) or recorder)
     return tuple(classes)
 
 
@@ -95,13 +95,13 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """
     kind = model.config.model_type
     classes = _router_classes(model)
-    routers = {name: m for name, m in model.named_modules() if classes and isinstance(m, classes)}
+    routers = [name for name, m in model.named_modules() if classes and isinstance(m, classes)]
     if not routers:
         raise UnsupportedModelError(
             f"{kind} is not a mixture-of-experts model that transformers knows the routers of; "
             "speculating experts needs one"
         )
-    layers = [_MoEProbe(model, name, router) for name, router in routers.items()]
+    layers = [_MoEProbe(model, name) for name in routers]
     with ExitStack() as stack, torch.no_grad():
         for probe in layers:
             stack.enter_context(probe.watching())
@@ -112,7 +112,9 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         was_training = model.training
         model.eval()
         model(
-            input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device),
+            input_ids=torch.zeros(
+                1, 2, dtype=torch.long, device=next(model.get_input_embeddings().parameters()).device
+            ),
             use_cache=False,
         )
         model.train(was_training)
@@ -122,8 +124,8 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
 class _MoEProbe:
     """Watches one MoE block through the tiny forward pass and says what it saw."""
 
-    def __init__(self, model: nn.Module, router_name: str, router: nn.Module):
-        self.router_name, self.router = router_name, router
+    def __init__(self, model: nn.Module, router_name: str):
+        self.router_name, self.router = router_name, model.get_submodule(router_name)
         parents = router_name.split(".")[:-1]
         self.block = model.get_submodule(".".join(parents))
         experts = [m for m in self.block.children() if _is_experts(m)]

@@ -35,7 +35,6 @@ class StackedResidualMLPs(nn.Module):
     w2: nn.Parameter
     b2: nn.Parameter
 
-
     def __init__(self, num_layers: int, hidden_size: int, width: int):
         super().__init__()
         single = [ResidualMLP(hidden_size, width) for _ in range(num_layers)]

@@ -13,6 +13,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models are tiny: a second thread gains nothing, and waiting for it costs much where the cores are shared.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
 
 END_OF_TEXT = "<|endoftext|>"
 SHAPE: dict[str, Any] = {

@@ -1,0 +1,201 @@
+"""What is speculated, and what is executed: the policies, the gatings, and the hooks that carry them out.
+
+At source layer l the router has just decided, and the residual is known. From these `RoutingControl` speculates the
+routing of the next MoE layer t, and hands the candidates to whoever fetches experts. When router t is called, the
+policy decides what it returns to the model:
+
+    on_demand, prefetch       the router's own decision: exact
+    speculative / speculated  the speculation's ids and weights (the paper's form)
+    speculative / true        the speculation's ids, weighted by the router as if it had chosen among them
+    speculative / resident    the router's choice among the candidates and the experts now on the device
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import ExitStack
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from predictors.architecture import MoELayer, UnsupportedModelError, override_forward
+from predictors.speculation import Routing, Speculator, candidates
+
+
+class Policy(StrEnum):
+    """What happens to experts; see the module's text."""
+
+    ON_DEMAND = "on_demand"
+    PREFETCH = "prefetch"
+    SPECULATIVE = "speculative"
+
+
+class Gating(StrEnum):
+    """What weights experts under `speculative`; see the module's text."""
+
+    SPECULATED = "speculated"
+    TRUE = "true"
+    RESIDENT = "resident"
+
+
+class RestrictedChoice(TorchFunctionMode):
+    """Within it, a router chooses among `allowed` `[tokens, experts]` only.
+
+    A router of any architecture ends in one `topk` over its experts; masking the values of that call leaves everything
+    around it (sigmoid or softmax, correction biases, groups, normalising, scaling) to the router itself. An allowed
+    expert that the router ruled out (its group was not chosen) is ranked last, not excluded, so that there are always
+    enough. `free_ids` are the ids that the router would have chosen without the restriction.
+    """
+
+    def __init__(self, allowed: torch.Tensor, top_k: int):
+        super().__init__()
+        self.allowed, self.top_k = allowed, top_k
+        self.free_ids: torch.Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.topk, torch.Tensor.topk):
+            values, *rest = args
+            if values.shape == self.allowed.shape and (rest[0] if rest else kwargs["k"]) == self.top_k:
+                self.free_ids = func(*args, **kwargs).indices
+                ranked = values.clamp(min=torch.finfo(values.dtype).min)
+                return func(torch.where(self.allowed, ranked, float("-inf")), *rest, **kwargs)
+        return func(*args, **kwargs)
+
+
+class RoutingControl:
+    """Hooks on the MoE layers of a model that speculate one layer ahead and carry out a policy.
+
+    It copies nothing itself: `fetch(target, candidates [tokens, m])` is called as soon as the candidates of a target
+    layer are known, and `resident(target)` names the experts that are on the device besides the candidates. A forward
+    pass over more than `max_tokens` tokens is neither speculated nor restricted. Layers are named by the model's numbers.
+    """
+
+    def __init__(
+        self,
+        layers: list[MoELayer],
+        speculators: dict[int, Speculator],
+        policy: Policy,
+        gating: Gating,
+        num_candidates: int | None = None,
+        max_tokens: int | None = None,
+        fetch: Callable[[int, torch.Tensor], None] | None = None,
+        resident: Callable[[int], list[int]] | None = None,
+    ):
+        self.policy, self.gating = policy, gating
+        self.num_candidates = max(num_candidates or 0, layers[0].top_k)
+        self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
+        self._speculators = speculators
+        self._next = {a.index: b for a, b in itertools.pairwise(layers)}
+        self._pending: dict[int, tuple[Routing, torch.Tensor]] = {}
+        self._residual: dict[int, torch.Tensor] = {}
+        self._shared: dict[int, torch.Tensor] = {}
+        self._hits: dict[int, torch.Tensor] = {}
+        self._seen: dict[int, int] = {}
+        self._attached = ExitStack()
+        if policy is not Policy.ON_DEMAND:
+            first = layers[0]
+            handle = first.decoder.register_forward_pre_hook(
+                lambda _, args, kwargs: self._enter(first, args[0] if args else kwargs["hidden_states"]),
+                with_kwargs=True,
+            )
+            self._attached.callback(handle.remove)
+            for layer in layers:
+                self._attach(layer)
+
+    def detach(self) -> None:
+        """Takes every hook away; the model is as it was."""
+        self._attached.close()
+
+    def hit_rates(self) -> dict[int, float]:
+        """Recall of the candidates against the router's free choice, by target layer, since the last `reset`."""
+        return {index: float(hits) / self._seen[index] for index, hits in sorted(self._hits.items())}
+
+    def hit_rate(self) -> float | None:
+        """The same over all layers; None where nothing was speculated."""
+        seen = sum(self._seen.values())
+        return sum(float(hits) for hits in self._hits.values()) / seen if seen else None
+
+    def reset(self) -> None:
+        """Forgets the counts, and whatever a forward pass that broke off has left."""
+        for state in (self._hits, self._seen, self._pending, self._residual, self._shared):
+            state.clear()
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _attach(self, layer: MoELayer) -> None:
+        index = layer.index
+
+        def keep_residual(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            self._residual[index] = args[0].reshape(-1, layer.hidden_size)
+            self._shared.pop(index, None)
+
+        self._attached.callback(layer.norm.register_forward_pre_hook(keep_residual).remove)
+        if layer.shared is not None:
+            # The shared expert belongs to the residual. It is asked for twice, by its block and by the speculation, in
+            # either order: the first computes it, the second takes what was kept.
+            def shared(x: torch.Tensor) -> torch.Tensor:
+                kept = self._shared.pop(index, None)
+                if kept is None:
+                    kept = self._shared[index] = original_shared(x)
+                return kept.view(*x.shape[:-1], -1)
+
+            original_shared = self._attached.enter_context(override_forward(layer.shared, shared))
+
+        def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
+            routing = self._decide(layer, x, lambda: original_route(x, *args, **kwargs))
+            target = self._next.get(index)
+            if target is not None and self._speculates(len(routing.ids)):
+                residual = self._residual[index]
+                shared_output = layer.shared_output(x.reshape(-1, layer.hidden_size))
+                self._speculate(target, residual if shared_output is None else residual + shared_output, routing)
+            return routing
+
+        original_route = self._attached.enter_context(override_forward(layer.router, route))
+
+    def _enter(self, first: MoELayer, hidden_states: torch.Tensor) -> None:
+        self._pending.clear()
+        flat = hidden_states.reshape(-1, first.hidden_size)
+        if self._speculates(len(flat)):
+            self._speculate(first, flat, None)
+
+    def _speculates(self, tokens: int) -> bool:
+        return self._max_tokens is None or tokens <= self._max_tokens
+
+    def _speculate(self, target: MoELayer, residual: torch.Tensor, source: Routing | None) -> None:
+        with torch.no_grad():
+            speculation = self._speculators[target.index](residual, source)
+        chosen = candidates(speculation, self.num_candidates)
+        self._pending[target.index] = speculation, chosen
+        if self._fetch is not None:
+            self._fetch(target.index, chosen)
+
+    def _decide(self, layer: MoELayer, x: torch.Tensor, route: Callable[[], Any]) -> Routing:
+        if layer.index not in self._pending:
+            return Routing(*route())
+        speculation, chosen = self._pending.pop(layer.index)
+        if self.policy is Policy.SPECULATIVE and self.gating is not Gating.SPECULATED:
+            allowed = torch.zeros(len(chosen), layer.num_experts, dtype=torch.bool, device=x.device)
+            allowed.scatter_(1, (speculation.ids if self.gating is Gating.TRUE else chosen).long(), True)
+            if self.gating is Gating.RESIDENT and self._resident is not None:
+                allowed[:, self._resident(layer.index)] = True
+            with RestrictedChoice(allowed, layer.top_k) as choice:
+                routing = Routing(*route())
+            if choice.free_ids is None:
+                raise UnsupportedModelError(
+                    f"the routers of this model don't choose by topk, so gating {self.gating} can't restrict them; "
+                    "use gating speculated"
+                )
+            self._count(layer.index, chosen, choice.free_ids)
+            return routing
+        routing = Routing(*route())
+        self._count(layer.index, chosen, routing.ids)
+        return routing if self.policy is Policy.PREFETCH else speculation
+
+    def _count(self, index: int, chosen: torch.Tensor, experts: torch.Tensor) -> None:
+        hits = (experts.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum()
+        self._hits[index] = self._hits[index] + hits if index in self._hits else hits
+        self._seen[index] = self._seen.get(index, 0) + experts.numel()
