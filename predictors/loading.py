@@ -63,7 +63,9 @@ def load_model(name: str | Path, device: torch.device, dtype: torch.dtype | str)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **placement)
     except torch.OutOfMemoryError as error:
-        raise LoadingError(f"{name} does not fit into the memory of {device}; give a smaller --dtype or --device cpu") from error
+        raise LoadingError(
+            f"{name} does not fit into the memory of {device}; give a smaller --dtype or --device cpu"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise LoadingError(f"no causal language model can be loaded from {name} ({_first_line(error)})") from error
     return model.eval()

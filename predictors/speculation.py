@@ -74,13 +74,23 @@ class Speculator(nn.Module):
 
     def states(self, residual: torch.Tensor, source: Routing | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The quasi-hidden state `q` and the normed residual `a`, each `[tokens, hidden]`."""
-        return self.norm(quasi_residual(residual, source, self.default_vectors)), self.norm(residual)
+        return self._normed(quasi_residual(residual, source, self.default_vectors)), self._normed(residual)
 
     def forward(self, residual: torch.Tensor, source: Routing | None) -> Routing:
         """The speculated routing of the target layer for `residual` `[tokens, hidden]` of its source layer."""
         if self.mlp is None:  # without an MLP nothing reads the normed residual
-            return Routing(*self.router(self.norm(quasi_residual(residual, source, self.default_vectors))))
-        return Routing(*self.router(self.mlp(*self.states(residual, source))))
+            return self._routed(self._normed(quasi_residual(residual, source, self.default_vectors)))
+        return self._routed(self.mlp(*self.states(residual, source)))
+
+    # Hooks on the norm and the router (a recorder's, transformers' own for `output_router_logits`) are there to see
+    # what the model does, so a speculation calls past them.
+
+    def _normed(self, x: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = self.norm.forward(x)
+        return normed
+
+    def _routed(self, state: torch.Tensor) -> Routing:
+        return Routing(*self.router.forward(state))
 
 
 def candidates(routing: Routing, m: int) -> torch.Tensor:

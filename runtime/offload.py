@@ -26,7 +26,7 @@ from runtime.policy import Gating, Policy, RoutingControl
 from runtime.store import ExpertStore
 from runtime.transfer import make_transfers
 
-SPECULATED_TOKENS = 16  # a pass over more tokens is a prompt: it needs nearly every expert, so nothing is guessed
+SPECULATED_TOKENS = 16
 
 
 class OffloadError(UserError):
@@ -61,6 +61,7 @@ def offload_experts(
     device: torch.device | str | None = None,
     slots: int | None = None,
     candidates: int | None = None,
+    speculated_tokens: int = SPECULATED_TOKENS,
     readers: int = 2,
 ) -> PreTrainedModel:
     """Moves a model's experts to host memory and lets it run with `slots` of them on the device at a time.
@@ -75,6 +76,8 @@ def offload_experts(
         slots: experts that fit on the device, over all layers, from `top_k` up; by default a quarter of them all.
         candidates: experts fetched for each speculated token, `top_k` or more; by default `top_k`, and two more under
             gating `resident`.
+        speculated_tokens: a forward pass over more tokens than this is a prompt: it is executed exactly, streaming the
+            experts through the slots, since it needs nearly all of them and a guess saves nothing.
         readers: copying threads, on the CPU.
 
     Raises `OffloadError`, `UnsupportedModelError` or `PredictorsError`, and then leaves the model as it was.
@@ -107,7 +110,9 @@ def offload_experts(
         predictors.check(model, layers)
     for layer in layers:
         expert_parameters(layer.experts)
-    offload = ExpertOffload(model, layers, predictors, policy, gating, target, slots, candidates, readers)
+    offload = ExpertOffload(
+        model, layers, predictors, policy, gating, target, slots, candidates, speculated_tokens, readers
+    )
     vars(model)["expert_offload"] = offload
     return model
 
@@ -153,6 +158,7 @@ class ExpertOffload:
         device: torch.device,
         slots: int,
         candidates: int,
+        speculated_tokens: int,
         readers: int,
     ):
         self.policy, self.gating, self.device, self.slots = policy, gating, device, slots
@@ -181,7 +187,7 @@ class ExpertOffload:
                 policy,
                 gating,
                 num_candidates=candidates,
-                max_tokens=SPECULATED_TOKENS,
+                max_tokens=speculated_tokens,
                 fetch=self._announce,
                 resident=lambda index: self._cache.experts_of(self._number[index]),
             )

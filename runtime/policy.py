@@ -93,6 +93,7 @@ class RoutingControl:
         self._pending: dict[int, tuple[Routing, torch.Tensor]] = {}
         self._residual: dict[int, torch.Tensor] = {}
         self._shared: dict[int, torch.Tensor] = {}
+        self._speculating = False
         self._hits: dict[int, torch.Tensor] = {}
         self._seen: dict[int, int] = {}
         self._attached = ExitStack()
@@ -146,6 +147,8 @@ class RoutingControl:
             original_shared = self._attached.enter_context(override_forward(layer.shared, shared))
 
         def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
+            if self._speculating:  # this is the speculation's own use of the router
+                return original_route(x, *args, **kwargs)
             routing = self._decide(layer, x, lambda: original_route(x, *args, **kwargs))
             target = self._next.get(index)
             if target is not None and self._speculates(len(routing.ids)):
@@ -166,8 +169,12 @@ class RoutingControl:
         return self._max_tokens is None or tokens <= self._max_tokens
 
     def _speculate(self, target: MoELayer, residual: torch.Tensor, source: Routing | None) -> None:
-        with torch.no_grad():
-            speculation = self._speculators[target.index](residual, source)
+        self._speculating = True
+        try:
+            with torch.no_grad():
+                speculation = self._speculators[target.index](residual, source)
+        finally:
+            self._speculating = False
         chosen = candidates(speculation, self.num_candidates)
         self._pending[target.index] = speculation, chosen
         if self._fetch is not None:

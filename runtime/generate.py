@@ -1,0 +1,97 @@
+"""Text from an offloaded model, token by token, with what each token cost."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from predictors.errors import UserError
+from runtime.offload import Counters, ExpertOffload
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, and how it went. Times are wall-clock seconds; rates count the tokens after the first."""
+
+    text: str
+    """The generated text, without the prompt."""
+    token_ids: list[int]
+    """The generated tokens."""
+    seconds_to_first_token: float
+    seconds_per_output_token: float | None
+    """Median over the tokens after the first; None where there are none."""
+    bytes_per_token: float | None
+    """Bytes of experts copied to the device per token after the first."""
+    stalled_seconds_per_token: float | None
+    counters: Counters
+    """Of the tokens after the first, which is the prompt's."""
+
+
+class _Streamer(TextStreamer):
+    """Passes finished words on and notes when each token came."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], offload: ExpertOffload | None
+    ):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text, self._offload = on_text, offload
+        self.times: list[float] = []
+        self.token_ids: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            if not self.times and self._offload is not None:
+                self._offload.reset()  # what the prompt cost is told by the time to first token
+            self.times.append(time.perf_counter())
+            self.token_ids += value.flatten().tolist()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] = lambda _: None,
+) -> Generation:
+    """Generates from `prompt` with a model that may be offloaded; greedy at temperature 0.
+
+    `on_text` gets the text as it comes. Raises `UserError` for an empty prompt.
+    """
+    token_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    if token_ids.shape[-1] == 0:
+        raise UserError("the prompt is empty; give --prompt some text to go on from")
+    offload: ExpertOffload | None = vars(model).get("expert_offload")
+    streamer = _Streamer(tokenizer, on_text, offload)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    torch.manual_seed(seed)
+    begun = time.perf_counter()
+    model.generate(
+        token_ids,
+        attention_mask=torch.ones_like(token_ids),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **sampling,
+    )
+    steps = [after - before for before, after in zip(streamer.times, streamer.times[1:], strict=False)]
+    counters = offload.counters if offload is not None else Counters()
+    return Generation(
+        text=tokenizer.decode(streamer.token_ids, skip_special_tokens=True),
+        token_ids=streamer.token_ids,
+        seconds_to_first_token=streamer.times[0] - begun,
+        seconds_per_output_token=statistics.median(steps) if steps else None,
+        bytes_per_token=counters.bytes_copied / len(steps) if steps else None,
+        stalled_seconds_per_token=counters.stalled_seconds / len(steps) if steps else None,
+        counters=counters,
+    )

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from predictors.mlp import ResidualMLP, StackedResidualMLPs
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(generator=generator)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
+def test_a_layer_of_the_stack_is_its_slice(layers, hidden, width, rows):
+    stack = StackedResidualMLPs(layers, hidden, width)
+    randomise(stack, seed=1)
+    quasi, normed = torch.randn(2, layers, rows, hidden)
+    expected = stack(quasi, normed)
+    for number in range(layers):
+        single = stack.layer(number)
+        torch.testing.assert_close(single(quasi[number], normed[number]), expected[number], rtol=1e-4, atol=1e-4)
+
+
+def test_an_untrained_predictor_changes_nothing():
+    quasi, normed = torch.randn(2, 3, 5, 8)
+    assert torch.equal(StackedResidualMLPs(3, 8, 16)(quasi, normed), quasi)
+    assert torch.equal(ResidualMLP(8, 16)(quasi[0], normed[0]), quasi[0])
+
+
+def test_an_untrained_predictor_can_learn_and_its_copy_is_one():
+    stack = StackedResidualMLPs(2, 8, 16)
+    quasi, normed = torch.randn(2, 2, 5, 8)
+    stack(quasi, normed).square().sum().backward()
+    assert stack.w2.grad is not None
+    assert stack.w2.grad.abs().sum() > 0
+    copy = stack.layer(0)
+    randomise(copy, seed=2)
+    assert torch.equal(stack.w2, torch.zeros_like(stack.w2))
