@@ -17,7 +17,7 @@ from predictors.architecture import MoELayer, find_moe_layers
 from predictors.checkpoint import Predictors, make_speculators
 from predictors.errors import UserError
 from predictors.speculation import Speculator
-from runtime.offload import offload_experts
+from runtime.offload import offloaded
 from runtime.policy import Gating, Policy, RoutingControl
 
 EVERY_TOKEN = 1 << 40
@@ -64,14 +64,9 @@ def evaluate(
             continue
         entropies = {"full": full}
         for policy in (Policy.ON_DEMAND, Policy.PREFETCH):
-            offload_experts(
-                model, predictors if kind == "predictor" else without, policy=policy, device=model.device,
-                speculated_tokens=EVERY_TOKEN,
-            )  # fmt: skip
-            try:
+            chosen_predictors = predictors if kind == "predictor" else without
+            with offloaded(model, chosen_predictors, policy=policy, device=model.device, speculated_tokens=EVERY_TOKEN):
                 entropies[policy] = cross_entropy()
-            finally:
-                model.expert_offload.detach()
         for gating in Gating:
             candidates = wide if gating is Gating.RESIDENT else None
             control = RoutingControl(layers, chosen, Policy.SPECULATIVE, gating, candidates)

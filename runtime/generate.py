@@ -52,7 +52,7 @@ class _Streamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)
+        self._on_text(text + "\n" if stream_end else text)
 
 
 def generate(
@@ -76,7 +76,7 @@ def generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     begun = time.perf_counter()
-    model.generate(
+    model.generate(  # type: ignore[operator]  # transformers' mix-in is hidden by nn.Module's __getattr__
         token_ids,
         attention_mask=torch.ones_like(token_ids),
         max_new_tokens=max_new_tokens,
@@ -87,7 +87,7 @@ def generate(
     steps = [after - before for before, after in zip(streamer.times, streamer.times[1:], strict=False)]
     counters = offload.counters if offload is not None else Counters()
     return Generation(
-        text=tokenizer.decode(streamer.token_ids, skip_special_tokens=True),
+        text=str(tokenizer.decode(streamer.token_ids, skip_special_tokens=True)),
         token_ids=streamer.token_ids,
         seconds_to_first_token=streamer.times[0] - begun,
         seconds_per_output_token=statistics.median(steps) if steps else None,

@@ -9,7 +9,8 @@ One decode step at source layer l (DESIGN: everything known as early as it can b
 from __future__ import annotations
 
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -115,6 +116,18 @@ def offload_experts(
     )
     vars(model)["expert_offload"] = offload
     return model
+
+
+@contextmanager
+def offloaded(
+    model: PreTrainedModel, predictors: Predictors | None = None, **arguments: Any
+) -> Iterator[ExpertOffload]:
+    """`offload_experts` for the length of a `with`: yields the `ExpertOffload` and detaches it at the end."""
+    offload: ExpertOffload = vars(offload_experts(model, predictors, **arguments))["expert_offload"]
+    try:
+        yield offload
+    finally:
+        offload.detach()
 
 
 class Guess(NamedTuple):

@@ -1,0 +1,376 @@
+"""The command line: thin, and each command imports its rooms only when it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from predictors.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from predictors.checkpoint import Predictors
+
+EMBEDDED_MODEL = Path(__file__).parent / "checkpoints" / "tiny-moe"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Trains the predictors of speculated experts, and runs mixture-of-experts models that don't fit the GPU with them.",
+)
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub name of a mixture-of-experts model.")]
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings; flags beat it, and it beats the defaults.")]
+Device = Annotated[str | None, typer.Option(help="auto (CUDA where there is one), cpu or cuda.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="auto (the checkpoint's on CUDA, float32 on a CPU), float32, bfloat16 or float16.")
+]
+PredictorsOption = Annotated[
+    str | None,
+    typer.Option("--predictors", help="Folder or Hub name of predictors; without them speculation is training-free."),
+]
+
+
+@app.command()
+def collect(
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub name of a mixture-of-experts model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The trace's folder; it must be new.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="embedded, a text file, a folder of text files, or a .jsonl file.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of the embedded corpus: train or held_out.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="How many tokens to run [default: 400000].")] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Target layers: all, auto (those below the threshold), or a list like 0,1,5 [default: all]."),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Training-free hit rate below which auto takes a layer [default: 0.9].")
+    ] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sequence [default: 256].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences of a forward pass [default: 16].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of whatever is drawn [default: 0].")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    config: Config = None,
+) -> None:
+    """Runs MODEL over text with hooks on it and writes the trace that fit trains on."""
+    from data_collection.collect import CollectConfig
+    from data_collection.collect import collect as job
+    from predictors.settings import load_config
+
+    flags = {name: value for name, value in locals().items() if name in CollectConfig.model_fields}
+    job(load_config(CollectConfig, config, flags | {"layers": _layers(layers)}))
+
+
+def _layers(layers: str | None) -> str | list[int] | None:
+    if layers is None or layers in ("all", "auto"):
+        return layers
+    try:
+        return [int(part) for part in layers.split(",")]
+    except ValueError as error:
+        raise UserError(f"--layers can't be {layers}; give all, auto, or layer numbers like 0,1,5") from error
+
+
+@app.command()
+def fit(
+    trace: Annotated[Path | None, typer.Argument(help="The folder that collect wrote.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; new, unless the run is resumed.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on with the run in --out from its last whole epoch.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Hidden width of each predictor [default: 256].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How often each row is seen [default: 3].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a step [default: 2048].")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The highest of a one-cycle schedule.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    validation: Annotated[
+        float | None, typer.Option(help="Share of the sequences kept for validation [default: 0.1].")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the split, the order and the initial weights [default: 0].")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read the trace [default: 0, this one].")] = None,
+    device: Device = None,
+    config: Config = None,
+) -> None:
+    """Trains the predictors of all target layers in TRACE at once."""
+    from predictors.settings import load_config
+    from train.fit import FitConfig
+    from train.fit import fit as job
+
+    flags = {name: value for name, value in locals().items() if name in FitConfig.model_fields}
+    job(load_config(FitConfig, config, flags))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The folder that fit wrote.")],
+    out: Annotated[Path, typer.Option(help="The predictors' folder; it must be new.")],
+    dtype: Annotated[str, typer.Option(help="Of the predictors' weights: float32 or bfloat16.")] = "float32",
+    trace: Annotated[Path | None, typer.Option(help="Where the trace is, if it was moved.")] = None,
+) -> None:
+    """Writes the best epoch of RUN as a predictors folder, which the runtime loads."""
+    from train.export import export as job
+
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype can't be {dtype}; give float32 or bfloat16")
+    folder = job(run, out, dtype, trace)  # type: ignore[arg-type]
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    predictors: PredictorsOption = None,
+    policy: Annotated[str, typer.Option(help="on_demand, prefetch or speculative.")] = "speculative",
+    gating: Annotated[str, typer.Option(help="Under speculative: speculated, true or resident.")] = "true",
+    slots: Annotated[
+        int | None, typer.Option(help="Experts on the device at a time [default: a quarter of them].")
+    ] = None,
+    candidates: Annotated[int | None, typer.Option(help="Experts fetched for each speculated token.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Streams text from MODEL with its experts in host memory, and says what each token cost."""
+    from runtime import offload_experts
+    from runtime.generate import generate as job
+
+    if not prompt:
+        raise UserError("the prompt is empty; give --prompt some text to go on from")
+    # The model waits in host memory: only what computes moves to the device.
+    loaded, tokenizer, where = _load(model, device, dtype, host=True)
+    offload_experts(
+        loaded,
+        _load_predictors(predictors, loaded),
+        policy=policy,
+        gating=gating,
+        device=where,
+        slots=slots,
+        candidates=candidates,
+    )
+    result = job(
+        loaded,
+        tokenizer,
+        prompt,
+        max_new_tokens,
+        temperature,
+        seed,
+        on_text=lambda text: print(text, end="", flush=True),
+    )
+    hit_rate = result.counters.speculation_hit_rate
+    figures = {
+        "time to first token": f"{result.seconds_to_first_token * 1000:.1f} ms",
+        "time per output token": _or_none(result.seconds_per_output_token, lambda x: f"{x * 1000:.1f} ms (median)"),
+        "hit rate": _or_none(hit_rate, "{:.3f} of the router's experts were among the candidates".format),
+        "bytes per token": _or_none(result.bytes_per_token, "{:,.0f}".format),
+        "stalled per token": _or_none(result.stalled_seconds_per_token, lambda x: f"{x * 1000:.2f} ms"),
+    }
+    for name, value in figures.items():
+        typer.echo(f"{name:>22}: {value}", err=True)
+
+
+def _or_none(value: float | None, text: Any) -> str:
+    return "none" if value is None else text(value)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    predictors: PredictorsOption = None,
+    corpus: Annotated[
+        str, typer.Option(help="embedded, a text file, a folder of text files, or a .jsonl file.")
+    ] = "embedded",
+    split: Annotated[str, typer.Option(help="Of the embedded corpus: train or held_out.")] = "held_out",
+    tokens: Annotated[int, typer.Option(min=2)] = 20_000,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    candidates: Annotated[int | None, typer.Option(min=1, help="Of gating resident [default: top k + 2].")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Writes all figures to this file.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Measures hit rates by layer, and MODEL's cross-entropy under every policy, on held-out text."""
+    from rich.console import Console
+
+    from predictors.provenance import command, versions
+
+    if split not in ("train", "held_out"):
+        raise UserError(f"--split can't be {split}; give train or held_out")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {json_file.parent} to write {json_file.name} to; make it first")
+    loaded, tokenizer, _ = _load(model, device, dtype)
+    batches = _batches(tokenizer, corpus, split, tokens, sequence_length, batch_size)
+    from runtime.evaluate import evaluate as job
+
+    result = job(loaded, batches, _load_predictors(predictors, loaded), candidates, progress=True)
+    result |= {"model": model, "predictors": predictors, "versions": versions(), "command": command()}
+    _print_hit_rates(Console(), result)
+    _print_losses(Console(), result, {})
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerBase, corpus: str, split: Any, tokens: int, sequence_length: int, batch_size: int
+) -> list[torch.Tensor]:
+    """Token ids `[sequences, length]`; a last short sequence stands alone, so nothing is padded."""
+    import torch
+
+    from data_collection.corpus import read_documents, sequences
+
+    rows = list(sequences(read_documents(corpus, split), tokenizer, sequence_length, tokens))
+    whole = [row for row in rows if len(row) == sequence_length]
+    batches = list(torch.stack(whole).split(batch_size)) if whole else []
+    return batches + [row.unsqueeze(0) for row in rows[len(whole) :]]
+
+
+def _load(
+    model: str, device: str | None, dtype: str | None, host: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.device]:
+    """Model, tokenizer and the device to compute on; with `host` the model is loaded into host memory."""
+    import torch
+
+    from predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+
+    where = resolve_device(device or "auto")
+    kind = resolve_dtype(dtype or "auto", where)
+    tokenizer = load_tokenizer(model)
+    return load_model(model, torch.device("cpu") if host else where, kind), tokenizer, where
+
+
+def _load_predictors(folder: str | None, model: PreTrainedModel) -> Predictors | None:
+    from predictors.checkpoint import load_predictors
+
+    return None if folder is None else load_predictors(folder, model)
+
+
+def _print_hit_rates(console: Console, result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("layer", "training-free", "predictor", "gap closed", "control", title="hit rate by target layer")
+    for row in result["layers"]:
+        before, after = row["training_free"], row["predictor"]
+        closed = "" if after is None or before == 1 else f"{(after - before) / (1 - before):.0%}"
+        table.add_row(
+            str(row["layer"]), f"{before:.3f}", "" if after is None else f"{after:.3f}", closed, f"{row['control']:.4f}"
+        )
+    console.print(table)
+
+
+def _print_losses(console: Console, result: dict[str, Any], milliseconds: dict[str, float]) -> None:
+    """Cross-entropies, and beside them the time per token of those policies it was measured for."""
+    from rich.table import Table
+
+    title = f"cross-entropy over {result['tokens']:,} tokens, nats per token"
+    timed = ["ms per token"] if milliseconds else []
+    table = Table("policy / gating", "training-free", "with predictors", *timed, title=title)
+    full = result["cross_entropy"]["full"]
+    for name, value in result["cross_entropy"].items():
+        free = result["training_free_cross_entropy"][name]
+        cells = [f"{full:.4f}"] * 2 if name == "full" else [f"{x - full:+.4f}" for x in (free, value)]
+        if milliseconds:
+            cells.append(f"{milliseconds[name]:.1f}" if name in milliseconds else "")
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for everything the demo writes; a demo that stands there is replaced.")
+    ] = Path("checkpoints/demo"),
+    tokens: Annotated[int, typer.Option(min=20_000, help="Tokens to collect.")] = 200_000,
+) -> None:
+    """The whole loop on the embedded model: collect, fit, export, evaluate, and generate under every policy."""
+    from rich.console import Console
+
+    from data_collection.collect import CollectConfig
+    from data_collection.collect import collect as run_collect
+    from runtime.evaluate import evaluate as run_evaluate
+    from train.export import export as run_export
+    from train.fit import FitConfig
+    from train.fit import fit as run_fit
+
+    console = Console()
+    if out.exists() and not (out / "trace").exists() and any(out.iterdir()):
+        raise UserError(f"{out} exists and holds something else than a demo; name another folder with --out")
+    shutil.rmtree(out, ignore_errors=True)
+    model = str(EMBEDDED_MODEL)
+    console.rule("1. collect: a full run of the model, with hooks on it")
+    trace = run_collect(CollectConfig(model=model, out=out / "trace", tokens=tokens), console)
+    console.rule("2. fit: a small predictor for every layer")
+    run = run_fit(FitConfig(trace=trace, out=out / "run"), console)
+    console.rule("3. export: a folder that the runtime loads")
+    folder = run_export(run, out / "predictors")
+    console.print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    console.rule("4. evaluate and generate, on text that neither the model nor the predictors have seen")
+    loaded, tokenizer, _ = _load(model, "cpu", None)
+    predictors = _load_predictors(str(folder), loaded)
+    result = run_evaluate(
+        loaded, _batches(tokenizer, "embedded", "held_out", 10_000, 256, 16), predictors, progress=True
+    )
+    times, text = _time_policies(loaded, tokenizer, predictors)
+    console.print(text, style="dim", markup=False, highlight=False)
+    _print_hit_rates(console, result)
+    _print_losses(console, result, times)
+    console.print(
+        "The embedded model is so small that its copies take no time: what a policy gains is seen on real sizes.\n\n"
+        "Go on with:\n"
+        f"  tensorboard --logdir {run}\n"
+        f"  predict-train generate {model} --predictors {folder} --prompt 'def main():'\n"
+        f"  predict-train evaluate {model} --predictors {folder} --json evaluation.json\n"
+        "  predict-train collect YOUR_MODEL --out trace   (then fit and export, as above)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _time_policies(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, predictors: Predictors | None
+) -> tuple[dict[str, float], str]:
+    """Milliseconds per output token by policy and gating, and the text that was generated under the last of them."""
+    from runtime import Gating, Policy, offloaded
+    from runtime.generate import generate as job
+
+    prompt = '"""Reads a table."""\n\nimport os\n\n\nclass Reader:\n    def __init__(self, path):\n'
+    ways = [(p, Gating.TRUE) for p in (Policy.ON_DEMAND, Policy.PREFETCH)] + [(Policy.SPECULATIVE, g) for g in Gating]
+    milliseconds, text = {}, ""
+    for policy, gating in ways:
+        with offloaded(model, predictors, policy=policy, gating=gating, device=model.device):
+            result = job(model, tokenizer, prompt, max_new_tokens=64)
+        name = f"{policy}/{gating}" if policy is Policy.SPECULATIVE else str(policy)
+        milliseconds[name] = 1000 * (result.seconds_per_output_token or 0.0)
+        text = prompt + result.text
+    return milliseconds, text
+
+
+def main() -> None:
+    """Runs the command line; a `UserError` ends it with one sentence and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    try:
+        app()
+    except UserError as error:
+        print(f"predict-train: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
