@@ -17,7 +17,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_collection.corpus import EMBEDDED, CorpusError, Split, read_documents, sequences
+from data_collection.corpus import EMBEDDED, Split, read_documents, sequences
 from data_collection.hooks import LayerRecord, Recorder
 from data_collection.trace import (
     FORMAT_VERSION,
@@ -97,7 +97,7 @@ def collect(config: CollectConfig, console: Console | None = None) -> Path:
         raise CollectError(
             f"sequence_length {config.sequence_length} is beyond the {limit} positions of {config.model}"
         )
-    _check_corpus(config, tokenizer)
+    next(_documents(config))  # a corpus that holds no text is refused here
     targets = _choose_targets(config, model, layers, tokenizer, console)
     torch.manual_seed(config.seed)
     with torch.inference_mode(), TraceWriter(config.out) as writer:
@@ -117,19 +117,14 @@ def collect(config: CollectConfig, console: Console | None = None) -> Path:
     return config.out
 
 
-def _sequences(config: CollectConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[torch.Tensor]:
-    documents = read_documents(config.corpus, config.split, config.text_column)
-    return sequences(documents, tokenizer, config.sequence_length, tokens)
-
-
-def _check_corpus(config: CollectConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    if next(_sequences(config, tokenizer, 1), None) is None:
-        raise CorpusError(f"the corpus {config.corpus} holds no text")
+def _documents(config: CollectConfig) -> Iterator[str]:
+    return read_documents(config.corpus, config.split, config.text_column)
 
 
 def _batches(config: CollectConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[torch.Tensor]:
     """Token ids `[sequences, length]`; consecutive sequences of one length are stacked, so nothing is padded."""
-    for _, same in itertools.groupby(_sequences(config, tokenizer, tokens), key=len):
+    stream = sequences(_documents(config), tokenizer, config.sequence_length, tokens)
+    for _, same in itertools.groupby(stream, key=len):
         while stack := list(itertools.islice(same, config.batch_size)):
             yield torch.stack(stack)
 
@@ -198,13 +193,12 @@ def training_free_hit_rates(
     metric = HitRate(len(sources))
     for columns in batches:
         batch = make_batch(columns, sources, speculators)
-        for_router = zip(sources, batch.quasi, strict=True)
         chosen = []
-        for target, quasi in for_router:
+        for target, quasi in zip(sources, batch.quasi, strict=True):
             router = speculators[target].router
             chosen.append(router(quasi.to(next(router.parameters()).dtype))[2])
         metric.update(torch.stack(chosen).cpu(), batch.ids.cpu())
-    return dict(zip(sources, metric.compute().tolist(), strict=True))
+    return dict(zip(sources, metric.rates(), strict=True))
 
 
 def _record(
@@ -318,7 +312,14 @@ def _measure(trace: Trace) -> None:
 
 
 def _report(manifest: Manifest, console: Console) -> None:
-    table = Table("target", "source", "training-free", "control", title="hit rate by layer")
+    table = Table(
+        "target",
+        "source",
+        "training-free",
+        "control",
+        title="hit rate by layer",
+        caption=f"training-free: on about {min(SAMPLE_ROWS, manifest.tokens):,} tokens, evenly spaced; control: on all",
+    )
     for entry in manifest.layers:
         source = "its input" if entry.source is None else str(entry.source)
         table.add_row(str(entry.layer), source, f"{entry.training_free:.3f}", f"{entry.control:.4f}")

@@ -76,7 +76,7 @@ class Recorder:
 
     def control_hit_rates(self) -> dict[int, float]:
         """By target: how often router and norm, given their recorded input again, find the experts used. Must be 1.0."""
-        return dict(zip(self.sources, self._control.compute().tolist(), strict=True))
+        return dict(zip(self.sources, self._control.rates(), strict=True))
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32, on the CPU; the row of an expert that no token took is zero."""

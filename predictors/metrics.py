@@ -10,7 +10,7 @@ class HitRate(Metric):
     """Recall@m per layer: the share of the router's true experts that are among the candidates.
 
     `update` takes candidates `[layers, tokens, m]` and true experts `[layers, tokens, top_k]`; `compute` gives
-    `[layers]`, fp64. With `exact=True` it is the share of tokens all of whose experts are among them.
+    `[layers]`, fp64 (of a single layer a scalar; `rates` always gives a list). With `exact=True` it is the share of tokens all of whose experts are among them.
     """
 
     full_state_update = False
@@ -33,3 +33,8 @@ class HitRate(Metric):
 
     def compute(self) -> torch.Tensor:
         return self.hits / self.total
+
+    def rates(self) -> list[float]:
+        """One hit rate a layer."""
+        # torchmetrics makes a scalar of what `compute` returns for one layer.
+        return self.compute().reshape(-1).tolist()

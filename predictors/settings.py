@@ -47,7 +47,8 @@ def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
 def describe(error: ValidationError) -> str:
     """The first of a validation's errors as one sentence that names the field."""
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"]) or "value"
+    # Of a union, pydantic also names the kind that it tried, like `list[int]`.
+    field = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "value"
     if first["type"] == "missing":
         return f"{field} is missing; give it as a flag or in the file"
     message = first["msg"].removeprefix("Value error, ")

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A busy machine is not a failure: no test is timed.
+settings.register_profile("untimed", deadline=None, max_examples=30)
+settings.load_profile("untimed")
 # The models are tiny: a second thread gains nothing, and waiting for it costs much where the cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -141,3 +145,15 @@ def collected(tmp_path_factory: pytest.TempPathFactory, tiny_moe_folder: Path, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "TraceWriter", lambda path: TraceWriter(path, shard_bytes=1 << 20))
         return job.collect(config)
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> Path:
+    """A finished run of `fit` on the collected trace: three epochs, width 32. Don't write to it."""
+    from rich.console import Console
+
+    from train.fit import FitConfig, fit
+
+    out = tmp_path_factory.mktemp("runs") / "run"
+    config = FitConfig(trace=collected, out=out, width=32, epochs=3, batch_size=128, learning_rate=1e-2, device="cpu")
+    return fit(config, Console(quiet=True))

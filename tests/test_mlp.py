@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from predictors.mlp import ResidualMLP, StackedResidualMLPs
@@ -14,7 +14,6 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
             parameter.normal_(generator=generator)
 
 
-@settings(deadline=None, max_examples=25)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
 def test_a_layer_of_the_stack_is_its_slice(layers, hidden, width, rows):
     stack = StackedResidualMLPs(layers, hidden, width)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from predictors.architecture import find_moe_layers
@@ -42,7 +42,6 @@ def test_a_predictor_changes_the_speculation(tiny_moe):
     assert not torch.equal(free.ids, predicted.ids)
 
 
-@settings(deadline=None, max_examples=25)
 @given(st.integers(1, 20), st.integers(2, 8), st.integers(1, 2), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_quasi_residual_adds_the_weighted_rows(tokens, experts, top_k, dtype):
     residual, vectors = torch.randn(tokens, 6).to(dtype), torch.randn(experts, 6)

@@ -81,11 +81,13 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     _write_config(config, trace)
 
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
+    logger = TensorBoardLogger(config.out, name="", version="", default_hp_metric=False)
+    logger.log_hyperparams(config.model_dump(mode="json"))
     with _quiet():
         trainer = lightning.Trainer(
             max_epochs=config.epochs,
             callbacks=[best, TQDMProgressBar(leave=False)],
-            logger=TensorBoardLogger(config.out, name="", version=""),
+            logger=logger,
             log_every_n_steps=10,
             num_sanity_val_steps=0,
             reload_dataloaders_every_n_epochs=1,  # the order is another in each epoch

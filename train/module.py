@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning
@@ -15,6 +16,7 @@ from predictors.speculation import Routing, candidates
 
 MEASURES = ("recall@k", "recall@2k", "exact")
 MEAN_HIT_RATE = "hit_rate/mean"
+WARM_UP = 0.1
 
 
 class PredictorTraining(lightning.LightningModule):
@@ -86,7 +88,7 @@ class PredictorTraining(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.results = {target: {} for target in self.sources}
         for kind, metrics in self.measures.items():
-            columns = [metric.compute().tolist() for metric in metrics]
+            columns = [metric.rates() for metric in metrics]
             for target, *values in zip(self.sources, *columns, strict=True):
                 self.results[target][kind] = dict(zip(MEASURES, values, strict=True))
             for metric in metrics:
@@ -103,8 +105,18 @@ class PredictorTraining(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.mlps.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def one_cycle(done: float) -> float:
+    """The share of the highest learning rate after the share `done` of training: a tenth rising, then half a cosine.
+
+    Epochs may differ by a batch, so `done` may pass 1.
+    """
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP))))
 
 
 def mean_of(results: dict[int, dict[str, dict[str, float]]], kind: str, measure: str = "recall@k") -> float:

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from data_collection.collect import CollectConfig, collect
+from data_collection.hooks import Recorder
+from data_collection.trace import Trace
+from predictors.architecture import find_moe_layers
+from predictors.errors import UserError
+from predictors.settings import SettingsError, load_config
+
+MOE = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "mixtral", "olmoe"]
+
+
+def tokens(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.mark.parametrize("architecture", MOE)
+@torch.no_grad()
+def test_the_record_is_what_the_model_did(build_moe, architecture):
+    """Everything recorded is compared with what a second, unhooked look at the model sees."""
+    model = build_moe(architecture)
+    model.set_experts_implementation("eager")
+    layers = find_moe_layers(model)
+    expected = model(input_ids=tokens()).logits
+    routers = [layer.router for layer in layers]
+    outputs, decoder_outputs, expert_outputs = {}, {}, {}
+    handles = []
+    for layer in layers:
+        handles.append(layer.router.register_forward_hook(lambda m, _, out: outputs.__setitem__(m, out)))
+        handles.append(layer.experts.register_forward_hook(lambda m, _, out: expert_outputs.__setitem__(m, out)))
+        handles.append(layer.decoder.register_forward_hook(lambda m, _, out: decoder_outputs.__setitem__(m, out)))
+    with Recorder(layers, [layer.index for layer in layers]) as recorder:
+        recorded_logits = model(input_ids=tokens()).logits
+        records = recorder.take()
+    torch.testing.assert_close(recorded_logits, expected, rtol=1e-4, atol=1e-4)
+    for layer in layers:
+        record, used = records[layer.index], outputs[layer.router]
+        assert all(torch.equal(a, b.flatten(0, -2)) for a, b in zip(record.routing, used, strict=True))
+        if layer is not layers[-1]:  # the last layer is no source
+            # The residual is all of the layer's output but the routed experts.
+            whole = decoder_outputs[layer.decoder].flatten(0, -2)
+            torch.testing.assert_close(record.residual + expert_outputs[layer.experts], whole, rtol=1e-4, atol=1e-4)
+    first = records[layers[0].index].input
+    assert first is not None
+    if layers[0].index == 0:
+        assert torch.equal(first, model.get_input_embeddings()(tokens()).flatten(0, 1))
+    assert all(rate == 1.0 for rate in recorder.control_hit_rates().values())
+    assert len(recorder.control_hit_rates()) == len(routers)
+    # Detached, the model is what it was.
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model(input_ids=tokens()).logits, expected)
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in vars(module)
+
+
+@torch.no_grad()
+def test_the_control_sees_a_wrong_recording(tiny_moe):
+    layers = find_moe_layers(tiny_moe)
+    with Recorder(layers, [1, 2]) as recorder:
+        tiny_moe(input_ids=tokens())
+        recorder._taps[2].seen["norm_input"] = torch.randn(3, 20, 32)
+        recorder.take()
+    rates = recorder.control_hit_rates()
+    assert rates[1] == 1.0
+    assert rates[2] < 0.9
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@torch.no_grad()
+def test_default_vectors_are_mean_outputs(build_moe, architecture):
+    model = build_moe(architecture)
+    layers = find_moe_layers(model)
+    inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = layers[1].experts.register_forward_pre_hook(lambda _, args: inputs.append(args[:2]))
+    with Recorder(layers, [2]) as recorder:
+        for seed in (0, 1):
+            model(input_ids=tokens(seed))
+            assert set(recorder.take()) == {1, 2}
+    handle.remove()
+    x, ids = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+    means = torch.zeros(8, 32)
+    for expert in range(8):
+        routed = x[(ids == expert).any(-1)]
+        if len(routed):
+            # One expert alone, at weight 1: its own output.
+            alone = torch.full((len(routed), 1), expert)
+            means[expert] = layers[1].experts(routed, alone, torch.ones(len(routed), 1)).mean(0)
+    assert means.abs().sum() > 0
+    torch.testing.assert_close(recorder.default_vectors()[1], means, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_expert_without_tokens_has_a_zero_row(tiny_moe):
+    layers = find_moe_layers(tiny_moe)
+    with Recorder(layers, [1]) as recorder:
+        tiny_moe(input_ids=tokens()[:1, :1])
+        ids = set(recorder.take()[0].routing.ids.flatten().tolist())
+    rows = recorder.default_vectors()[0].abs().sum(-1)
+    assert {expert for expert in range(8) if rows[expert] > 0} == ids
+
+
+def test_collect_reports_and_records(collected, capsys, tiny_moe_folder, text_corpus, tmp_path):
+    manifest = Trace.open(collected).manifest
+    assert [entry.control for entry in manifest.layers] == [1.0] * 4
+    assert all(0.2 < entry.training_free < 1 for entry in manifest.layers)
+    assert manifest.model.name == str(tiny_moe_folder)
+    assert manifest.phase == "prefill"
+    assert {"torch", "transformers", "python"} <= manifest.versions.keys()
+    out = tmp_path / "trace"
+    collect(CollectConfig(model=str(tiny_moe_folder), out=out, corpus=str(text_corpus), tokens=333, device="cpu"))
+    printed = capsys.readouterr().out
+    assert "training-free" in printed
+    assert "tokens/s" in printed
+    assert Trace.open(out).rows == 333
+
+
+def test_more_tokens_than_the_corpus_has_are_fewer(tiny_moe_folder, tmp_path):
+    (tmp_path / "short.txt").write_text("A short text.")
+    config = CollectConfig(
+        model=str(tiny_moe_folder), out=tmp_path / "t", corpus=str(tmp_path / "short.txt"), device="cpu"
+    )
+    assert Trace.open(collect(config, quiet())).rows == len("A short text.") + 1
+
+
+def test_the_trace_is_the_models_run(collected, tiny_moe, text_corpus):
+    """Token by token: the recorded ids are those of a plain run of the model on the recorded tokens."""
+    trace = Trace.open(collected)
+    token_ids = trace.column(0, "token_ids")[:100].long().unsqueeze(0)
+    layers = find_moe_layers(tiny_moe)
+    seen = {}
+    for layer in layers:
+        layer.router.register_forward_hook(lambda m, _, out: seen.__setitem__(m, out))
+    with torch.no_grad():
+        tiny_moe(input_ids=token_ids)
+    assert bytes(text_corpus.joinpath("rivers.txt").read_bytes()[:3]) == b"The"
+    for layer in layers:
+        assert torch.equal(trace.column(0, f"layers.{layer.index}.expert_ids")[:100].long(), seen[layer.router][2])
+
+
+def test_auto_takes_the_layers_below_the_threshold(collected, tiny_moe_folder, text_corpus, tmp_path):
+    rates = {entry.layer: entry.training_free for entry in Trace.open(collected).manifest.layers}
+    ordered = sorted(rates.values())
+    threshold = (ordered[1] + ordered[2]) / 2
+    common = {
+        "model": str(tiny_moe_folder),
+        "corpus": str(text_corpus),
+        "tokens": 4000,
+        "device": "cpu",
+        "layers": "auto",
+    }
+    out = collect(CollectConfig(**common, out=tmp_path / "auto", threshold=threshold), quiet())
+    expected = {layer for layer, rate in rates.items() if rate < threshold}
+    assert {entry.layer for entry in Trace.open(out).manifest.layers} == expected
+    with pytest.raises(UserError, match="no layer's training-free hit rate is below"):
+        collect(CollectConfig(**common, out=tmp_path / "none", threshold=0.01), quiet())
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_list_of_layers_records_them_and_their_sources(tiny_moe_folder, text_corpus, tmp_path):
+    config = CollectConfig(
+        model=str(tiny_moe_folder), out=tmp_path / "t", corpus=str(text_corpus), tokens=300, layers=[2], device="cpu"
+    )
+    trace = Trace.open(collect(config, quiet()))
+    assert trace.sources == {2: 1}
+    assert set(trace.read(0, torch.tensor([0]))) == {
+        "layers.1.residual",
+        "layers.1.expert_ids",
+        "layers.1.expert_weights",
+        "layers.2.expert_ids",
+        "layers.2.expert_weights",
+        "layers.2.router_logits",
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "/no/such/model"}, "there is no model at /no/such/model"),
+        ({"model": "DENSE"}, "qwen3 is not a mixture-of-experts model"),
+        ({"corpus": "/no/such/corpus"}, "there is no corpus at /no/such/corpus"),
+        ({"corpus": "EMPTY"}, "holds no text"),
+        ({"layers": [99]}, r"layer 99 is not an MoE layer; the MoE layers of .* are 0 to 3"),
+        ({"layers": []}, "no layer is named"),
+        ({"device": "cuda:7"}, "cuda:7 was asked for, but"),
+        ({"device": "toaster"}, "no kind of device called toaster"),
+        ({"dtype": "float7"}, "dtype can't be float7"),
+        ({"sequence_length": 1 << 24}, "sequence_length 16777216 is beyond"),
+        ({"tokens": 1 << 50}, "GB left"),
+    ],
+)
+def test_wrong_input_is_refused_with_nothing_written(
+    tiny_moe_folder, dense_folder, text_corpus, tmp_path, changes, message
+):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    replaced = {"DENSE": str(dense_folder), "EMPTY": str(empty)}
+    changes = {key: replaced.get(value, value) if isinstance(value, str) else value for key, value in changes.items()}
+    settings = {"model": str(tiny_moe_folder), "corpus": str(text_corpus), "tokens": 200, "device": "cpu"} | changes
+    with pytest.raises(UserError, match=message) as raised:
+        collect(CollectConfig(out=tmp_path / "trace", **settings), quiet())
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_an_existing_trace_is_not_touched(collected, tiny_moe_folder):
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in collected.iterdir())
+    with pytest.raises(UserError, match="exists already"):
+        collect(CollectConfig(model=str(tiny_moe_folder), out=collected), quiet())
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in collected.iterdir()) == before
+
+
+def test_flags_beat_the_file_and_the_file_beats_defaults(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: m\nout: o\ntokens: 7\nthreshold: 0.5\n")
+    config = load_config(CollectConfig, file, {"tokens": 9, "threshold": None})
+    assert (config.tokens, config.threshold, config.sequence_length) == (9, 0.5, 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sequence_lenght: 3", "there is no setting sequence_lenght .*did you mean sequence_length"),
+        ("out: o\ntokens: lots", "tokens: .* it is 'lots'"),
+        ("out: o\ntokens: 0", "tokens: .*greater than 0"),
+        ("out: o\nlayers: some", "layers: "),
+        ("- a\n- b", "holds no settings"),
+        ("a: [", "is not YAML"),
+        ("tokens: 3", "out is missing"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, text, message):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=message) as raised:
+        load_config(CollectConfig, file, {"model": "m"})
+    assert "\n" not in str(raised.value)
+
+
+def test_the_manifest_is_plain_json(collected):
+    manifest = json.loads(Path(collected, "manifest.json").read_text())
+    assert manifest["format_version"] == 1
+    assert manifest["layers"][0] == manifest["layers"][0] | {"layer": 0, "source": None, "control": 1.0}

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_collection.collect import CollectConfig, collect
+from data_collection.trace import Trace, TraceError, make_batch
+from predictors.errors import UserError
+from train import fit as job
+from train.data import FitError, TraceBatches, TraceData, held_out_sequences, plan_batches
+from train.fit import FitConfig, fit
+from train.module import PredictorTraining
+
+
+@pytest.fixture
+def config(collected: Path, tmp_path: Path) -> Callable[..., FitConfig]:
+    """`config(**changes)`: settings that train the tiny model's predictors in a second or two."""
+
+    def make(**changes: object) -> FitConfig:
+        small = {
+            "trace": collected,
+            "out": tmp_path / "run",
+            "width": 32,
+            "epochs": 2,
+            "batch_size": 256,
+            "device": "cpu",
+        }
+        return FitConfig(**(small | changes))  # type: ignore[arg-type]
+
+    return make
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def curves(run: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_fit_improves_every_layer_and_logs_each_curve(fitted):
+    result = json.loads((fitted / "result.json").read_text())
+    logged = curves(fitted)
+    assert [entry["layer"] for entry in result["layers"]] == [0, 1, 2, 3]
+    for entry in result["layers"]:
+        before, after = entry["training_free"]["recall@k"], entry["predictor"]["recall@k"]
+        if before < 0.95:
+            assert after > before + 0.02
+        for measure in ("recall@2k", "exact"):
+            assert 0 <= entry["predictor"][measure] <= 1
+        assert entry["predictor"]["recall@2k"] >= after >= entry["predictor"]["exact"]
+        layer = f"layer_{entry['layer']:02d}"
+        assert max(logged[f"hit_rate/{layer}"]) == pytest.approx(after, abs=0.05)
+        assert len(set(logged[f"training_free/{layer}"])) == 1  # a line to compare with
+        assert logged[f"training_free/{layer}"][0] == pytest.approx(before, abs=1e-6)
+        assert len(logged[f"hit_rate/{layer}"]) == 3
+    assert logged["loss/validation"][-1] < logged["loss/validation"][0]
+    assert logged["loss/train"]
+    # The figures are those of the epoch that is kept, and that is the best one.
+    assert result["mean"]["predictor"] == pytest.approx(max(logged["hit_rate/mean"]), abs=1e-6)
+    assert (fitted / result["checkpoint"]).exists()
+
+
+def test_an_interrupted_run_is_resumed_to_its_end(config, monkeypatch):
+    class PowerCutError(Exception):
+        pass
+
+    def cut(module: PredictorTraining) -> None:
+        if module.current_epoch == 1:
+            raise PowerCutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PredictorTraining, "on_train_epoch_start", cut)
+        with pytest.raises(PowerCutError):
+            fit(config(epochs=3), quiet())
+    run = config().out
+    assert not (run / "result.json").exists()
+    with pytest.raises(UserError, match="give --resume"):
+        fit(config(epochs=3), quiet())
+    with pytest.raises(FitError, match="was started with epochs 3, not 4"):
+        fit(config(epochs=4, resume=True), quiet())
+    epochs: list[int] = []
+    monkeypatch.setattr(PredictorTraining, "on_train_epoch_start", lambda module: epochs.append(module.current_epoch))
+    fit(config(epochs=3, resume=True), quiet())
+    assert epochs == [1, 2]
+    resumed = json.loads((run / "result.json").read_text())
+    whole = json.loads((fit(config(epochs=3, out=run.with_name("whole")), quiet()) / "result.json").read_text())
+    assert resumed["mean"] == pytest.approx(whole["mean"], abs=1e-6)
+    assert len(curves(run)["hit_rate/mean"]) == 3
+
+
+def test_resuming_a_run_cut_before_its_first_epoch_or_after_its_last(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "TensorBoardLogger", lambda *_, **__: (_ for _ in ()).throw(KeyError))
+        with pytest.raises(KeyError):
+            fit(config(), quiet())
+    first = json.loads((fit(config(resume=True), quiet()) / "result.json").read_text())
+    again = json.loads((fit(config(resume=True), quiet()) / "result.json").read_text())
+    assert first == again
+
+
+def test_a_broken_trace_is_refused_before_anything_is_written(collected, config, tmp_path):
+    trace = shutil.copytree(collected, tmp_path / "trace")
+    content = bytearray((trace / "shard-00002.safetensors").read_bytes())
+    content[-5] ^= 1
+    (trace / "shard-00002.safetensors").write_bytes(content)
+    with pytest.raises(TraceError, match=r"shard-00002\.safetensors is broken"):
+        fit(config(trace=trace), quiet())
+    (trace / "shard-00002.safetensors").write_bytes(content[:-5])
+    with pytest.raises(TraceError, match=r"shard-00002\.safetensors is broken"):
+        fit(config(trace=trace), quiet())
+    with pytest.raises(TraceError, match="there is no trace"):
+        fit(config(trace=tmp_path / "nowhere"), quiet())
+    with pytest.raises(FitError, match="holds no run"):
+        fit(config(resume=True), quiet())
+    assert not config().out.exists()
+
+
+def test_a_fixed_seed_gives_the_same_predictors(config):
+    results = [
+        json.loads((fit(config(out=config().out.with_name(name), epochs=1), quiet()) / "result.json").read_text())
+        for name in ("a", "b")
+    ]
+    assert results[0]["layers"] == results[1]["layers"]
+
+
+@given(st.integers(2, 200), st.floats(0.01, 0.99), st.integers(0, 5))
+def test_validation_sequences_are_some_and_never_all(count, share, seed):
+    mask = held_out_sequences(count, share, seed)
+    assert 1 <= mask.sum() <= count - 1
+    assert torch.equal(mask, held_out_sequences(count, share, seed))
+
+
+def test_a_single_sequence_can_not_be_split():
+    with pytest.raises(FitError, match="single sequence"):
+        held_out_sequences(1, 0.1, 0)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(1, 60), st.booleans())
+def test_a_plan_holds_each_row_once(sizes, batch_size, shuffled):
+    rows = [torch.arange(0, 2 * size, 2) for size in sizes]
+    plan = plan_batches(rows, batch_size, torch.Generator().manual_seed(0) if shuffled else None)
+    planned = sorted((shard, row) for batch in plan for shard, piece in batch for row in piece.tolist())
+    assert planned == sorted((shard, row) for shard, given in enumerate(rows) for row in given.tolist())
+    assert all(sum(len(piece) for _, piece in batch) <= 2 * batch_size + len(sizes) for batch in plan)
+
+
+def test_validation_is_by_whole_sequences_and_training_is_mixed(collected):
+    trace = Trace.open(collected)
+    data = TraceData(trace, batch_size=500, validation=0.1, seed=0, workers=0)
+
+    def sequences(rows: list[torch.Tensor]) -> set[int]:
+        return {i for shard, r in enumerate(rows) for i in trace.column(shard, "sequence")[r].tolist()}
+
+    train, validation = sequences(data.train_rows), sequences(data.validation_rows)
+    assert not train & validation
+    assert (len(train), len(validation)) == (72, 8)
+    plan = data.train_dataloader().dataset.plan
+    first = {i for shard, rows in plan[0] for i in trace.column(shard, "sequence")[rows].tolist()}
+    assert len(first) > 30
+    batches = TraceBatches(trace, plan)
+    assert sum(len(batches[i]["layers.0.expert_ids"]) for i in range(len(batches))) == 7200
+
+
+def test_reading_in_processes_gives_the_same_batches(collected):
+    alone, shared = (
+        TraceData(Trace.open(collected), batch_size=2000, validation=0.1, seed=0, workers=workers) for workers in (0, 2)
+    )
+    pairs = list(zip(alone.train_dataloader(), shared.train_dataloader(), strict=True))
+    assert len(pairs) > 2
+    for a, b in pairs:
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_loss_is_the_divergence_from_the_true_routing(collected):
+    trace = Trace.open(collected)
+    module = PredictorTraining(trace, width=8, learning_rate=1e-3, weight_decay=0.0)
+    batch = make_batch(trace.read(0, torch.arange(50)), trace.sources, module.speculators)
+    routings = module.route(batch.quasi)
+    expected = sum(
+        (logits.softmax(-1) * (logits.log_softmax(-1) - routing.logits.log_softmax(-1))).sum(-1).mean()
+        for logits, routing in zip(batch.logits, routings, strict=True)
+    )
+    torch.testing.assert_close(module.loss(batch, routings), expected, rtol=1e-4, atol=1e-5)
+    module.loss(batch, module.route(module.mlps(batch.quasi, batch.normed))).backward()
+    for layer in range(4):
+        assert module.mlps.w2.grad is not None
+        assert module.mlps.w2.grad[layer].abs().sum() > 0
+    assert {name for name, _ in module.named_parameters()} == {"mlps.w1", "mlps.b1", "mlps.w2", "mlps.b2"}
+    assert set(module.state_dict()) == {"mlps.w1", "mlps.b1", "mlps.w2", "mlps.b2"}
+
+
+def test_a_single_layer_is_fitted_too(tiny_moe_folder, text_corpus, config, tmp_path):
+    collected = CollectConfig(
+        model=str(tiny_moe_folder), out=tmp_path / "t", corpus=str(text_corpus), tokens=600, layers=[2], device="cpu"
+    )
+    run = fit(config(trace=collect(collected, quiet()), epochs=1), quiet())
+    assert [entry["layer"] for entry in json.loads((run / "result.json").read_text())["layers"]] == [2]
+
+
+def test_nothing_of_lightning_is_printed(config, capfd):
+    fit(config(epochs=1))
+    captured = capfd.readouterr()
+    assert "gap closed" in captured.out
+    for noise in ("GPU available", "TPU", "does not have many workers", "Tip", "litlogger", "sanity"):
+        assert noise not in captured.out + captured.err
+
+
+def test_the_run_says_what_it_was_made_from(fitted, collected):
+    written = json.loads((fitted / "config.json").read_text())
+    assert written["settings"]["trace"] == os.fspath(collected)
+    assert written["trace"]["model"]["fingerprint"] == Trace.open(collected).manifest.model.fingerprint
+    assert written["versions"]["torch"]

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_collection import writer as writer_module
+from data_collection.trace import MANIFEST, Trace, TraceError, make_batch
+from data_collection.writer import TraceWriter
+from predictors.architecture import find_moe_layers
+from predictors.speculation import Routing, Speculator
+
+
+@pytest.fixture
+def copy(collected: Path, tmp_path: Path) -> Path:
+    """A copy of the collected trace that a test may break."""
+    return shutil.copytree(collected, tmp_path / "copy")
+
+
+def edit_manifest(trace: Path, **changes: object) -> None:
+    file = trace / MANIFEST
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_what_is_written_is_what_the_manifest_says(collected):
+    trace = Trace.open(collected)
+    trace.verify()
+    assert len(trace.manifest.shards) > 2
+    assert trace.rows == trace.manifest.tokens == 8000
+    assert trace.sources == {0: None, 1: 0, 2: 1, 3: 2}
+    files = {"manifest.json", "config.json", "speculation.safetensors", *(s.file for s in trace.manifest.shards)}
+    assert {file.name for file in collected.iterdir()} == files
+    sequence = torch.cat([trace.column(i, "sequence") for i in range(len(trace.manifest.shards))])
+    position = torch.cat([trace.column(i, "position") for i in range(len(trace.manifest.shards))])
+    assert torch.equal(sequence, torch.arange(80).repeat_interleave(100).int())
+    assert torch.equal(position, torch.arange(100).repeat(80).int())
+
+
+def test_a_shard_costs_its_payload(collected):
+    # The first layer's input, three sources' residuals, four layers' logits, ids and weights, three numbers a row.
+    payload = 4 * 32 * 2 + 4 * (8 * 2 + 2 * 2 + 2 * 2) + 3 * 4
+    for shard in Trace.open(collected).manifest.shards:
+        assert shard.rows * payload < shard.bytes < 1.05 * shard.rows * payload
+
+
+def test_speculators_need_no_model_and_are_the_models_own(collected, tiny_moe):
+    trace = Trace.open(collected)
+    rebuilt, vectors = trace.speculators(), trace.default_vectors()
+    x = torch.randn(50, 32)
+    with torch.no_grad():
+        for layer in find_moe_layers(tiny_moe):
+            source = trace.sources[layer.index]
+            own = Speculator(layer.norm, layer.router, None if source is None else vectors[source])
+            routing = None if source is None else Routing(*layer.router(x))
+            expected, actual = own(x, routing), rebuilt[layer.index](x, routing)
+            assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
+
+
+def test_batches_are_what_the_runtime_would_compute(collected, tiny_moe):
+    trace = Trace.open(collected)
+    rows = torch.tensor([0, 3, 150])
+    batch = make_batch(trace.read(0, rows), trace.sources, trace.speculators())
+    shard = load_file(collected / trace.manifest.shards[0].file)
+    vectors = trace.default_vectors()
+    layers = {layer.index: layer for layer in find_moe_layers(tiny_moe)}
+    with torch.no_grad():
+        for number, (target, source) in enumerate(trace.sources.items()):
+            if source is None:
+                quasi = normed = shard[f"layers.{target}.input"][rows].float()
+            else:
+                normed = shard[f"layers.{source}.residual"][rows].float()
+                weights = shard[f"layers.{source}.expert_weights"][rows].float()
+                ids = shard[f"layers.{source}.expert_ids"][rows].long()
+                quasi = normed + (weights.unsqueeze(-1) * vectors[source][ids]).sum(1)
+            torch.testing.assert_close(batch.quasi[number], layers[target].norm(quasi))
+            torch.testing.assert_close(batch.normed[number], layers[target].norm(normed))
+            assert torch.equal(batch.ids[number], shard[f"layers.{target}.expert_ids"][rows].long())
+            assert torch.equal(batch.logits[number], shard[f"layers.{target}.router_logits"][rows].float())
+
+
+def test_the_sample_is_spread_over_all_shards(collected):
+    trace = Trace.open(collected)
+    parts = list(trace.sample(400))
+    assert len(parts) == len(trace.manifest.shards)
+    assert 350 < sum(len(part["layers.0.expert_ids"]) for part in parts) < 450
+
+
+def test_a_truncated_shard_is_refused_by_name(copy):
+    shard = copy / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(TraceError, match=r"shard-00001\.safetensors is broken"):
+        Trace.open(copy)
+
+
+def test_a_missing_shard_is_refused_by_name(copy):
+    (copy / "shard-00001.safetensors").unlink()
+    with pytest.raises(TraceError, match=r"shard-00001\.safetensors is missing"):
+        Trace.open(copy)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", "speculation.safetensors"])
+@pytest.mark.parametrize("position", [10, -10])
+def test_a_flipped_byte_is_refused_by_name(copy, name, position):
+    content = bytearray((copy / name).read_bytes())
+    content[position] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(TraceError, match=name):
+        Trace.open(copy).verify()
+
+
+def test_a_trace_without_a_manifest_is_unfinished(copy):
+    (copy / MANIFEST).unlink()
+    with pytest.raises(TraceError, match="unfinished trace"):
+        Trace.open(copy)
+
+
+def test_folders_that_are_no_traces_are_refused(tmp_path):
+    with pytest.raises(TraceError, match="there is no trace at"):
+        Trace.open(tmp_path / "nowhere")
+    with pytest.raises(TraceError, match="holds no trace"):
+        Trace.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format version 2, and this release reads 1"),
+        ({"tokens": "many"}, "tokens: input should be a valid integer"),
+        ({"shards": []}, "shards: list should have at least 1 item"),
+        ({"extra": 1}, "extra: extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_by_field(copy, changes, message):
+    edit_manifest(copy, **changes)
+    with pytest.raises(TraceError, match=message):
+        Trace.open(copy)
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(copy):
+    shards = json.loads((copy / MANIFEST).read_text())["shards"]
+    shards[0]["file"] = "../shard-00000.safetensors"
+    edit_manifest(copy, shards=shards)
+    with pytest.raises(TraceError, match=r"shards\.0\.file"):
+        Trace.open(copy)
+
+
+def test_a_manifest_that_promises_another_shape_is_refused(copy):
+    model = json.loads((copy / MANIFEST).read_text())["model"]
+    edit_manifest(copy, model=model | {"hidden_size": 64})
+    with pytest.raises(TraceError, match=r"shard-00000\.safetensors lacks layers\.0\.input"):
+        Trace.open(copy).verify()
+
+
+def write(path: Path, batches: int) -> None:
+    with TraceWriter(path, shard_bytes=400) as out:
+        for _ in range(batches):
+            out.append({"token_ids": torch.zeros(100, dtype=torch.int32)})
+        out.flush()
+
+
+@pytest.mark.parametrize("batches", [1, 10])
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, batches):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer_module, "save_file", full)
+    with pytest.raises(TraceError, match=r"can't be written .*No space left"):
+        write(tmp_path / "trace", batches)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("name", ["new", "empty"])
+def test_a_trace_that_is_not_finished_leaves_nothing(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / name, batches=3)
+    assert [file.name for file in tmp_path.iterdir()] == ["empty"]
+    assert not list((tmp_path / "empty").iterdir())
