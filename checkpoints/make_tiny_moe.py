@@ -42,6 +42,7 @@ WARMUP = 100  # steps
 WEIGHT_DECAY = 0.1
 BALANCE = 0.01  # weight of the load-balancing loss, which is taken layer by layer
 SEED = 0
+HELD_OUT_SEQUENCES = 1000  # of the final loss
 
 
 def model_config() -> Qwen3MoeConfig:
@@ -185,7 +186,7 @@ def main() -> None:
             fabric.barrier()
     if fabric.is_global_zero:
         save(model, tokenizer, held_out, {"tokens": steps * BATCH * SEQUENCE_LENGTH, "seconds": state["seconds"],
-                                          "processes": args.processes, "training_tokens": train.numel()})  # fmt: skip
+                                          "corpus_tokens": train.numel()})  # fmt: skip
 
 
 _orders: dict[tuple[int, int], torch.Tensor] = {}
@@ -202,16 +203,18 @@ def save(
 ) -> None:
     """Writes the model in bf16 and the README's figures."""
     model = model.to(torch.bfloat16)
-    loss = held_out_loss(model.float(), held_out)  # fp32 arithmetic on the bf16 weights that are shipped
+    loss = held_out_loss(
+        model.float(), held_out[:HELD_OUT_SEQUENCES]
+    )  # fp32 arithmetic on the bf16 weights that are shipped
     model = model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(OUT)
     tokenizer.save_pretrained(OUT)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "transformers": transformers.__version__, "lightning": lightning.__version__}  # fmt: skip
-    facts |= {"held_out_loss": loss, "held_out_tokens": held_out.numel()}
+    facts |= {"held_out_loss": loss, "held_out_tokens": HELD_OUT_SEQUENCES * SEQUENCE_LENGTH}
     (OUT / "training.json").write_text(json.dumps(facts | {"versions": versions, "seed": SEED}, indent=2) + "\n")
-    print(f"held-out loss {loss:.4f} nats per token over {held_out.numel():,} tokens; written to {OUT}")
+    print(f"held-out loss {loss:.4f} nats per token over {facts['held_out_tokens']:,} tokens; written to {OUT}")
 
 
 if __name__ == "__main__":

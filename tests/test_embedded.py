@@ -1,0 +1,107 @@
+"""The embedded model: trained, balanced, split by file, and run exactly by the runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from data_collection.corpus import read_documents, sequences
+from data_collection.hooks import Recorder
+from predictors.architecture import find_moe_layers
+from predictors.experts import run_experts
+from runtime import offloaded
+
+FOLDER = Path(__file__).parent.parent / "checkpoints" / "tiny-moe"
+PROMPTS = [
+    "import os\nimport sys\n\n\ndef main():\n    parser",
+    "class Reader:\n    def __init__(self, path):\n        self.path",
+    "    for name, value in self.items():\n        if value",
+    'def read(path, mode="r"):\n    """Opens the file',
+    "    try:\n        return self._cache[key]\n    except KeyError",
+    "from typing import Any\n\nimport torch\n\n\ndef forward(self, x",
+    "        self.assertEqual(len(result), 3)\n        self.assert",
+    "    if not isinstance(other, type(self)):\n        return",
+    "async def fetch(session, url):\n    async with session.get(url",
+]
+PROMPT_TOKENS, NEW_TOKENS = 8, 64
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[PreTrainedModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(FOLDER)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def held_out(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """`[16, 256]` token ids of held-out files."""
+    return torch.stack(list(sequences(read_documents(split="held_out"), tokenizer, 256, 4096)))
+
+
+def generated(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
+    )
+    return output
+
+
+@pytest.mark.timeout(900)
+def test_exact_policies_give_the_very_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = torch.tensor([tokenizer(prompt)["input_ids"][:PROMPT_TOKENS] for prompt in PROMPTS])
+    batches = [*rows[:8].split(1), *rows.split(3)]
+    ALL_EXPERTS_FUNCTIONS.register("one_by_one", run_experts)
+    with torch.no_grad():
+        theirs = [model(batch).logits for batch in batches]
+        model.set_experts_implementation("one_by_one")
+        expected = [generated(model, batch) for batch in batches]
+        for batch, logits in zip(batches, theirs, strict=True):
+            torch.testing.assert_close(model(batch).logits, logits, rtol=1e-4, atol=1e-4)
+        model.set_experts_implementation("eager")
+    top_k, experts = 4, 32
+    for policy in ("on_demand", "prefetch"):
+        for slots in (top_k, top_k + 1, experts // 2, experts):
+            with offloaded(model, policy=policy, slots=slots, device="cpu"), torch.no_grad():
+                for batch, tokens, logits in zip(batches, expected, theirs, strict=True):
+                    assert torch.equal(generated(model, batch), tokens), (policy, slots, len(batch))
+                    torch.testing.assert_close(model(batch).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_control_is_one_and_every_expert_is_used(model: PreTrainedModel, held_out: torch.Tensor) -> None:
+    layers = find_moe_layers(model)
+    assert len(layers) == 12
+    with torch.no_grad(), Recorder(layers, [layer.index for layer in layers]) as recorder:
+        model(held_out)
+        records = recorder.take()
+    assert set(recorder.control_hit_rates().values()) == {1.0}
+    for record in records.values():
+        share = torch.bincount(record.routing.ids.flatten(), minlength=32) / record.routing.ids.numel()
+        assert share.min() > 0.1 / 32, "no expert is dead"
+        assert share.max() < 5 / 32
+
+
+def test_it_has_learned_what_its_readme_says(model: PreTrainedModel, held_out: torch.Tensor) -> None:
+    facts = json.loads((FOLDER / "training.json").read_text())
+    assert facts["tokens"] >= 20_000_000
+    with torch.no_grad():
+        loss = model(held_out, labels=held_out).loss.item()
+    # The files differ a little between versions of Python and torch, and these are a small sample.
+    assert loss == pytest.approx(facts["held_out_loss"], abs=0.4)
+    assert f"{facts['held_out_loss']:.3f} nats" in (FOLDER / "README.md").read_text()
+
+
+def test_it_fits_the_repository() -> None:
+    assert sum(file.stat().st_size for file in FOLDER.iterdir()) <= 30_000_000
