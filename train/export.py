@@ -80,7 +80,8 @@ def model_card(predictors: Predictors, result: dict[str, Any]) -> str:
     lines = [
         "---",
         "library_name: predict-train",
-        f"base_model: {json.dumps(name)}",
+        # The Hub takes a repository's name here and refuses a path.
+        *([] if Path(name).exists() else [f"base_model: {json.dumps(name)}"]),
         "tags:",
         "- mixture-of-experts",
         "- expert-speculation",
