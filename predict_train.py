@@ -283,7 +283,7 @@ def _print_losses(console: Console, result: dict[str, Any], milliseconds: dict[s
     full = result["cross_entropy"]["full"]
     for name, value in result["cross_entropy"].items():
         free = result["training_free_cross_entropy"][name]
-        cells = [f"{full:.4f}"] * 2 if name == "full" else [f"{x - full:+.4f}" for x in (free, value)]
+        cells = [f"{full:.4f}"] * 2 if name == "full" else [f"{round(x - full, 4) + 0.0:+.4f}" for x in (free, value)]
         if milliseconds:
             cells.append(f"{milliseconds[name]:.1f}" if name in milliseconds else "")
         table.add_row(name, *cells)
@@ -348,7 +348,7 @@ def _time_policies(
     from runtime import Gating, Policy, offloaded
     from runtime.generate import generate as job
 
-    prompt = '"""Reads a table."""\n\nimport os\n\n\nclass Reader:\n    def __init__(self, path):\n'
+    prompt = 'import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path, mode="r"):'
     ways = [(p, Gating.TRUE) for p in (Policy.ON_DEMAND, Policy.PREFETCH)] + [(Policy.SPECULATIVE, g) for g in Gating]
     milliseconds, text = {}, ""
     for policy, gating in ways:
