@@ -92,7 +92,7 @@ def fit(
     ] = None,
     width: Annotated[int | None, typer.Option(help="Hidden width of each predictor [default: 256].")] = None,
     epochs: Annotated[int | None, typer.Option(help="How often each row is seen [default: 3].")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows of a step [default: 2048].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a step [default: 512].")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest of a one-cycle schedule.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
     validation: Annotated[

@@ -189,7 +189,9 @@ class ExpertOffload:
             self._attached.callback(self.store.restore)
             self._move_rest()
             self._cache = SlotCache(slots)
-            self._transfers = make_transfers(self._allocate(slots), readers)
+            memory = self._allocate(slots)
+            self._slot_tensors = [self.store.layout.views(slot) for slot in memory]
+            self._transfers = make_transfers(memory, readers)
             self._attached.callback(self._transfers.close)
             self._stalled_before = 0.0
             for number, layer in enumerate(layers):
@@ -350,7 +352,7 @@ class ExpertOffload:
                 self._cache.forget(key)
                 raise
             inputs, positions = jobs[expert]
-            outputs[positions] = expert_output(experts, self.store.layout.views(self._transfers.slots[slot]), inputs)
+            outputs[positions] = expert_output(experts, self._slot_tensors[slot], inputs)
             self._transfers.computed(slot)
             self._cache.unpin(key)
             self._begin_copies()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,11 +32,8 @@ PROMPT_TOKENS, NEW_TOKENS = 8, 64
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[PreTrainedModel]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    torch.set_num_threads(threads)
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

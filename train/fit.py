@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -52,9 +53,9 @@ class FitConfig(Settings):
     """Hidden width of each predictor."""
     epochs: Count = 3
     """How often each row is seen."""
-    batch_size: Count = 2048
+    batch_size: Count = 512
     """Rows of a step; every row trains all layers."""
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(5e-3, gt=0)
     """The highest of a one-cycle schedule."""
     weight_decay: float = Field(0.01, ge=0)
     """Of AdamW."""
@@ -83,10 +84,12 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
     logger = TensorBoardLogger(config.out, name="", version="", default_hp_metric=False)
     logger.log_hyperparams(config.model_dump(mode="json"))
+    watched = sys.stderr.isatty()  # in a log file a progress bar is thousands of lines
     with _quiet():
         trainer = lightning.Trainer(
             max_epochs=config.epochs,
-            callbacks=[best, TQDMProgressBar(leave=False)],
+            callbacks=[best, *([TQDMProgressBar(leave=False)] if watched else [])],
+            enable_progress_bar=watched,
             logger=logger,
             log_every_n_steps=10,
             num_sanity_val_steps=0,
