@@ -17,6 +17,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning
 import numpy as np
@@ -37,12 +38,30 @@ STATE = Path(__file__).parent / "tiny-moe.state"
 VOCABULARY = 2048
 SEQUENCE_LENGTH = 256
 BATCH = 32  # sequences a step, over all processes
-LEARNING_RATE = 3e-3
-WARMUP = 100  # steps
 WEIGHT_DECAY = 0.1
 BALANCE = 0.01  # weight of the load-balancing loss, which is taken layer by layer
 SEED = 0
 HELD_OUT_SEQUENCES = 1000  # of the final loss
+
+
+Rows = dict[str, torch.Tensor]
+"""By split: whole sequences of token ids, int16 `[sequences, SEQUENCE_LENGTH]`."""
+
+
+class Stage(NamedTuple):
+    """A part of the training with its own optimiser state, schedule and weights of the two late-shift losses."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    warmup: int
+    late_shift: float
+    """Weight of the late shift's size, mean over all layers but the first."""
+    first_late_shift: float
+    """Weight of the share of the first layer's shift that its token does not explain."""
+
+
+STAGES = (Stage("language", 2500, 3e-3, 100, 0.0, 0.0), Stage("routing", 480, 1e-3, 30, 6.0, 0.2))
 
 
 def model_config() -> Qwen3MoeConfig:
@@ -78,35 +97,72 @@ def token_rows(split: str, tokenizer: PreTrainedTokenizerFast, tokens: int | Non
     return torch.from_numpy(np.stack(whole))
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(stage: Stage, step: int) -> float:
     """Linear warm-up, then a cosine down to a fiftieth of the peak."""
-    if step < WARMUP:
-        return LEARNING_RATE * (step + 1) / WARMUP
-    done = (step - WARMUP) / max(1, steps - WARMUP)
-    return LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    if step < stage.warmup:
+        return stage.learning_rate * (step + 1) / stage.warmup
+    done = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    return stage.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Losses(NamedTuple):
+    entropy: torch.Tensor
+    """Next-token cross-entropy, nats."""
+    balance: torch.Tensor
+    """Imbalance of the routers, mean over the layers; its least value is the number of chosen experts, 4.
+
+    transformers' own balancing loss pools the layers, which lets one layer's idle expert hide behind another's busy
+    one; here it is taken layer by layer.
+    """
+    late_shift: torch.Tensor
+    """By layer: variance of the late shift over that of the router's logits."""
+    first_late_shift: torch.Tensor
+    """Of the first layer: variance of the late shift over that of the shift before its own state's part is taken off."""
 
 
 class Objective(torch.nn.Module):
-    """What is minimised: the next token's cross-entropy plus `BALANCE` times the routers' imbalance.
+    """What is minimised.
 
-    transformers' own balancing loss pools the layers, which lets one layer's idle expert hide behind another's busy
-    one; here it is taken layer by layer. Its least value is the number of chosen experts, 4.
+    The *late shift* of a layer is what its own attention does to its router's logits, less what a linear function of
+    the layer's input (trained along) and a constant explain. No guess that is made one layer early can know it. In large
+    models a layer's attention moves the residual stream little; in one this small it moves it by 14 to 36 %, unless
+    it is trained not to move the router.
     """
 
     def __init__(self, model: Qwen3MoeForCausalLM):
         super().__init__()
         self.model = model
+        config = model.config
+        self.own = torch.nn.Parameter(torch.zeros(config.num_hidden_layers, config.hidden_size, config.num_experts))
 
-    def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy in nats and mean imbalance, of `batch` `[sequences, length]`."""
+    def forward(self, batch: torch.Tensor) -> Losses:
+        """The losses of `batch` `[sequences, length]`."""
         config = self.model.config
-        output = self.model.model(input_ids=batch, output_router_logits=True, use_cache=False)
+        output = self.model.model(
+            input_ids=batch, output_router_logits=True, output_hidden_states=True, use_cache=False
+        )
         logits = self.model.lm_head(output.last_hidden_state)
         entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
         balance = [
             load_balancing_loss_func((x,), config.num_experts, config.num_experts_per_tok) for x in output.router_logits
         ]
-        return entropy, torch.stack(balance).mean()
+        sizes, shares = [], []
+        for layer, x, true, own in zip(
+            self.model.model.layers, output.hidden_states, output.router_logits, self.own, strict=False
+        ):
+            early = layer.post_attention_layernorm(x.flatten(0, 1))
+            shift = _free(true.view(-1, config.num_experts) - F.linear(early, layer.mlp.gate.weight))
+            late = _free(shift - early.detach() @ own)
+            late = late - late.mean(0)
+            spread = _free(true.view(-1, config.num_experts))
+            sizes.append(late.square().sum() / (spread - spread.mean(0)).square().sum())
+            shares.append(late.square().sum() / shift.square().sum())
+        return Losses(entropy, torch.stack(balance).mean(), torch.stack(sizes), shares[0])
+
+
+def _free(logits: torch.Tensor) -> torch.Tensor:
+    """Logits less their mean over the experts, which no softmax sees."""
+    return logits - logits.mean(-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -120,7 +176,6 @@ def held_out_loss(model: torch.nn.Module, rows: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=20_480_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--accelerator", default="cpu")
     args = parser.parse_args()
@@ -136,57 +191,88 @@ def main() -> None:
             tokenizer = make_tokenizer()
             torch.save({s: token_rows(s, tokenizer) for s in ("train", "held_out")}, STATE / "rows.pt")
             tokenizer.save_pretrained(STATE)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(STATE)
     rows = torch.load(STATE / "rows.pt")
-    train, held_out = rows["train"], rows["held_out"]
+    fabric.print(f"{rows['train'].numel():,} training tokens, {rows['held_out'].numel():,} held out")
+    seconds, first_step, model = 0.0, 0, Qwen3MoeForCausalLM(model_config())
+    for stage in STAGES:
+        done = STATE / stage.name
+        if not done.exists():
+            seconds = train(fabric, stage, first_step, model, rows)
+            if fabric.is_global_zero:
+                # From here on the weights are the bf16 ones that are shipped.
+                model.to(torch.bfloat16).save_pretrained(done)
+            fabric.barrier()
+        model = Qwen3MoeForCausalLM.from_pretrained(done, dtype=torch.float32)
+        first_step += stage.steps
+    if fabric.is_global_zero:
+        facts = {"tokens": first_step * BATCH * SEQUENCE_LENGTH, "corpus_tokens": rows["train"].numel(),
+                 "seconds_of_last_stage": round(seconds)}  # fmt: skip
+        save(model, PreTrainedTokenizerFast.from_pretrained(STATE), rows["held_out"], facts)
 
-    model = Qwen3MoeForCausalLM(model_config())
+
+def train(fabric: Fabric, stage: Stage, first_step: int, model: Qwen3MoeForCausalLM, rows: Rows) -> float:
+    """Trains `model` for one stage, going on from its last checkpoint, and returns the seconds it took."""
     model.set_experts_implementation("grouped_mm")
+    objective = Objective(model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
+    groups = [(decayed, WEIGHT_DECAY, 1), (plain, 0.0, 1), ([objective.own], 0.0, 10)]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
-        lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True,
+        [{"params": params, "weight_decay": decay, "pace": pace} for params, decay, pace in groups],
+        lr=stage.learning_rate, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-    objective, optimizer = fabric.setup(torch.compile(Objective(model)), optimizer)
-    steps = args.tokens // (BATCH * SEQUENCE_LENGTH)
-    state = {"model": objective, "optimizer": optimizer, "step": 0, "seconds": 0.0}
-    if (STATE / "last.ckpt").exists():
-        fabric.load(STATE / "last.ckpt", state)
-    fabric.print(f"{train.numel():,} training tokens, {held_out.numel():,} held out, {steps} steps")
-
-    def batch_at(step: int) -> torch.Tensor:
-        """Rows `[share, length]` of one step for this process: each epoch is its own shuffle of all rows."""
-        positions = torch.arange(step * BATCH, (step + 1) * BATCH)[fabric.global_rank :: fabric.world_size]
-        epochs = positions // len(train)
-        picked = [_order(int(e), len(train))[int(p) % len(train)] for p, e in zip(positions, epochs, strict=True)]
-        return train[torch.stack(picked)].long()
-
-    objective.train()
-    bar = tqdm(total=steps, initial=state["step"], disable=not fabric.is_global_zero, mininterval=10)
-    for step in range(state["step"], steps):
+    compiled, optimizer = fabric.setup(torch.compile(objective), optimizer)
+    checkpoint = STATE / f"{stage.name}.ckpt"
+    state = {"model": compiled, "optimizer": optimizer, "step": 0, "seconds": 0.0}
+    if checkpoint.exists():
+        fabric.load(checkpoint, state)
+    compiled.train()
+    bar = tqdm(
+        total=stage.steps, initial=state["step"], desc=stage.name, disable=not fabric.is_global_zero, mininterval=10
+    )
+    for step in range(state["step"], stage.steps):
         start = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        batch = fabric.to_device(batch_at(step))
-        loss, balance = objective(batch)
-        fabric.backward(loss + BALANCE * balance)
-        fabric.clip_gradients(objective, optimizer, max_norm=1.0)
+            group["lr"] = learning_rate(stage, step) * group["pace"]
+        losses = Losses(*compiled(fabric.to_device(batch_at(fabric, first_step + step, rows["train"]))))
+        late_shift = losses.late_shift[1:].mean()
+        fabric.backward(
+            losses.entropy
+            + BALANCE * losses.balance
+            + stage.late_shift * late_shift
+            + stage.first_late_shift * losses.first_late_shift
+        )
+        fabric.clip_gradients(compiled, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
         state["seconds"] += time.perf_counter() - start
         state["step"] = step + 1
         bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}", balance=f"{balance.item():.3f}", refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            fabric.save(STATE / "last.ckpt.new", state)
+        bar.set_postfix(
+            loss=f"{losses.entropy.item():.3f}",
+            balance=f"{losses.balance.item():.3f}",
+            late_shift=f"{late_shift.item():.4f}",
+            refresh=False,
+        )
+        if (step + 1) % 100 == 0 or step + 1 == stage.steps:
+            fabric.save(checkpoint.with_suffix(".new"), state)
             if fabric.is_global_zero:
-                os.replace(STATE / "last.ckpt.new", STATE / "last.ckpt")
-                print(f"\nstep {step + 1}: held-out loss {held_out_loss(model, held_out[:128]):.4f} nats", flush=True)
+                os.replace(checkpoint.with_suffix(".new"), checkpoint)
+                loss = held_out_loss(model, rows["held_out"][:128])
+                print(
+                    f"\n{stage.name} {step + 1}: held-out loss {loss:.4f} nats; "
+                    f"late shift by layer {[round(x, 4) for x in losses.late_shift.tolist()]}",
+                    flush=True,
+                )
             fabric.barrier()
-    if fabric.is_global_zero:
-        save(model, tokenizer, held_out, {"tokens": steps * BATCH * SEQUENCE_LENGTH, "seconds": state["seconds"],
-                                          "corpus_tokens": train.numel()})  # fmt: skip
+    return state["seconds"]
+
+
+def batch_at(fabric: Fabric, step: int, train: torch.Tensor) -> torch.Tensor:
+    """Rows `[share, length]` of one step for this process: each epoch is its own shuffle of all rows."""
+    positions = torch.arange(step * BATCH, (step + 1) * BATCH)[fabric.global_rank :: fabric.world_size]
+    picked = [_order(int(p) // len(train), len(train))[int(p) % len(train)] for p in positions]
+    return train[torch.stack(picked)].long()
 
 
 _orders: dict[tuple[int, int], torch.Tensor] = {}

@@ -64,6 +64,11 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def keep(self, mask: torch.Tensor | None) -> None:
+        """Of the passes to come, records only the tokens where `mask` (bool `[tokens]`) is set; None records all."""
+        for tap in self._taps.values():
+            tap.keep = mask
+
     def take(self) -> dict[int, LayerRecord]:
         """The records of the last forward pass, by layer index; they are handed over, not kept."""
         recomputed, used = [], []
@@ -92,6 +97,7 @@ class _Tap:
         self.routing: Routing
         self.sums = torch.zeros(layer.num_experts, layer.hidden_size)
         self.counts = [0] * layer.num_experts
+        self.keep: torch.Tensor | None = None
 
     def attach(self, stack: ExitStack) -> None:
         layer = self.layer
@@ -109,7 +115,7 @@ class _Tap:
             stack.callback(module.register_forward_hook(hook).remove)
 
         def keep_routing(_: nn.Module, __: Any, output: tuple[torch.Tensor, ...]) -> None:
-            self.routing = Routing(*(part.flatten(0, -2) for part in output))
+            self.routing = Routing(*(self._kept(part) for part in output))
 
         keep_input("norm_input", layer.norm)
         stack.callback(layer.router.register_forward_hook(keep_routing).remove)
@@ -128,7 +134,9 @@ class _Tap:
         x, ids, weights = (*args, *kwargs.values())
         self.sums = self.sums.to(x.device)
 
-        def add(expert: int, output: torch.Tensor) -> None:
+        def add(expert: int, tokens: torch.Tensor, output: torch.Tensor) -> None:
+            if self.keep is not None:
+                output = output[self.keep[tokens]]
             self.sums[expert] += output.sum(0, dtype=torch.float32)
             self.counts[expert] += output.shape[0]
 
@@ -137,19 +145,24 @@ class _Tap:
     def recompute(self) -> Routing:
         # Through `forward`, past the hooks: a recomputation is not to be recorded.
         normed = self.layer.norm.forward(self.seen["norm_input"])
-        return Routing(*(part.flatten(0, -2) for part in self.layer.router.forward(normed.flatten(0, -2))))
+        return Routing(*(self._kept(part) for part in self.layer.router.forward(normed.flatten(0, -2))))
 
     def take(self) -> LayerRecord:
-        residual = self.seen.pop("norm_input").flatten(0, -2)
+        residual = self._kept(self.seen.pop("norm_input"))
         if "shared" in self.seen:
-            shared = self.seen.pop("shared").flatten(0, -2)
+            shared = self._kept(self.seen.pop("shared"))
             if "shared_gate" in self.seen:
-                shared = torch.sigmoid(self.seen.pop("shared_gate").flatten(0, -2)) * shared
+                shared = torch.sigmoid(self._kept(self.seen.pop("shared_gate"))) * shared
             residual = residual + shared
         decoder_input = self.seen.pop("decoder_input", None)
         routing = self.routing
         del self.routing
-        return LayerRecord(residual, routing, None if decoder_input is None else decoder_input.flatten(0, -2))
+        return LayerRecord(residual, routing, None if decoder_input is None else self._kept(decoder_input))
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows `[tokens, ...]` to record of `x` `[..., n]`."""
+        rows = x.flatten(0, -2)
+        return rows if self.keep is None else rows[self.keep]
 
     def mean_outputs(self) -> torch.Tensor:
         counts = torch.tensor(self.counts, dtype=torch.float32).clamp(min=1)

@@ -89,12 +89,12 @@ def run_experts(
     x: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
-    on_output: Callable[[int, torch.Tensor], None] | None = None,
+    on_output: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """What `experts(x, ids, weights)` gives, `[tokens, hidden]`, computed expert by expert on resident weights.
 
-    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. `on_output(expert, output)` sees each
-    expert's unweighted output `[n, hidden]` for the tokens routed to it. Raises `UnsupportedModelError` as
+    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. `on_output(expert, tokens, output)`
+    sees each expert's unweighted output `[n, hidden]` for the tokens `[n]` (rows of `x`) routed to it. Raises `UnsupportedModelError` as
     `expert_parameters` does.
     """
     stacked = {name: getattr(experts, name) for name in expert_parameters(experts)}
@@ -106,6 +106,6 @@ def run_experts(
     ):
         output = expert_output(experts, {name: p[expert] for name, p in stacked.items()}, inputs)
         if on_output is not None:
-            on_output(expert, output)
+            on_output(expert, pairs // ids.shape[-1], output)
         outputs[pairs] = output
     return combine(outputs, weights)

@@ -82,7 +82,7 @@ def test_on_output_sees_each_experts_own_output(tiny_moe):
     x, ids, weights = routed_batch(layer)
     seen = {}
     with torch.no_grad():
-        run_experts(layer.experts, x, ids, weights, on_output=seen.__setitem__)
+        run_experts(layer.experts, x, ids, weights, on_output=lambda expert, _, output: seen.update({expert: output}))
         assert sorted(seen) == sorted(set(ids.flatten().tolist()))
         for expert, output in seen.items():
             routed = x[(ids == expert).any(-1)]
