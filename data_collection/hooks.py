@@ -81,7 +81,32 @@ class Recorder:
 
     def control_hit_rates(self) -> dict[int, float]:
         """By target: how often router and norm, given their recorded input again, find the experts used. Must be 1.0."""
-        return dict(zip(self.sources, self._control.rates(), strict=True))
+        # Not by the metric's `compute`, which would wait for the other processes of a distributed collection.
+        rates = (self._control.hits / self._control.total).tolist()
+        return dict(zip(self.sources, rates, strict=True))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copies, on the CPU, of all that the passes so far have added up: what default vectors and control are made of.
+
+        `sums.<layer>` `[experts, hidden]` fp32, `counts.<layer>` `[experts]` int64, `control.hits` `[targets]` and
+        `control.total` `[]` fp64.
+        """
+        state = {"control.hits": self._control.hits.clone(), "control.total": self._control.total.clone()}
+        for index, tap in self._taps.items():
+            if tap.is_source:
+                state[f"sums.{index}"] = tap.sums.to("cpu", copy=True)
+                state[f"counts.{index}"] = torch.tensor(tap.counts)
+        return state
+
+    def add_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Adds what another recorder of the same layers had added up; a new one then goes on as if it were that one."""
+        self._control.hits += state["control.hits"]
+        self._control.total += state["control.total"]
+        for index, tap in self._taps.items():
+            if tap.is_source:
+                tap.sums += state[f"sums.{index}"].to(tap.sums.device)
+                counts = state[f"counts.{index}"].tolist()
+                tap.counts = [mine + other for mine, other in zip(tap.counts, counts, strict=True)]
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32, on the CPU; the row of an expert that no token took is zero."""
