@@ -131,6 +131,38 @@ def export(
 
 
 @app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="The folder that collect, fit or export wrote.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read a trace whole and compare every checksum.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draws hit rate by layer, and of a trace the expert loads, to this .png.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Writes all figures to this file.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Of a trace, how many to measure hit rates on [default: 32768].")
+    ] = None,
+) -> None:
+    """Tells what a trace, a run or a predictors folder holds: where it is from, hit rates and expert loads by layer."""
+    from rich.console import Console
+
+    from train.inspection import inspect as job
+    from train.inspection import plot as draw
+    from train.inspection import report
+
+    for file in (plot, json_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UserError(f"there is no folder {file.parent} to write {file.name} to; make it first")
+    if plot is not None and plot.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--plot can't be {plot}; give a file that ends in .png, .pdf or .svg")
+    found = job(path, verify, rows)
+    report(found, Console())
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, indent=2) + "\n")
+    if plot is not None:
+        draw(found, plot)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],

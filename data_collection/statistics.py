@@ -1,0 +1,115 @@
+"""What a trace says about its model: how well each layer's experts can be guessed, and how evenly they are used.
+
+Memory stays that of some thousand rows, however large the trace is. Guesses cost arithmetic and are measured on a sample
+of rows; loads and previous tokens need the expert ids only, and are exact over all rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from data_collection.trace import Trace, make_batch
+from predictors.metrics import HitRate
+from predictors.speculation import Routing, candidates
+
+CHUNK_ROWS = 2048
+"""Rows in memory at a time: about 3 GB of fp32 states at 48 layers of hidden size 4096."""
+SAMPLE_ROWS = 32_768
+
+
+def trace_statistics(trace: Trace, sample_rows: int = SAMPLE_ROWS) -> dict[str, Any]:
+    """Hit rates and expert loads of every target layer, as plain JSON values.
+
+    `rows` says how many rows each figure rests on: `training_free` about `sample_rows` evenly spaced ones, `load` all,
+    `previous_token` all whose previous token stands in the same shard. Of a target, `hit_rate` holds the measures
+    `k`, `k+2`, `2k` (training-free, with so many candidates) and `previous_token` (None where no row has one), `load`
+    the tokens each expert took, and `balance` their summary (see `balance`).
+    Raises `TraceError` where the trace can't be read.
+    """
+    guessed, sampled = _training_free(trace, sample_rows)
+    repeated, pairs = _previous_token(trace)
+    loads = _loads(trace)
+    layers = []
+    for number, entry in enumerate(trace.manifest.layers):
+        rates: dict[str, float | None] = {name: values[number] for name, values in guessed.items()}
+        layers.append(
+            {
+                "layer": entry.layer,
+                "source": entry.source,
+                "hit_rate": rates | {"previous_token": repeated[number] if pairs else None},
+                "control": entry.control,
+                "balance": balance(loads[number]),
+                "load": loads[number].tolist(),
+            }
+        )
+    rows = {"training_free": sampled, "previous_token": pairs, "load": trace.rows}
+    return {"top_k": trace.manifest.model.top_k, "rows": rows, "layers": layers}
+
+
+def balance(load: torch.Tensor) -> dict[str, float]:
+    """How even the `load` `[experts]` (tokens of each expert) is.
+
+    `max_over_mean` is 1 where all experts take the same; `entropy` is that of the load over the logarithm of the number
+    of experts, 1 where it is uniform and 0 where one expert takes all; `idle` counts the experts that took nothing.
+    """
+    share = load.double() / load.sum()
+    entropy = -(share * share.clamp(min=1e-300).log()).sum().item()
+    return {
+        "max_over_mean": share.max().item() * len(load),
+        "entropy": entropy / math.log(len(load)) if len(load) > 1 else 1.0,
+        "idle": int((load == 0).sum()),
+    }
+
+
+def _training_free(trace: Trace, sample_rows: int) -> tuple[dict[str, list[float]], int]:
+    """By number of candidates: the hit rate of each target; and how many rows they are measured on."""
+    model, speculators = trace.manifest.model, trace.speculators()
+    sizes = {"k": model.top_k, "k+2": model.top_k + 2, "2k": 2 * model.top_k}
+    sizes = {name: min(size, model.num_experts) for name, size in sizes.items()}
+    metrics = {name: HitRate(len(trace.sources)) for name in sizes}
+    step, used = max(1, trace.rows // sample_rows), 0
+    for shard, entry in enumerate(trace.manifest.shards):
+        for rows in torch.arange(0, entry.rows, step).split(CHUNK_ROWS):
+            batch = make_batch(trace.read(shard, rows), trace.sources, speculators)
+            found = []
+            for target, state in zip(trace.sources, batch.quasi, strict=True):
+                router = speculators[target].router
+                routing = Routing(*router(state.to(next(router.parameters()).dtype)))
+                found.append(candidates(routing, max(sizes.values())))
+            stacked = torch.stack(found)
+            for name, size in sizes.items():
+                metrics[name].update(stacked[..., :size], batch.ids)
+            used += len(rows)
+    return {name: metric.rates() for name, metric in metrics.items()}, used
+
+
+def _previous_token(trace: Trace) -> tuple[list[float], int]:
+    """Of each target, the hit rate of the previous token's experts as the guess; and how many rows have such a token."""
+    metric, pairs = HitRate(len(trace.sources)), 0
+    for shard, entry in enumerate(trace.manifest.shards):
+        # By number and not by neighbourhood: a trace may be thinned out, and its sequences may be interleaved.
+        token = (trace.column(shard, "sequence").long() << 32) + trace.column(shard, "position").long()
+        ordered, order = token.sort()
+        place = torch.searchsorted(ordered, token - 1).clamp(max=entry.rows - 1)
+        present = (ordered[place] == token - 1).nonzero().flatten()
+        before = order[place[present]]
+        for now, then in zip(present.split(CHUNK_ROWS), before.split(CHUNK_ROWS), strict=True):
+            ids = [trace.column(shard, f"layers.{target}.expert_ids") for target in trace.sources]
+            guess = torch.stack([column[then] for column in ids])
+            metric.update(guess, torch.stack([column[now] for column in ids]))
+            pairs += len(now)
+    return metric.rates() if pairs else [], pairs
+
+
+def _loads(trace: Trace) -> torch.Tensor:
+    """How many tokens each expert of each target took, `[targets, experts]`, int64, over all rows."""
+    experts = trace.manifest.model.num_experts
+    loads = torch.zeros(len(trace.sources), experts, dtype=torch.int64)
+    for shard in range(len(trace.manifest.shards)):
+        for number, target in enumerate(trace.sources):
+            ids = trace.column(shard, f"layers.{target}.expert_ids")
+            loads[number] += torch.bincount(ids.flatten().long(), minlength=experts)
+    return loads

@@ -1,0 +1,256 @@
+"""`predict-train inspect`: its figures against what the tensors on disk say, and one sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import predict_train
+from data_collection import statistics
+from data_collection.statistics import balance, trace_statistics
+from data_collection.trace import Trace
+from predictors.errors import UserError
+from train.export import export
+from train.inspection import InspectError, inspect, plot, report
+
+
+@pytest.fixture(scope="module")
+def predictors(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(fitted, tmp_path_factory.mktemp("inspected") / "predictors")
+
+
+@pytest.fixture
+def copy(collected: Path, tmp_path: Path) -> Path:
+    """A copy of the collected trace that a test may break."""
+    return shutil.copytree(collected, tmp_path / "copy")
+
+
+def told(found: dict[str, Any]) -> str:
+    console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    report(found, console)
+    return console.export_text()
+
+
+def column(trace: Trace, name: str) -> torch.Tensor:
+    return torch.cat([trace.column(shard, name) for shard in range(len(trace.manifest.shards))])
+
+
+def test_loads_and_previous_tokens_are_those_of_the_rows(collected):
+    trace = Trace.open(collected)
+    found = trace_statistics(trace, sample_rows=500)
+    assert found["rows"]["load"] == 8000
+    assert 450 < found["rows"]["training_free"] < 550
+    # Every row has a previous token but the first of each of the 80 sequences, and the first of each shard.
+    assert 8000 - 80 - len(trace.manifest.shards) <= found["rows"]["previous_token"] <= 8000 - 80
+    position = column(trace, "position")
+    for entry in found["layers"]:
+        ids = column(trace, f"layers.{entry['layer']}.expert_ids")
+        assert entry["load"] == torch.bincount(ids.flatten().long(), minlength=8).tolist()
+        assert sum(entry["load"]) == 8000 * 2
+        later = (position > 0).nonzero().flatten()
+        same = (ids[later].unsqueeze(-1) == ids[later - 1].unsqueeze(-2)).any(-1).float().mean().item()
+        assert entry["hit_rate"]["previous_token"] == pytest.approx(same, abs=2e-3)
+
+
+def test_training_free_hit_rates_are_those_of_collect(collected):
+    trace = Trace.open(collected)
+    found = trace_statistics(trace)
+    assert found["rows"]["training_free"] == 8000
+    for entry, recorded in zip(found["layers"], trace.manifest.layers, strict=True):
+        rates = entry["hit_rate"]
+        assert rates["k"] == pytest.approx(recorded.training_free, abs=1e-9)
+        assert rates["k"] <= rates["k+2"] <= rates["2k"] <= 1
+        # Of 8 experts, 4 candidates, which is k + 2 as well as 2k.
+        assert rates["k+2"] == rates["2k"]
+        assert entry["control"] == 1.0
+
+
+def test_what_is_read_at_a_time_changes_no_figure(collected, monkeypatch):
+    trace = Trace.open(collected)
+    whole = trace_statistics(trace)
+    monkeypatch.setattr(statistics, "CHUNK_ROWS", 37)
+    most = 0
+    read = Trace.read
+
+    def watched(self: Trace, shard: int, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal most
+        most = max(most, len(rows))
+        return read(self, shard, rows)
+
+    monkeypatch.setattr(Trace, "read", watched)
+    in_pieces = trace_statistics(trace)
+    assert most == 37
+    for a, b in zip(whole["layers"], in_pieces["layers"], strict=True):
+        assert a["load"] == b["load"]
+        assert a["hit_rate"] == pytest.approx(b["hit_rate"], abs=1e-3)  # a matmul of other rows rounds otherwise
+
+
+def test_rows_in_any_order_and_thinned_out_have_the_right_previous_token(collected, monkeypatch):
+    trace = Trace.open(collected)
+    entry = trace.manifest.shards[0]
+    original = Trace.column
+    # Two sequences side by side, as a batch that is generated is recorded; one token of the first is missing.
+    rows = {"sequence": torch.tensor([7, 9, 7, 9, 9]), "position": torch.tensor([0, 0, 1, 1, 3])}
+    ids = torch.tensor([[1, 2], [3, 4], [2, 5], [3, 4], [3, 4]])
+
+    def column(self: Trace, shard: int, name: str) -> torch.Tensor:
+        if name in rows:
+            return rows[name].int()
+        return ids.short() if name.endswith("expert_ids") else original(self, shard, name)
+
+    monkeypatch.setattr(Trace, "column", column)
+    trace.manifest.shards = [entry.model_copy(update={"rows": 5})]
+    rates, pairs = statistics._previous_token(trace)
+    assert pairs == 2  # 7:1 after 7:0 shares one expert of two, 9:1 after 9:0 both; 9:3 has lost its previous token
+    assert rates == [0.75] * 4
+
+
+def test_balance_of_known_loads():
+    assert balance(torch.tensor([5, 5, 5, 5])) == pytest.approx({"max_over_mean": 1, "entropy": 1, "idle": 0})
+    assert balance(torch.tensor([20, 0, 0, 0])) == pytest.approx({"max_over_mean": 4, "entropy": 0, "idle": 3})
+    half = balance(torch.tensor([10, 10, 0, 0]))
+    assert half == pytest.approx({"max_over_mean": 2, "entropy": math.log(2) / math.log(4), "idle": 2})
+
+
+def test_a_trace_is_told(collected):
+    found = inspect(collected, verify=True)
+    text = told(found)
+    for part in ("prefill", "its input", "8,000", "right, all of them", "previous", "qwen3_moe with 4 layers", "idle"):
+        assert part in text
+    for entry in found["layers"]:
+        assert f"{entry['hit_rate']['k']:.3f}" in text
+        assert f"{entry['balance']['entropy']:.3f}" in text
+
+
+def test_a_run_is_told(fitted):
+    found = inspect(fitted)
+    result = json.loads((fitted / "result.json").read_text())
+    assert found["kind"] == "run"
+    assert found["finished"]
+    assert found["settings"]["width"] == 32
+    assert [epoch["epoch"] for epoch in found["epochs"]] == [0, 1, 2]
+    assert max(epoch["hit_rate"] for epoch in found["epochs"]) == pytest.approx(result["mean"]["predictor"], abs=1e-4)
+    text = told(found)
+    for entry in result["layers"]:
+        assert f"{entry['predictor']['recall@k']:.3f}" in text
+
+
+def test_a_run_that_was_stopped_is_told(fitted, tmp_path):
+    run = shutil.copytree(fitted, tmp_path / "run")
+    (run / "result.json").unlink()
+    found = inspect(run)
+    assert not found["finished"]
+    assert len(found["epochs"]) == 3
+    assert "not finished" in told(found)
+    with pytest.raises(InspectError, match="no hit rates to draw yet"):
+        plot(found, tmp_path / "figure.png")
+
+
+def test_predictors_are_told(predictors):
+    found = inspect(predictors)
+    assert found["kind"] == "predictors"
+    hidden, width = 32, 32
+    for entry in found["layers"]:
+        assert entry["width"] == width
+        assert entry["bytes"] == 4 * (2 * hidden * width + width + width * hidden + hidden)
+        assert entry["hit_rate"].keys() == {"training_free", "predictor"}
+    assert found["bytes"] == sum(file.stat().st_size for file in predictors.iterdir())
+    text = told(found)
+    assert "of layers 0, 1, 2" in text
+    assert f"{found['bytes']:,}" in text
+
+
+@pytest.mark.parametrize("kind", ["collected", "fitted", "predictors"])
+def test_the_command_writes_figures_and_json(kind, request, tmp_path, monkeypatch):
+    folder = request.getfixturevalue(kind)
+    picture, file = tmp_path / "figure.png", tmp_path / "found.json"
+    arguments = ["inspect", str(folder), "--plot", str(picture), "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["predict-train", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        predict_train.main()
+    assert not exit_info.value.code
+    assert json.loads(file.read_text())["layers"]
+    with Image.open(picture) as image:
+        assert image.width > 900
+        assert len(set(image.convert("RGB").resize((200, 150)).get_flattened_data())) > 20
+
+
+def test_expert_loads_are_drawn_in_the_order_of_layers_and_experts(collected, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn: list[Any] = []
+    show = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, x, **kwargs: drawn.append(x) or show(self, x, **kwargs))
+    found = inspect(collected)
+    plot(found, tmp_path / "figure.png")
+    shares = torch.tensor(drawn[0])
+    torch.testing.assert_close(shares, torch.tensor([e["load"] for e in found["layers"]]) / 2000.0)
+
+
+@pytest.mark.parametrize("break_it", ["truncate", "flip"])
+def test_a_broken_shard_is_named_with_exit_code_2(copy, break_it, monkeypatch, capsys):
+    shard = copy / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    if break_it == "truncate":
+        del content[-100:]
+    else:
+        content[-10] ^= 1
+    shard.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["predict-train", "inspect", str(copy), "--verify"])
+    with pytest.raises(SystemExit) as exit_info:
+        predict_train.main()
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert "shard-00001.safetensors is broken" in error
+    assert error.count("\n") == 1
+
+
+def test_what_is_none_of_the_three_is_refused(tmp_path, tiny_moe_folder, fitted):
+    (tmp_path / "file").write_text("text")
+    for path, message in [
+        (tmp_path / "nowhere", "nowhere does not exist"),
+        (tmp_path / "file", "file is a file"),
+        (tmp_path, "holds neither a trace, nor a run, nor predictors"),
+        (tiny_moe_folder, "holds neither a trace, nor a run, nor predictors"),
+    ]:
+        with pytest.raises(InspectError, match=message):
+            inspect(path)
+    with pytest.raises(InspectError, match="only a trace has checksums"):
+        inspect(fitted, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "{", r"manifest\.json"),
+        ("shard-00000.safetensors", "", "unfinished trace"),
+        ("predictors.safetensors", "", "holds no predictors"),
+        ("config.json", '{"settings": {}, "trace": {}}', "holds no run of fit"),
+        ("config.json", "[]", "holds neither"),
+    ],
+)
+def test_a_broken_folder_is_one_sentence(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        inspect(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", [["--plot", "nowhere/x.png"], ["--json", "nowhere/x.json"], ["--plot", "x.doc"]])
+def test_a_figure_that_can_not_be_written_is_refused_first(collected, option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["predict-train", "inspect", str(collected), *option])
+    with pytest.raises(SystemExit) as exit_info:
+        predict_train.main()
+    assert exit_info.value.code == 2
+    output = capsys.readouterr()
+    assert not output.out
+    assert option[1] in output.err or "no folder nowhere" in output.err

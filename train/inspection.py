@@ -1,0 +1,365 @@
+"""`predict-train inspect`: what a trace, a run of `fit` or a predictors folder holds, as tables, JSON and a figure.
+
+A trace is read with its own reader, predictors as the runtime loads them. Lightning and matplotlib are imported only for a
+run and for a figure.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from predictors.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIZES = ("k", "k+2", "2k")
+# Okabe and Ito's palette: told apart by people who see colours differently.
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00")
+MARKERS = ("o", "s", "^", "D")
+
+
+class InspectError(UserError):
+    """A folder that can't be looked into, or a figure of it that can't be written; the message says why."""
+
+
+def inspect(path: Path, verify: bool = False, sample_rows: int | None = None) -> dict[str, Any]:
+    """What the folder `path` holds, as plain JSON values; `kind` is `trace`, `run` or `predictors`.
+
+    `verify` reads a trace whole and compares its checksums first. `sample_rows` bounds the rows that a trace's
+    training-free hit rates are measured on. Raises a `UserError` where there is nothing of the three, where it is
+    broken, and where something other than a trace is to be verified.
+    """
+    kind = _kind(path)
+    if verify and kind != "trace":
+        raise InspectError(f"{path} is a {kind} folder, and only a trace has checksums; leave --verify out")
+    if kind == "trace":
+        return _trace(path, verify, sample_rows)
+    return _run(path) if kind == "run" else _predictors(path)
+
+
+def _kind(path: Path) -> str:
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise InspectError(f"{path} {what}; give the folder that collect, fit or export wrote")
+    if (path / "manifest.json").exists() or any(path.glob("shard-*")):
+        return "trace"
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    keys = set(config) if isinstance(config, dict) else set()
+    if (path / "predictors.safetensors").exists() or {"format_version", "default_vectors"} <= keys:
+        return "predictors"
+    if {"settings", "trace"} <= keys:
+        return "run"
+    raise InspectError(
+        f"{path} holds neither a trace, nor a run, nor predictors; give the folder that collect, fit or export wrote"
+    )
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _trace(path: Path, verify: bool, sample_rows: int | None) -> dict[str, Any]:
+    from data_collection.statistics import SAMPLE_ROWS, trace_statistics
+    from data_collection.trace import Trace
+
+    trace = Trace.open(path)
+    if verify:
+        trace.verify()
+    provenance = trace.manifest.model_dump(mode="json", exclude={"layers", "shards"})
+    found = trace_statistics(trace, sample_rows or SAMPLE_ROWS)
+    files = {"bytes": _size(path), "shards": len(trace.manifest.shards), "verified": verify}
+    return {"kind": "trace", "path": str(path), **files, "provenance": provenance, **found}
+
+
+def _run(path: Path) -> dict[str, Any]:
+    from train.fit import RESULT, read_run
+
+    settings = read_run(path)
+    found: dict[str, Any] = {"kind": "run", "path": str(path), "bytes": _size(path), **settings}
+    found["epochs"] = _epochs(path)
+    file = path / RESULT
+    if not file.exists():
+        return found | {"finished": False, "layers": []}
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        layers = [
+            {
+                "layer": entry["layer"],
+                "source": entry["source"],
+                **{kind: dict(entry[kind]) for kind in ("training_free", "predictor")},
+            }
+            for entry in result["layers"]
+        ]
+        for entry in layers:
+            float(entry["training_free"]["recall@k"]), float(entry["predictor"]["recall@k"])
+        return found | {"finished": True, "checkpoint": result["checkpoint"], "mean": result["mean"], "layers": layers}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InspectError(f"{file} is broken ({type(error).__name__}: {error}); run fit --resume again") from error
+
+
+def _epochs(path: Path) -> list[dict[str, float]]:
+    """Of each epoch that was logged: the mean validation hit rate and the validation loss."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(path)).Reload()
+    known = set(events.Tags()["scalars"])
+    curves = {
+        name: [event.value for event in events.Scalars(tag)] if tag in known else []
+        for name, tag in (("hit_rate", "hit_rate/mean"), ("loss", "loss/validation"))
+    }
+    return [
+        {"epoch": number, "hit_rate": rate, "loss": loss}
+        for number, (rate, loss) in enumerate(zip(curves["hit_rate"], curves["loss"], strict=False))
+    ]
+
+
+def _predictors(path: Path) -> dict[str, Any]:
+    from predictors.checkpoint import CONFIG, WEIGHTS, load_predictors
+
+    predictors = load_predictors(path)
+    layers = []
+    for target, mlp in sorted(predictors.mlps.items()):
+        weights = list(mlp.parameters())
+        layers.append(
+            {
+                "layer": target,
+                "width": mlp.b1.shape[0],
+                "hit_rate": predictors.hit_rates.get(target, {}),
+                "bytes": sum(p.numel() * p.element_size() for p in weights),
+            }
+        )
+    return {
+        "kind": "predictors",
+        "path": str(path),
+        "bytes": _size(path),
+        "bytes_of_weights": (path / WEIGHTS).stat().st_size,
+        "format_version": json.loads((path / CONFIG).read_text(encoding="utf-8"))["format_version"],
+        "model": predictors.model,
+        "default_vectors": sorted(predictors.default_vectors),
+        "provenance": predictors.provenance,
+        "layers": layers,
+    }
+
+
+def report(found: dict[str, Any], console: Console) -> None:
+    """Prints what `inspect` found as tables."""
+    {"trace": _report_trace, "run": _report_run, "predictors": _report_predictors}[found["kind"]](found, console)
+
+
+def _facts(console: Console, title: str, facts: dict[str, Any]) -> None:
+    # Wrapped, not cut: a command is worth nothing without its end.
+    table = Table(title=escape(title), show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left")
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {part}" for key, part in value.items())
+        elif isinstance(value, int) and not isinstance(value, bool) and name != "seed":
+            value = f"{value:,}"
+        table.add_row(name.replace("_", " "), escape(str(value)))
+    console.print(table)
+
+
+def _model(model: dict[str, Any]) -> str:
+    from predictors.architecture import describe_shape
+
+    return f"{model['name']}: {describe_shape(model)}"
+
+
+def _source(source: int | None) -> str:
+    return "its input" if source is None else str(source)
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.3f}"
+
+
+def _closed(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None or before == 1 else f"{(after - before) / (1 - before):.0%}"
+
+
+def _report_trace(found: dict[str, Any], console: Console) -> None:
+    provenance = dict(found["provenance"])
+    facts = {"model": _model(provenance.pop("model")), "bytes": found["bytes"], "shards": found["shards"]}
+    facts |= {"checksums": "right, all of them"} if found["verified"] else {"checksums": "not read (--verify)"}
+    _facts(console, f"trace {found['path']}", facts | provenance)
+    k, rows = found["top_k"], found["rows"]
+    rates = Table(
+        "target",
+        "source",
+        *(f"top {size}" for size in (k, k + 2, 2 * k)),
+        "previous",
+        "control",
+        title="training-free hit rate by number of candidates",
+        caption=f"on {rows['training_free']:,} rows, evenly spaced; previous: the previous token's experts as the guess, "
+        f"on {rows['previous_token']:,} rows; control: on all",
+    )
+    loads = Table(
+        "target",
+        "busiest",
+        "entropy",
+        "idle",
+        title="expert load",
+        caption=f"on all {rows['load']:,} rows; busiest: its load over the mean; entropy: 1 is uniform; "
+        "idle: experts without a token",
+    )
+    for entry in found["layers"]:
+        rate, balance = entry["hit_rate"], entry["balance"]
+        rates.add_row(
+            str(entry["layer"]),
+            _source(entry["source"]),
+            *(_rate(rate[size]) for size in (*SIZES, "previous_token")),
+            f"{entry['control']:.4f}",
+        )
+        loads.add_row(
+            str(entry["layer"]), f"{balance['max_over_mean']:.2f}", f"{balance['entropy']:.3f}", str(balance["idle"])
+        )
+    console.print(rates)
+    console.print(loads)
+
+
+def _report_run(found: dict[str, Any], console: Console) -> None:
+    trace = dict(found["trace"])
+    shards = len(trace.pop("shards", []))
+    facts = {
+        "model": _model(trace.pop("model")),
+        "trace": trace.pop("path"),
+        **{name: trace[name] for name in ("corpus", "split", "tokens") if name in trace},
+        "shards": shards,
+        "bytes": found["bytes"],
+        "state": f"finished; the best epoch is in {found['checkpoint']}" if found["finished"] else "not finished",
+        **{name: value for name, value in found["settings"].items() if name != "trace"},
+        "versions": found["versions"],
+        "command": found["command"],
+    }
+    _facts(console, f"run {found['path']}", facts)
+    epochs = Table("epoch", "hit rate", "loss", title="mean over all layers, on validation sequences")
+    for entry in found["epochs"]:
+        epochs.add_row(str(entry["epoch"]), f"{entry['hit_rate']:.4f}", f"{entry['loss']:.4f}")
+    if found["epochs"]:
+        console.print(epochs)
+    if found["layers"]:
+        table = Table(
+            "target", "source", "training-free", "predictor", "gap closed", "at 2k", "exact", title="best epoch"
+        )
+        for entry in found["layers"]:
+            before, after = entry["training_free"]["recall@k"], entry["predictor"]
+            table.add_row(
+                str(entry["layer"]),
+                _source(entry["source"]),
+                _rate(before),
+                _rate(after["recall@k"]),
+                _closed(before, after["recall@k"]),
+                _rate(after.get("recall@2k")),
+                _rate(after.get("exact")),
+            )
+        console.print(table)
+
+
+def _report_predictors(found: dict[str, Any], console: Console) -> None:
+    provenance = dict(found["provenance"])
+    commands = provenance.pop("commands", {})
+    facts = {
+        "model": _model(found["model"]),
+        "bytes": found["bytes"],
+        "default vectors": f"of layers {', '.join(map(str, found['default_vectors']))}",
+        **provenance,
+        **commands,
+    }
+    _facts(console, f"predictors {found['path']}", facts)
+    table = Table("target", "width", "bytes", "training-free", "predictor", "gap closed", title="hit rate by layer")
+    for entry in found["layers"]:
+        before, after = entry["hit_rate"].get("training_free"), entry["hit_rate"].get("predictor")
+        figures = [_rate(before), _rate(after), _closed(before, after)]
+        table.add_row(str(entry["layer"]), str(entry["width"]), f"{entry['bytes']:,}", *figures)
+    console.print(table)
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Draws what `inspect` found: hit rate by layer, and of a trace the load of each expert, to a PNG or PDF `file`.
+
+    Raises `InspectError` where there is nothing to draw or the file can't be written.
+    """
+    curves = _curves(found)
+    if not found["layers"] or not any(rate is not None for values in curves.values() for rate in values):
+        raise InspectError(f"{found['path']} has no hit rates to draw yet; finish the run with fit --resume")
+    # The figure by itself and not pyplot: no window system is asked for, and nothing stays in memory.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = [entry["layer"] for entry in found["layers"]]
+    loads = found["kind"] == "trace"
+    figure = Figure(
+        figsize=(max(7.5, min(14.0, 4 + 0.2 * len(layers))), 4.6 + loads * max(2.6, 0.16 * len(layers) + 1.2)),
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    heights = [3.4, max(2.2, 0.16 * len(layers) + 0.8)] if loads else [1.0]
+    axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    model = found["trace"]["model"] if found["kind"] == "run" else found.get("model") or found["provenance"]["model"]
+    figure.suptitle(f"{found['kind']} of {model['name']}", fontsize=12)
+    _draw_rates(axes[0], layers, curves)
+    if loads:
+        _draw_loads(figure, axes[1], layers, [entry["load"] for entry in found["layers"]])
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InspectError(f"the figure can't be written to {file} ({error}); name a .png in a folder") from error
+
+
+def _curves(found: dict[str, Any]) -> dict[str, list[float | None]]:
+    layers = found["layers"]
+    if found["kind"] == "trace":
+        k = found["top_k"]
+        names = {name: f"training-free, {m} candidates" for name, m in zip(SIZES, (k, k + 2, 2 * k), strict=True)}
+        names["previous_token"] = "previous token's experts"
+        return {label: [entry["hit_rate"][name] for entry in layers] for name, label in names.items()}
+    if found["kind"] == "run":
+        return {
+            "predictor": [entry["predictor"]["recall@k"] for entry in layers],
+            "predictor, 2k candidates": [entry["predictor"].get("recall@2k") for entry in layers],
+            "training-free": [entry["training_free"]["recall@k"] for entry in layers],
+        }
+    return {
+        "predictor": [entry["hit_rate"].get("predictor") for entry in layers],
+        "training-free": [entry["hit_rate"].get("training_free") for entry in layers],
+    }
+
+
+def _draw_rates(axes: Axes, layers: list[int], curves: dict[str, list[float | None]]) -> None:
+    for (label, values), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+        points = [(layer, value) for layer, value in zip(layers, values, strict=True) if value is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.5, label=label)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("target layer")
+    axes.set_ylabel("hit rate")
+    axes.set_xticks(layers[:: max(1, len(layers) // 24)])
+    axes.grid(axis="y", color="0.88")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=9)
+
+
+def _draw_loads(figure: Figure, axes: Axes, layers: list[int], loads: list[list[int]]) -> None:
+    shares = [[count * len(load) / sum(load) for count in load] for load in loads]
+    # One expert far above the rest would make the others one colour: it is drawn as the colour of the 99th percentile.
+    ranked = sorted(share for row in shares for share in row)
+    top = max(1.0, ranked[min(len(ranked) - 1, int(0.99 * len(ranked)))])
+    image = axes.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("target layer")
+    ticks = range(0, len(layers), max(1, len(layers) // 16))
+    axes.set_yticks(list(ticks), [str(layers[number]) for number in ticks])
+    bar = figure.colorbar(image, ax=axes, pad=0.02, extend="max" if ranked[-1] > top else "neither")
+    bar.set_label("load over the mean load")
