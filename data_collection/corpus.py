@@ -1,18 +1,30 @@
-"""Text in, sequences of token ids out.
+"""A corpus: text from wherever people have it, as documents, one string each.
 
-A corpus is a text file, a folder of text files, a JSON-lines file, or the embedded corpus: the Python sources
-that every machine with this project has (the standard library and torch). The embedded corpus is split by file,
-and the split depends on a file's name only, so a file is held out on every machine and in every version.
+    embedded                        the Python sources that every machine with this project has
+    notes.txt, book.md, ...         a text file: one document
+    lines.jsonl, table.parquet      one document a row, of its text column; also .json, .jsonl.gz, .jsonl.zst
+    folder/                         every text, .jsonl and .parquet file below it, in name order
+    'folder/*.parquet'              a glob (** goes into folders)
+    saved/ or saved::split          what `datasets.save_to_disk` wrote
+    name:config:split               a dataset of the Hub, or a local folder shaped like one; both parts may be left out
+
+A row whose text column holds a chat (a list of `role` and `content`) is rendered with the tokenizer's chat template;
+where there is no text column, `messages` or `conversations` is read. Everything is streamed, and always in one order.
+
+The embedded corpus is split by file, and the split depends on a file's name only, so a file is held out on every machine
+and in every version.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import json
+import math
+import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -23,13 +35,28 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".html", ".tex"}
+ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+CHAT_COLUMNS = ("messages", "conversations")
+# A longer text file is cut into documents of about so many characters, so that memory does not grow with it.
+LONGEST_TEXT = 1 << 22
 HELD_OUT_SHARE = 20  # one file in so many is held out
+KINDS = "a text file, a folder, a glob, a .jsonl, .json or .parquet file, or a Hub dataset as name:config:split"
 
 Split = Literal["train", "held_out"]
+Row = dict[str, Any]
 
 
 class CorpusError(UserError):
     """The corpus is missing, unreadable or empty; the message says which and what to do."""
+
+
+class Source(NamedTuple):
+    """One corpus of a mixture."""
+
+    name: str
+    weight: float
+    """Its share of the text, relative to the others'."""
 
 
 def _digest(text: str) -> int:
@@ -60,68 +87,221 @@ def embedded_files(split: Split) -> list[tuple[str, Path]]:
     )
 
 
-def read_documents(corpus: str | Path = EMBEDDED, split: Split = "train", text_column: str = "text") -> Iterator[str]:
+def parse_source(text: str) -> Source:
+    """`path` or `path@weight`. Raises `CorpusError` for a weight that is not above 0.
+
+    What stands behind the last `@` is a weight if it is a number, and the whole is not the name of a file.
+    """
+    name, at, weight = text.rpartition("@")
+    if not at or Path(text).exists():
+        return Source(text, 1.0)
+    try:
+        value = float(weight)
+    except ValueError:
+        return Source(text, 1.0)
+    if not (value > 0 and math.isfinite(value)):
+        raise CorpusError(f"the weight of the corpus {name} can't be {weight}; give a number above 0")
+    return Source(name, value)
+
+
+def read_documents(
+    corpus: str | Path | Sequence[str] = EMBEDDED,
+    split: Split = "train",
+    text_column: str = "text",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Iterator[str]:
     """The documents of a corpus, one string each, empty ones left out.
 
-    `corpus` is `"embedded"`, a `.jsonl` file (one object a line, its `text_column` read), any other file (one
-    document), or a folder (every text file below it, in name order). `split` matters to the embedded corpus only.
+    `corpus` is one of the kinds above, or several, each `path` or `path@weight`. Of several, the next document is always
+    of that corpus which is furthest behind its share of the characters, and all end with the first that ends: every
+    stretch of the text is mixed as asked. `split` matters to the embedded corpus only; chats need the `tokenizer`.
 
     Raises `CorpusError` where there is nothing to read.
     """
+    sources = [parse_source(str(part)) for part in ([corpus] if isinstance(corpus, str | Path) else corpus)]
+    if not sources:
+        raise CorpusError(f"no corpus is named; give {KINDS}")
+    yield from mixed(sources, lambda name: _nonempty(name, split, text_column, tokenizer))
+
+
+def mixed(sources: list[Source], read_one: Callable[[str], Iterator[str]]) -> Iterator[str]:
+    """The documents of all `sources`, each of which `read_one` reads by its name, as `read_documents` mixes them."""
+    streams = [read_one(source.name) for source in sources]
+    read = [0] * len(sources)
+    while True:
+        number = min(range(len(sources)), key=lambda i: read[i] / sources[i].weight)
+        text = next(streams[number], None)
+        if text is None:
+            return
+        read[number] += len(text)
+        yield text
+
+
+def _nonempty(name: str, split: Split, text_column: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
     found = False
-    for text in _documents(str(corpus), split, text_column):
+    for text in _documents(name, split, text_column, tokenizer):
         if text.strip():
             found = True
             yield text
     if not found:
-        raise CorpusError(
-            f"the corpus {corpus} holds no text; give a text file, a folder of text files or a .jsonl file"
-        )
+        raise CorpusError(f"the corpus {name} holds no text; give {KINDS}")
 
 
-def _documents(corpus: str, split: Split, text_column: str) -> Iterator[str]:
+def _documents(corpus: str, split: Split, text_column: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
+    def texts(name: str, load: Callable[[], Iterable[Row]]) -> Iterator[str]:
+        return _texts(name, _rows(name, load), text_column, tokenizer)
+
+    def file_texts(file: Path) -> Iterator[str]:
+        kind = _row_format(file)
+        return _read_text(file) if kind is None else texts(str(file), lambda: _load_file(kind, file))
+
     path = Path(corpus)
+    name, config, dataset_split = (*corpus.split(":", 2), "", "")[:3]
     if corpus == EMBEDDED:
         for _, file in embedded_files(split):
-            yield _read_text(file)
+            yield from _read_text(file)
+    elif path.is_file():
+        yield from file_texts(path)
+    elif _is_saved(path) or _is_saved(Path(name)):
+        saved = path if _is_saved(path) else Path(name)
+        yield from texts(corpus, lambda: _load_saved(saved, "" if saved == path else dataset_split))
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
-            if file.is_file() and file.suffix in TEXT_SUFFIXES:
-                yield _read_text(file)
-            elif file.is_file() and file.suffix == ".jsonl":
-                yield from _read_jsonl(file, text_column)
-    elif path.is_file() and path.suffix == ".jsonl":
-        yield from _read_jsonl(path, text_column)
-    elif path.is_file():
-        yield _read_text(path)
+            # Of .json files most folders hold many that are no corpus.
+            is_rows = _row_format(file) is not None and ".json" not in file.suffixes
+            if file.is_file() and (is_rows or file.suffix in TEXT_SUFFIXES):
+                yield from file_texts(file)
+    elif glob.has_magic(corpus):
+        found = [Path(match) for match in sorted(glob.glob(corpus, recursive=True)) if Path(match).is_file()]
+        if not found:
+            raise CorpusError(f"no file is called like {corpus}; give a glob that fits some, or {KINDS}")
+        for file in found:
+            yield from file_texts(file)
+    elif Path(name).is_dir() or _may_be_on_the_hub(name):
+        yield from texts(corpus, lambda: _load_dataset(name, config, dataset_split))
     else:
-        raise CorpusError(f"there is no corpus at {corpus}; give a text file, a folder of text files or a .jsonl file")
+        raise CorpusError(f"there is no corpus at {corpus}; give {KINDS}")
 
 
-def _read_text(file: Path) -> str:
-    data = file.read_bytes()
-    if b"\0" in data:
-        raise CorpusError(f"{file} is not text (it holds NUL bytes); give text files or a .jsonl file")
-    return data.decode("utf-8", errors="replace").replace("\r\n", "\n")
+def _read_text(file: Path) -> Iterator[str]:
+    """The text of a file, in one piece if it is not very long; the pieces of a long one end with a line if they can."""
+    with file.open(encoding="utf-8", errors="replace", newline="") as lines:
+        while piece := lines.read(LONGEST_TEXT):
+            if len(piece) == LONGEST_TEXT:
+                piece += lines.readline(LONGEST_TEXT)
+            if "\0" in piece:
+                raise CorpusError(f"{file} is not text (it holds NUL bytes); give {KINDS}")
+            yield piece.replace("\r\n", "\n")
 
 
-def _read_jsonl(file: Path, text_column: str) -> Iterator[str]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_column]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise CorpusError(
-                    f"line {number} of {file} is not a JSON object with the key {text_column!r}; "
-                    "fix the line or name the right key with --text-column"
-                ) from error
-            if not isinstance(text, str):
-                raise CorpusError(
-                    f"line {number} of {file}: {text_column!r} is not a string; name another --text-column"
-                )
-            yield text
+def _row_format(file: Path) -> str | None:
+    suffix = Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
+    return ROW_FORMATS.get(suffix)
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    is_file = Path(name).suffix in TEXT_SUFFIXES or _row_format(Path(name)) is not None
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not is_file
+
+
+def _datasets() -> Any:
+    # Not at the top: it takes seconds to import, and only these corpora need it.
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    return datasets
+
+
+def _load_file(kind: str, file: Path) -> Iterable[Row]:
+    files = glob.escape(str(file.absolute()))
+    rows: Iterable[Row] = _datasets().load_dataset(kind, data_files=files, split="train", streaming=True)
+    return rows
+
+
+def _load_dataset(name: str, config: str, split: str) -> Iterable[Row]:
+    """Streamed from the Hub or from a local folder by the same call, so nothing is downloaded whole or cached."""
+    return _one_split(name, _datasets().load_dataset(name, config or None, split=split or None, streaming=True))
+
+
+def _load_saved(path: Path, split: str) -> Iterable[Row]:
+    found = _datasets().load_from_disk(str(path))
+    if split:
+        if not isinstance(found, dict) or split not in found:
+            splits = ", ".join(found) if isinstance(found, dict) else "none, it is a single dataset"
+            raise CorpusError(f"{path} has no split {split} (its splits: {splits}); name another as {path}::split")
+        found = found[split]
+    return _one_split(str(path), found)
+
+
+def _one_split(name: str, found: Any) -> Iterable[Row]:
+    if not isinstance(found, dict):
+        rows: Iterable[Row] = found
+        return rows
+    if len(found) > 1 and "train" not in found:
+        raise CorpusError(f"{name} has the splits {', '.join(found)}; name one of them as name:config:split")
+    return _one_split(name, found["train"] if "train" in found else next(iter(found.values())))
+
+
+def _rows(name: str, load: Callable[[], Iterable[Row]]) -> Iterator[Row]:
+    """The rows of what `load` gives. Whatever goes wrong on the way becomes a `CorpusError`."""
+    try:
+        yield from load()
+    except CorpusError:
+        raise
+    # Readers of many formats and a network stand behind this: they raise whatever they like.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
+        raise CorpusError(f"the corpus {name} can't be read ({reason[:300]}); mend it, or give {KINDS}") from error
+
+
+def _texts(
+    name: str, rows: Iterator[Row], text_column: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
+    for number, row in enumerate(rows, 1):
+        where = f"row {number} of {name}"
+        column = next((c for c in (text_column, *CHAT_COLUMNS) if c in row), None)
+        if column is None or (text_column != "text" and column != text_column):
+            raise CorpusError(
+                f"{where} has no column {text_column!r}; name one of {', '.join(map(str, row))} with --text-column"
+            )
+        value = row[column]
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
+            yield _render(where, value, tokenizer)
+        elif value is not None:
+            raise CorpusError(
+                f"{where}: {column!r} is neither text nor a chat but {type(value).__name__}; name another --text-column"
+            )
+
+
+def _render(where: str, messages: list[Row], tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A chat as the model reads it. Of the ShareGPT form, `from` and `value` are read as role and content."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise CorpusError(
+            f"{where} is a chat, and the model's tokenizer has no chat template; give a corpus of plain text"
+        )
+    roles = {"human": "user", "gpt": "assistant"}
+    # What a row lacks and others have, Arrow fills with None; a template would take it for a value.
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    renamed = [
+        {"role": roles.get(m["from"], m["from"]), "content": m.get("value", "")} if "from" in m else m for m in messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(renamed, tokenize=False)
+    # A template is a program of the model's authors, and says with exceptions of any kind what it does not take.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CorpusError(
+            f"{where} can't be rendered with the tokenizer's chat template ({reason[:300]}); leave that row out"
+        ) from error
+    assert isinstance(text, str)
+    return text
 
 
 def sequences(
@@ -139,10 +319,13 @@ def sequences(
         if left <= 0:
             return
         buffer += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        while len(buffer) >= sequence_length and left > 0:
+        # Cut by position, and once: from a list of a million tokens, taking the front off again and again is slow.
+        start = 0
+        while len(buffer) - start >= sequence_length and left > 0:
             size = int(min(sequence_length, left))
-            yield torch.tensor(buffer[:size])
+            yield torch.tensor(buffer[start : start + size])
             left -= size
-            del buffer[:sequence_length]
+            start += sequence_length
+        del buffer[:start]
     if buffer and left > 0:
         yield torch.tensor(buffer[: int(min(len(buffer), left))])

@@ -1,0 +1,196 @@
+"""Documents in, batches of token ids out: what one forward pass reads.
+
+By default a sequence holds tokens of one document only, and begins at position 0: nothing reaches over a document's
+border, neither through attention nor through a state space. Sequences of similar length are batched and padded on the
+right, which a causal model can't see from the left; the rows of the padding are left out of the record.
+
+All of it is a function of the corpus and the settings alone, so that a collection can be resumed, and shared among
+processes, by counting batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_collection.corpus import read_documents, sequences
+from data_collection.settings import CollectConfig, CollectError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Sequences are sorted by length within so many batches: enough that little is padded, and a bounded buffer.
+BUFFERED_BATCHES = 16
+
+
+class TokenBatch(NamedTuple):
+    """The sequences of one forward pass."""
+
+    number: int
+    """Counted from the corpus's beginning."""
+    first: int
+    """The number of its first sequence; sequences are numbered in the order in which they are run."""
+    token_ids: torch.Tensor
+    """`[sequences, length]`, int64, on the CPU, padded on the right."""
+    lengths: torch.Tensor
+    """`[sequences]`, int64: tokens of each sequence without its padding."""
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def mask(self) -> torch.Tensor:
+        """Which entries of `token_ids` are tokens and not padding, bool, in its shape."""
+        return torch.arange(self.token_ids.shape[1]) < self.lengths.unsqueeze(1)
+
+
+def read_batches(config: CollectConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[TokenBatch]:
+    """The batches that a collection of `tokens` tokens runs, of the corpus that `config` names.
+
+    Raises `CorpusError` for a corpus that can't be read, and `CollectError` where no prompt fits beside what is to be
+    generated.
+    """
+    documents = read_documents(config.corpora, config.split, config.text_column, tokenizer)
+    if config.phase == "decode":
+        if config.max_new_tokens >= config.sequence_length:
+            raise CollectError(
+                f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in a sequence_length of "
+                f"{config.sequence_length}; give fewer --max-new-tokens or a longer --sequence-length"
+            )
+        starts = prompts(documents, tokenizer, config.sequence_length - config.max_new_tokens)
+        some = itertools.islice(starts, -(-tokens // config.max_new_tokens))
+        return prompt_batches(some, config.batch_tokens, config.max_new_tokens)
+    if config.pack:
+        return packed_batches(documents, tokenizer, config.sequence_length, config.batch_size, tokens)
+    pad = next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
+    return padded_batches(
+        first_tokens(pieces(documents, tokenizer, config.sequence_length), tokens), config.batch_tokens, pad
+    )
+
+
+def pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[list[int]]:
+    """The token ids of each document, cut into consecutive pieces of at most `sequence_length`.
+
+    A document has the special tokens that the model meets: those of the tokenizer, unless the text (a rendered chat)
+    begins with its own.
+    """
+    for text in documents:
+        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+        ids = tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"]
+        for start in range(0, len(ids), sequence_length):
+            yield ids[start : start + sequence_length]
+
+
+def first_tokens(parts: Iterable[list[int]], tokens: int) -> Iterator[list[int]]:
+    """The first `tokens` tokens of `parts`; the last part is cut to fit."""
+    left = tokens
+    for part in parts:
+        yield part[:left]
+        left -= len(part)
+        if left <= 0:
+            return
+
+
+def prompts(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> Iterator[list[int]]:
+    """The first part of each document: its first half, and at most `prompt_length` tokens of it."""
+    for text in documents:
+        # Not the whole of a long document: no token is so long that this leaves too few of them.
+        for ids in pieces([text[: 64 * prompt_length]], tokenizer, 2 * prompt_length):
+            yield ids[: (len(ids) + 1) // 2]
+            break
+
+
+def padded_batches(parts: Iterable[list[int]], tokens: int, pad: int) -> Iterator[TokenBatch]:
+    """Batches of at most `tokens` tokens, padding included, each of parts of similar length.
+
+    A part that is longer is a batch of its own.
+    """
+    number = first = 0
+    for group in _groups(parts, tokens, extra=0):
+        lengths = torch.tensor([len(part) for part in group])
+        rows = [part + [pad] * (int(lengths.max()) - len(part)) for part in group]
+        yield TokenBatch(number, first, torch.tensor(rows), lengths)
+        number, first = number + 1, first + len(group)
+
+
+def prompt_batches(parts: Iterable[list[int]], tokens: int, new_tokens: int) -> Iterator[TokenBatch]:
+    """Batches of prompts that have `tokens` tokens at most once each prompt has got `new_tokens` more.
+
+    The prompts of a batch are cut to the shortest of them: no padding stands between a prompt and what is generated,
+    whatever the architecture.
+    """
+    number = first = 0
+    for group in _groups(parts, tokens, extra=new_tokens):
+        shortest = min(len(part) for part in group)
+        rows = torch.tensor([part[:shortest] for part in group])
+        yield TokenBatch(number, first, rows, torch.full((len(group),), shortest))
+        number, first = number + 1, first + len(group)
+
+
+def packed_batches(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, batch_size: int, tokens: int
+) -> Iterator[TokenBatch]:
+    """Batches of packed sequences (`corpus.sequences`); a shorter last sequence stands alone, so nothing is padded."""
+    number = first = 0
+    waiting: list[torch.Tensor] = []
+
+    def batch() -> TokenBatch:
+        return TokenBatch(number, first, torch.stack(waiting), torch.tensor([len(row) for row in waiting]))
+
+    for row in sequences(documents, tokenizer, sequence_length, tokens):
+        if waiting and (len(waiting) == batch_size or len(row) != len(waiting[0])):
+            yield batch()
+            number, first, waiting = number + 1, first + len(waiting), []
+        waiting.append(row)
+    if waiting:
+        yield batch()
+
+
+def _groups(parts: Iterable[list[int]], tokens: int, extra: int) -> Iterator[list[list[int]]]:
+    buffer: list[list[int]] = []
+    buffered = 0
+    for part in parts:
+        buffer.append(part)
+        buffered += len(part) + extra
+        if buffered >= BUFFERED_BATCHES * tokens:
+            yield from _cut(buffer, tokens, extra)
+            buffer, buffered = [], 0
+    yield from _cut(buffer, tokens, extra)
+
+
+def _cut(buffer: list[list[int]], tokens: int, extra: int) -> Iterator[list[list[int]]]:
+    group: list[list[int]] = []
+    # Rising, so the part at hand is the longest of its group; the sort is stable, so the order is always the same.
+    for part in sorted(buffer, key=len):
+        if group and (len(group) + 1) * (len(part) + extra) > tokens:
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def sample_mask(seed: int, sequence: torch.Tensor, position: torch.Tensor, rate: float) -> torch.Tensor:
+    """Which tokens a sample of `rate` (0 to 1) keeps, bool, in the shape of `sequence` and `position` (integers).
+
+    A hash of the three numbers decides, so the answer is the same in every batch, order and process.
+    """
+    with np.errstate(over="ignore"):
+        key = np.array(seed & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64)
+        for part in (sequence, position):
+            key = _mix(key ^ _mix(part.numpy().astype(np.uint64)))
+    kept: torch.Tensor = torch.from_numpy((key >> np.uint64(11)).astype(np.float64) * 2.0**-53 < rate)
+    return kept
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One step of splitmix64: neighbouring numbers come out unlike each other."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
