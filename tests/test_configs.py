@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_collection.collect import CollectConfig
+from data_collection.settings import CollectConfig
 from data_collection.trace import LayerEntry, Manifest, ModelEntry, ShardEntry, column_shapes
 from predictors.settings import load_config
 
