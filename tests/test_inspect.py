@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 
 import predict_train
 from data_collection import statistics
@@ -158,10 +159,12 @@ def test_a_run_that_was_stopped_is_told(fitted, tmp_path):
 def test_predictors_are_told(predictors):
     found = inspect(predictors)
     assert found["kind"] == "predictors"
-    hidden, width = 32, 32
+    tensors = load_file(predictors / "predictors.safetensors")
     for entry in found["layers"]:
-        assert entry["width"] == width
-        assert entry["bytes"] == 4 * (2 * hidden * width + width + width * hidden + hidden)
+        assert entry["width"] == 32
+        own = [tensor for name, tensor in tensors.items() if name.startswith(f"layers.{entry['layer']}.")]
+        assert own
+        assert entry["bytes"] == sum(tensor.nbytes for tensor in own)
         assert entry["hit_rate"].keys() == {"training_free", "predictor"}
     assert found["bytes"] == sum(file.stat().st_size for file in predictors.iterdir())
     text = told(found)
