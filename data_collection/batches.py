@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_collection.corpus import read_documents, sequences
-from data_collection.settings import CollectConfig, CollectError
+from data_collection.settings import CollectConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,16 +52,10 @@ class TokenBatch(NamedTuple):
 def read_batches(config: CollectConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[TokenBatch]:
     """The batches that a collection of `tokens` tokens runs, of the corpus that `config` names.
 
-    Raises `CorpusError` for a corpus that can't be read, and `CollectError` where no prompt fits beside what is to be
-    generated.
+    Raises `CorpusError` for a corpus that can't be read.
     """
     documents = read_documents(config.corpora, config.split, config.text_column, tokenizer)
     if config.phase == "decode":
-        if config.max_new_tokens >= config.sequence_length:
-            raise CollectError(
-                f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in a sequence_length of "
-                f"{config.sequence_length}; give fewer --max-new-tokens or a longer --sequence-length"
-            )
         starts = prompts(documents, tokenizer, config.sequence_length - config.max_new_tokens)
         some = itertools.islice(starts, -(-tokens // config.max_new_tokens))
         return prompt_batches(some, config.batch_tokens, config.max_new_tokens)

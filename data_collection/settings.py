@@ -35,7 +35,7 @@ class CollectConfig(Settings):
     text_column: str = "text"
     """The column with the text, or the chat, of a corpus of rows; without it `messages` or `conversations` is read."""
     tokens: Count = 400_000
-    """How many tokens to run (`decode`: to generate at most); fewer where the corpus has fewer."""
+    """How many tokens to run (`decode`: to generate, in whole prompts' worth); fewer where the corpus has fewer."""
     sample: float = Field(1.0, gt=0, le=1)
     """The probability with which each token that was run is recorded."""
     max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None

@@ -1,0 +1,235 @@
+"""What makes a collection durable: a lock on its folder, and beside the shards a file that says how far they reach.
+
+    collect.lock                locked by the operating system while a `collect` lives, however it ends
+    progress-NNNN.safetensors   of process NNNN: the shards that are whole, how much of the corpus they hold, and what the
+                                recorder had added up at their end (the sums of the default vectors, the control)
+
+A shard is written aside and renamed, then the progress is, so what a progress names is there whole. What was computed
+after it is computed again. Both kinds of file are gone from a finished trace.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data_collection.settings import CollectConfig, CollectError
+from data_collection.trace import MANIFEST, Columns, ShardEntry, Trace
+
+LOCK = "collect.lock"
+
+
+class Plan(BaseModel):
+    """What was settled before the first batch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    targets: list[int]
+    """The target layers, found or given."""
+    row_bytes: int
+    """Bytes of a row in a shard."""
+    shard_overhead: int
+    """The most bytes that a shard costs beside its rows."""
+    fixed_bytes: int
+    """Bytes of a trace beside its shards."""
+    state_bytes: int
+    """Bytes of a process's progress file."""
+
+    def most_rows(self, max_bytes: int, shard_bytes: int, processes: int) -> int:
+        """How many rows each process may write for all files together to have `max_bytes` at most."""
+        room = (max_bytes - self.fixed_bytes) / processes - 2 * self.shard_overhead
+        return max(0, int(room / (self.row_bytes * (1 + self.shard_overhead / shard_bytes))))
+
+    def trace_bytes(self, rows: int, shard_bytes: int) -> int:
+        """About how many bytes a trace of `rows` rows has."""
+        return (
+            self.fixed_bytes + rows * self.row_bytes + self.shard_overhead * (1 + rows * self.row_bytes // shard_bytes)
+        )
+
+
+class Progress(BaseModel):
+    """How far one process of a collection has come, at the end of a shard."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    settings: dict[str, Any]
+    """`CollectConfig.decides()` of the collection."""
+    processes: int
+    """How many share the collection."""
+    plan: Plan
+    batches: int = 0
+    """Batches of the corpus that are done, by this process or another."""
+    sequences: int = 0
+    tokens: int = 0
+    """Tokens of these batches, without padding."""
+    digest: str = ""
+    """Of the batches' token ids: a corpus that was changed since is noticed."""
+    shards: list[ShardEntry] = []
+    """Written by this process."""
+
+
+class Snapshot(NamedTuple):
+    """A progress, and with it what the recorder had added up (`Recorder.state`)."""
+
+    progress: Progress
+    sums: Columns
+
+
+def progress_file(folder: Path, rank: int) -> Path:
+    return folder / f"progress-{rank:04d}.safetensors"
+
+
+def save_progress(folder: Path, rank: int, snapshot: Snapshot) -> None:
+    """Writes the progress of process `rank`, whole or not at all. Raises what the disk raises."""
+    file = progress_file(folder, rank)
+    aside = file.with_name(file.name + ".partial")
+    try:
+        save_file(snapshot.sums, aside, metadata={"progress": snapshot.progress.model_dump_json()})
+        sync(aside)
+        os.replace(aside, file)
+        sync(folder)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_progress(folder: Path, rank: int) -> Snapshot | None:
+    """The progress of process `rank`, or None where it has none. Raises `CollectError` for a broken one."""
+    file = progress_file(folder, rank)
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as state:
+            progress = Progress.model_validate_json((state.metadata() or {})["progress"])
+            return Snapshot(progress, {name: state.get_tensor(name) for name in state.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValidationError) as error:
+        raise CollectError(
+            f"{file} is broken, so {folder} can't be resumed; remove the folder and collect again"
+        ) from error
+
+
+def check_settings(config: CollectConfig, before: dict[str, Any], processes: int, now: int) -> None:
+    """Raises `CollectError` naming the first setting of `config` that differs from those of the trace in its folder."""
+    settings = config.decides()
+    for name in settings:
+        if before.get(name) != settings[name]:
+            raise CollectError(
+                f"the trace in {config.out} was started with {name} {before.get(name)}, not {settings[name]}; "
+                "resume it with the same settings, or name another folder"
+            )
+    if processes != now:
+        raise CollectError(
+            f"the trace in {config.out} was started by {processes} processes, not {now}; resume it with as many"
+        )
+
+
+def remove_unfinished(folder: Path, prefix: str, progress: Progress | None) -> None:
+    """Removes what one process left that its progress doesn't name, and checks that what it names is there.
+
+    Raises `CollectError` naming a shard that is not.
+    """
+    shards = {} if progress is None else {shard.file: shard for shard in progress.shards}
+    for file in folder.glob(f"{prefix}-*"):
+        is_own = file.name.removeprefix(f"{prefix}-").split(".")[0].isdigit()
+        if is_own and file.name not in shards:
+            file.unlink()
+    for name, shard in shards.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != shard.bytes:
+            raise CollectError(
+                f"{file} is broken or gone, so the trace can't be resumed; remove {folder} and collect again"
+            )
+
+
+def remove_progress(folder: Path) -> None:
+    """Leaves of a finished trace nothing but the trace."""
+    for file in folder.glob("progress-*"):
+        file.unlink()
+
+
+class Digest:
+    """A running checksum of all token ids that a collection has read."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def update(self, token_ids: torch.Tensor) -> None:
+        self._hash.update(repr(tuple(token_ids.shape)).encode())
+        self._hash.update(token_ids.numpy().tobytes())
+
+    def __str__(self) -> str:
+        return self._hash.hexdigest()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes `folder` if need be, and holds its lock. A folder that was made and then left empty is removed again.
+
+    Raises `CollectError` where another process holds the lock, or the folder can't be made.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CollectError(f"{folder} can't be written to ({error.strerror}); name another folder") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking, its holder may have ended and removed it: then this lock holds nobody off.
+            is_there = os.fstat(handle).st_ino == (folder / LOCK).stat().st_ino
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise CollectError(f"another collect is writing to {folder}; wait for it, or name another folder")
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+    finally:
+        os.close(handle)
+
+
+def is_finished(config: CollectConfig, processes: int) -> bool:
+    """Whether the folder of `config`, which this process has locked, holds just this trace, finished.
+
+    Raises `CollectError` where the folder holds what the collection may neither replace nor go on with.
+    """
+    folder = config.out
+    progress = sorted(folder.glob("progress-*.safetensors"))
+    # A process that was killed before its first progress leaves aside what it was writing.
+    others = [f for f in folder.iterdir() if f.name != LOCK and not f.name.startswith("progress-")]
+    if not config.resume:
+        if progress and not (folder / MANIFEST).exists():
+            raise CollectError(f"{folder} holds an unfinished trace; give --resume to go on with it, or remove it")
+        if others:
+            raise CollectError(f"{folder} exists already; name a new folder or remove it")
+        return False
+    if (folder / MANIFEST).exists():
+        manifest = Trace.open(folder).manifest
+        check_settings(config, manifest.settings, manifest.processes, processes)
+        remove_progress(folder)
+        return True
+    if others and not progress:
+        raise CollectError(f"{folder} holds no unfinished trace to resume; name another folder")
+    return False
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
