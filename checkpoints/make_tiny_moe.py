@@ -61,7 +61,7 @@ class Stage(NamedTuple):
     """Weight of the share of the first layer's shift that its token does not explain."""
 
 
-STAGES = (Stage("language", 2500, 3e-3, 100, 0.0, 0.0), Stage("routing", 480, 1e-3, 30, 6.0, 0.2))
+STAGES = (Stage("language", 2500, 3e-3, 100, 0.0, 0.0), Stage("routing", 480, 1e-3, 30, 10.0, 0.2))
 
 
 def model_config() -> Qwen3MoeConfig:
