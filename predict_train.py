@@ -15,7 +15,6 @@ from predictors.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from predictors.checkpoint import Predictors
@@ -44,13 +43,37 @@ PredictorsOption = Annotated[
 @app.command()
 def collect(
     model: Annotated[str | None, typer.Argument(help="Folder or Hub name of a mixture-of-experts model.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The trace's folder; it must be new.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The trace's folder; it must be new, unless the collection is resumed.")
+    ] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on with the unfinished trace in --out, if there is one.")
+    ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="embedded, a text file, a folder of text files, or a .jsonl file.")
+        list[str] | None,
+        typer.Option(
+            help="embedded, a text file, a folder, a glob, a .jsonl, .json or .parquet file, a folder of save_to_disk, or "
+            "a Hub dataset as name:config:split. Give it again to mix several, each as path@weight [default: embedded]."
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of the embedded corpus: train or held_out.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="The key of the text in a .jsonl corpus.")] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="The column with the text or the chat [default: text, or else messages or conversations]."),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="How many tokens to run [default: 400000].")] = None,
+    sample: Annotated[
+        float | None, typer.Option(help="Probability with which a token that was run is recorded [default: 1].")
+    ] = None,
+    max_bytes: Annotated[str | None, typer.Option(help="The most bytes of the trace, like 20GB.")] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(help="prefill records text; decode what the model generates, prompted by it [default: prefill]."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of decode: tokens generated from each prompt [default: 128].")
+    ] = None,
+    pack: Annotated[bool | None, typer.Option("--pack", help="Let documents follow one another in a sequence.")] = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Target layers: all, auto (those below the threshold), or a list like 0,1,5 [default: all]."),
@@ -58,20 +81,31 @@ def collect(
     threshold: Annotated[
         float | None, typer.Option(help="Training-free hit rate below which auto takes a layer [default: 0.9].")
     ] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sequence [default: 256].")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences of a forward pass [default: 16].")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="The most tokens of a sequence [default: 256].")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Full sequences of a forward pass; more of shorter ones [default: 16].")
+    ] = None,
+    shard_bytes: Annotated[
+        str | None, typer.Option(help="Bytes of a shard: what an interruption costs [default: 256MiB].")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of whatever is drawn [default: 0].")] = None,
     device: Device = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto spreads a model that is larger than one GPU over all of them.")
+    ] = None,
     dtype: Dtype = None,
     config: Config = None,
 ) -> None:
-    """Runs MODEL over text with hooks on it and writes the trace that fit trains on."""
+    """Runs MODEL over text with hooks on it and writes the trace that fit trains on.
+
+    Under torchrun or srun the processes share the work. What is stopped or killed goes on with --resume.
+    """
     from data_collection.collect import CollectConfig
     from data_collection.collect import collect as job
     from predictors.settings import load_config
 
     flags = {name: value for name, value in locals().items() if name in CollectConfig.model_fields}
-    job(load_config(CollectConfig, config, flags | {"layers": _layers(layers)}))
+    job(load_config(CollectConfig, config, flags | {"layers": _layers(layers), "corpus": corpus or None}))
 
 
 def _layers(layers: str | None) -> str | list[int] | None:
@@ -90,8 +124,8 @@ def fit(
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on with the run in --out from its last whole epoch.")
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Hidden width of each predictor [default: 256].")] = None,
-    epochs: Annotated[int | None, typer.Option(help="How often each row is seen [default: 3].")] = None,
+    width: Annotated[int | None, typer.Option(help="Hidden width of each predictor [default: 320].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How often each row is seen [default: 5].")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a step [default: 512].")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest of a one-cycle schedule.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
@@ -163,6 +197,35 @@ def inspect(
 
 
 @app.command()
+def models(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables of the README instead.")] = False,
+) -> None:
+    """Tries every mixture-of-experts type of the installed transformers on a tiny random model of it."""
+    import torch
+    import transformers
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from data_collection import catalog
+
+    torch.set_num_threads(1)  # the models are tiny
+    types = catalog.moe_types()
+    supports = [catalog.examine(name) for name in tqdm(types, desc="models", leave=False, disable=None)]
+    if markdown:
+        print(catalog.markdown(supports))
+        return
+    table = Table("model type", "supported", "remarks, or the reason why not")
+    for support in supports:
+        yes = support.reason is None
+        table.add_row(support.model_type, "yes" if yes else "no", ", ".join(support.remarks) if yes else support.reason)
+    console = Console()
+    console.print(table)
+    count = sum(support.reason is None for support in supports)
+    console.print(f"{count} of {len(supports)} types of transformers {transformers.__version__} are supported")
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
@@ -225,9 +288,7 @@ def _or_none(value: float | None, text: Any) -> str:
 def evaluate(
     model: Model,
     predictors: PredictorsOption = None,
-    corpus: Annotated[
-        str, typer.Option(help="embedded, a text file, a folder of text files, or a .jsonl file.")
-    ] = "embedded",
+    corpus: Annotated[str, typer.Option(help="Whatever collect takes as a corpus.")] = "embedded",
     split: Annotated[str, typer.Option(help="Of the embedded corpus: train or held_out.")] = "held_out",
     tokens: Annotated[int, typer.Option(min=2)] = 20_000,
     sequence_length: Annotated[int, typer.Option(min=2)] = 256,
@@ -249,11 +310,12 @@ def evaluate(
     loaded, tokenizer, _ = _load(model, device, dtype)
     batches = _batches(tokenizer, corpus, split, tokens, sequence_length, batch_size)
     from runtime.evaluate import evaluate as job
+    from runtime.report import print_hit_rates, print_losses
 
     result = job(loaded, batches, _load_predictors(predictors, loaded), candidates, progress=True)
     result |= {"model": model, "predictors": predictors, "versions": versions(), "command": command()}
-    _print_hit_rates(Console(), result)
-    _print_losses(Console(), result, {})
+    print_hit_rates(Console(), result)
+    print_losses(Console(), result, {})
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -266,7 +328,7 @@ def _batches(
 
     from data_collection.corpus import read_documents, sequences
 
-    rows = list(sequences(read_documents(corpus, split), tokenizer, sequence_length, tokens))
+    rows = list(sequences(read_documents(corpus, split, tokenizer=tokenizer), tokenizer, sequence_length, tokens))
     whole = [row for row in rows if len(row) == sequence_length]
     batches = list(torch.stack(whole).split(batch_size)) if whole else []
     return batches + [row.unsqueeze(0) for row in rows[len(whole) :]]
@@ -292,36 +354,6 @@ def _load_predictors(folder: str | None, model: PreTrainedModel) -> Predictors |
     return None if folder is None else load_predictors(folder, model)
 
 
-def _print_hit_rates(console: Console, result: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table("layer", "training-free", "predictor", "gap closed", "control", title="hit rate by target layer")
-    for row in result["layers"]:
-        before, after = row["training_free"], row["predictor"]
-        closed = "" if after is None or before == 1 else f"{(after - before) / (1 - before):.0%}"
-        table.add_row(
-            str(row["layer"]), f"{before:.3f}", "" if after is None else f"{after:.3f}", closed, f"{row['control']:.4f}"
-        )
-    console.print(table)
-
-
-def _print_losses(console: Console, result: dict[str, Any], milliseconds: dict[str, float]) -> None:
-    """Cross-entropies, and beside them the time per token of those policies it was measured for."""
-    from rich.table import Table
-
-    title = f"cross-entropy over {result['tokens']:,} tokens, nats per token"
-    timed = ["ms per token"] if milliseconds else []
-    table = Table("policy / gating", "training-free", "with predictors", *timed, title=title)
-    full = result["cross_entropy"]["full"]
-    for name, value in result["cross_entropy"].items():
-        free = result["training_free_cross_entropy"][name]
-        cells = [f"{full:.4f}"] * 2 if name == "full" else [f"{round(x - full, 4) + 0.0:+.4f}" for x in (free, value)]
-        if milliseconds:
-            cells.append(f"{milliseconds[name]:.1f}" if name in milliseconds else "")
-        table.add_row(name, *cells)
-    console.print(table)
-
-
 @app.command()
 def demo(
     out: Annotated[
@@ -335,6 +367,7 @@ def demo(
     from data_collection.collect import CollectConfig
     from data_collection.collect import collect as run_collect
     from runtime.evaluate import evaluate as run_evaluate
+    from runtime.report import print_hit_rates, print_losses
     from train.export import export as run_export
     from train.fit import FitConfig
     from train.fit import fit as run_fit
@@ -359,8 +392,8 @@ def demo(
     )
     times, text = _time_policies(loaded, tokenizer, predictors)
     console.print(text, style="dim", markup=False, highlight=False)
-    _print_hit_rates(console, result)
-    _print_losses(console, result, times)
+    print_hit_rates(console, result)
+    print_losses(console, result, times)
     console.print(
         "The embedded model is so small that its copies take no time: what a policy gains is seen on real sizes.\n\n"
         "Go on with:\n"

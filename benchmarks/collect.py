@@ -1,7 +1,7 @@
 """Tokens per second of `collect` against the plain forward pass and against the naive way, and its peak memory.
 
-    python benchmarks/collect.py            # speed, on the embedded model and one of 1 B parameters
-    python benchmarks/collect.py --memory   # peak memory of `predict-train collect` at 100 k and at 1 M tokens
+    python -m benchmarks.collect            # speed, on the embedded model and one of 1 B parameters
+    python -m benchmarks.collect --memory   # peak memory of `predict-train collect` at 100 k and at 1 M tokens
 
 Three ways to run the same batches through the same model:
 

@@ -1,281 +1,237 @@
-"""The job `collect`: a full run of a model over text, with hooks on it, into a trace."""
+"""The job `collect`: a full run of a model over text, with hooks on it, into a trace.
+
+A collection may be stopped at any moment, by whatever, and resumed (see `progress.py`); and it may be shared among the
+processes that torchrun or SLURM starts: each runs every so-many-th batch and writes its own shards, and the first of
+them adds up what all have summed and writes the manifest.
+"""
 
 from __future__ import annotations
 
-import itertools
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_collection.corpus import EMBEDDED, Split, read_documents, sequences
-from data_collection.hooks import LayerRecord, Recorder
-from data_collection.trace import (
-    FORMAT_VERSION,
-    Columns,
-    LayerEntry,
-    Manifest,
-    ModelEntry,
-    ShardEntry,
-    Trace,
-    make_batch,
+from data_collection.batches import TokenBatch, read_batches
+from data_collection.hooks import Recorder
+from data_collection.passes import most_rows, run_batch
+from data_collection.pilot import make_plan, speculation_state, training_free_hit_rates
+from data_collection.processes import Group, joined
+from data_collection.progress import (
+    LOCK,
+    Digest,
+    Progress,
+    Snapshot,
+    check_settings,
+    is_finished,
+    load_progress,
+    locked,
+    remove_progress,
+    remove_unfinished,
+    save_progress,
 )
-from data_collection.writer import TraceWriter
-from predictors.architecture import MoELayer, find_moe_layers, moe_shape
-from predictors.errors import UserError
+from data_collection.settings import CollectConfig, CollectError
+from data_collection.trace import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry, ShardEntry, Trace
+from data_collection.writer import TraceWriter, disk, write_manifest, write_speculation
+from predictors.architecture import MoELayer, moe_shape
+from predictors.discovery import find_moe_layers
 from predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
-from predictors.metrics import HitRate
 from predictors.provenance import command, versions
-from predictors.settings import Settings
-from predictors.speculation import Speculator
 
-PILOT_TOKENS = 4096
+__all__ = ["CollectConfig", "CollectError", "collect"]
+
 SAMPLE_ROWS = 32768
-
-Count = Annotated[int, Field(gt=0)]
-
-
-class CollectError(UserError):
-    """A collection that can't be made as asked; the message says why and what to do."""
-
-
-class CollectConfig(Settings):
-    """Settings of `collect`."""
-
-    model: str
-    """Folder or Hub name of a mixture-of-experts model."""
-    out: Path
-    """The trace's folder; it must not exist, or be empty."""
-    corpus: str = EMBEDDED
-    """`embedded`, a text file, a folder of text files, or a .jsonl file."""
-    split: Split = "train"
-    """Of the embedded corpus: `train` or `held_out`."""
-    text_column: str = "text"
-    """The key of the text in a .jsonl corpus."""
-    tokens: Count = 400_000
-    """How many tokens to run; fewer where the corpus has fewer."""
-    layers: Literal["all", "auto"] | list[int] = "all"
-    """Target layers: `all`, a list of them, or `auto`: those whose training-free hit rate is below `threshold`."""
-    threshold: float = Field(0.9, gt=0, le=1)
-    """The training-free hit rate below which `auto` takes a layer."""
-    sequence_length: Count = 256
-    """Tokens of a sequence; documents are packed into sequences."""
-    batch_size: Count = 16
-    """Sequences of a forward pass."""
-    device: str = "auto"
-    """`auto` (CUDA where there is one), `cpu` or `cuda`."""
-    dtype: str = "auto"
-    """`auto` (the checkpoint's on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`."""
-    seed: int = 0
-    """Of torch's generator, for a model that draws while it runs; the text is read in a fixed order."""
 
 
 def collect(config: CollectConfig, console: Console | None = None) -> Path:
-    """Runs the model and writes the trace; returns its folder. Nothing is left behind where it fails.
+    """Runs the model and writes the trace, or goes on with it; returns its folder.
 
-    Raises a `UserError` for whatever is wrong with the settings, the model, the corpus or the disk.
+    Raises a `UserError` for whatever is wrong with the settings, the model, the corpus or the disk: with nothing left
+    behind where no batch has been run, else with a trace that can be resumed.
     """
-    console = console or Console()
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise CollectError(f"{config.out} exists already; name a new folder or remove it")
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    with joined(resolve_device(config.device)) as group:
+        console = console or Console(quiet=not group.is_first)
+        try:
+            with locked(config.out) if group.is_first else nullcontext():
+                finished = group.share(is_finished(config, group.count) if group.is_first else False)
+                if finished:
+                    console.print(f"{config.out} is finished already", highlight=False)
+                else:
+                    _collect(config, group, console)
+                group.wait()  # until all have ended, the lock is held
+        except KeyboardInterrupt as error:
+            raise CollectError(f"stopped; give --resume to go on with {config.out}") from error
+    return config.out
+
+
+def _collect(config: CollectConfig, group: Group, console: Console) -> None:
+    before = load_progress(config.out, group.rank)
+    if before is not None:
+        check_settings(config, before.progress.settings, before.progress.processes, group.count)
+    if config.device_map is not None and group.count > 1:
+        raise CollectError("device_map auto spreads one process over all GPUs; start a single process, or leave it out")
+    if config.phase == "decode" and config.max_new_tokens >= config.sequence_length:
+        raise CollectError(
+            f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in a sequence_length of "
+            f"{config.sequence_length}; give fewer --max-new-tokens or a longer --sequence-length"
+        )
+    dtype = resolve_dtype(config.dtype, group.device)
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, device, dtype)
+    model = load_model(config.model, group.device, dtype, config.device_map)
     layers = find_moe_layers(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.sequence_length > limit:
         raise CollectError(
             f"sequence_length {config.sequence_length} is beyond the {limit} positions of {config.model}"
         )
-    next(_documents(config))  # a corpus that holds no text is refused here
-    targets = _choose_targets(config, model, layers, tokenizer, console)
-    torch.manual_seed(config.seed)
-    with torch.inference_mode(), TraceWriter(config.out) as writer:
-        started = time.perf_counter()
-        recorder, tokens, count = _record(config, model, layers, targets, tokenizer, writer)
-        shards = writer.flush()
-        seconds = time.perf_counter() - started
-        digest = writer.write_speculation(_speculation_state(layers, recorder), model.config.to_json_string())
-        manifest = _manifest(config, model, layers, recorder, shards, digest, tokens, count)
-        _measure(Trace(config.out, manifest))
-        size = writer.finish(manifest)
-    _report(manifest, console)
-    console.print(
-        f"{config.out}: {tokens:,} tokens, {size:,} bytes ({size / tokens:,.0f} a token), {tokens / seconds:,.0f} tokens/s",
-        highlight=False,
-    )
-    return config.out
-
-
-def _documents(config: CollectConfig) -> Iterator[str]:
-    return read_documents(config.corpus, config.split, config.text_column)
-
-
-def _batches(config: CollectConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[torch.Tensor]:
-    """Token ids `[sequences, length]`; consecutive sequences of one length are stacked, so nothing is padded."""
-    stream = sequences(_documents(config), tokenizer, config.sequence_length, tokens)
-    for _, same in itertools.groupby(stream, key=len):
-        while stack := list(itertools.islice(same, config.batch_size)):
-            yield torch.stack(stack)
-
-
-def _run(model: PreTrainedModel, token_ids: torch.Tensor) -> None:
-    # The body without the head: logits over a large vocabulary would cost more than a layer, and nobody reads them.
-    model.base_model(input_ids=token_ids.to(model.device), use_cache=False)
-
-
-def _choose_targets(
-    config: CollectConfig,
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    tokenizer: PreTrainedTokenizerBase,
-    console: Console,
-) -> list[int]:
-    known = [layer.index for layer in layers]
-    if config.layers == "all":
-        return known
-    if config.layers != "auto":
-        unknown = [index for index in config.layers if index not in known]
-        if unknown or not config.layers:
-            wrong = f"layer {unknown[0]} is not an MoE layer" if unknown else "no layer is named"
-            raise CollectError(f"{wrong}; the MoE layers of {config.model} are {_spans(known)}")
-        return sorted(set(config.layers))
-    rates = _pilot(config, model, layers, tokenizer)
-    chosen = [target for target, rate in rates.items() if rate < config.threshold]
-    console.print(
-        f"training-free hit rates on the first {PILOT_TOKENS} tokens: "
-        + ", ".join(f"{target}: {rate:.3f}" for target, rate in rates.items()),
-        highlight=False,
-    )
-    if not chosen:
-        raise CollectError(
-            f"no layer's training-free hit rate is below the threshold of {config.threshold} (the lowest is "
-            f"{min(rates.values()):.3f}); raise --threshold or give --layers all"
+    plan = None
+    if group.is_first:
+        plan = before.progress.plan if before else make_plan(config, model, layers, tokenizer, console, group.count)
+    plan = group.share(plan)
+    assert plan is not None
+    if before is None:
+        before = Snapshot(
+            Progress(settings=config.decides(), processes=group.count, plan=plan),
+            Recorder(layers, plan.targets).state(),
         )
-    return chosen
-
-
-def _pilot(
-    config: CollectConfig, model: PreTrainedModel, layers: list[MoELayer], tokenizer: PreTrainedTokenizerBase
-) -> dict[int, float]:
-    """Training-free hit rate of every MoE layer on the first few thousand tokens, all in memory."""
-    with torch.inference_mode(), Recorder(layers, [layer.index for layer in layers]) as recorder:
-        batches: list[Columns] = []
-        for token_ids in _batches(config, tokenizer, min(PILOT_TOKENS, config.tokens)):
-            _run(model, token_ids)
-            batches.append(_columns(recorder.take(), recorder.sources))
-    vectors = recorder.default_vectors()
-    by_index = {layer.index: layer for layer in layers}
-    speculators = {
-        target: Speculator(
-            by_index[target].norm, by_index[target].router, None if source is None else vectors[source]
-        ).to(model.device)
-        for target, source in recorder.sources.items()
-    }
-    moved = ({name: tensor.to(model.device) for name, tensor in columns.items()} for columns in batches)
-    return training_free_hit_rates(moved, recorder.sources, speculators)
-
-
-def training_free_hit_rates(
-    batches: Iterator[Columns], sources: dict[int, int | None], speculators: dict[int, Speculator]
-) -> dict[int, float]:
-    """By target: recall@k of the router on the quasi-hidden state, over the rows of `batches`."""
-    metric = HitRate(len(sources))
-    for columns in batches:
-        batch = make_batch(columns, sources, speculators)
-        chosen = []
-        for target, quasi in zip(sources, batch.quasi, strict=True):
-            router = speculators[target].router
-            chosen.append(router(quasi.to(next(router.parameters()).dtype))[2])
-        metric.update(torch.stack(chosen).cpu(), batch.ids.cpu())
-    return dict(zip(sources, metric.rates(), strict=True))
+        with disk(config.out):
+            save_progress(config.out, group.rank, before)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        done, stopped = _record(config, group, model, layers, tokenizer, before)
+    group.wait()
+    if group.is_first:
+        speed = (done.tokens - before.progress.tokens) / (time.perf_counter() - started)
+        manifest = _finish(config, group, model, layers)
+        _report(manifest, console)
+        if stopped:
+            console.print(f"ended with the last whole batch within max_bytes {config.max_bytes:,}", highlight=False)
+        elif done.tokens < config.tokens:
+            console.print(f"the corpus gave {done.tokens:,} of {config.tokens:,} tokens", highlight=False)
+        size = sum(file.stat().st_size for file in config.out.iterdir() if file.name != LOCK)
+        console.print(
+            f"{config.out}: {manifest.tokens:,} tokens, {size:,} bytes ({size / manifest.tokens:,.0f} a token), "
+            f"{speed:,.0f} tokens/s",
+            highlight=False,
+        )
 
 
 def _record(
     config: CollectConfig,
+    group: Group,
     model: PreTrainedModel,
     layers: list[MoELayer],
-    targets: list[int],
     tokenizer: PreTrainedTokenizerBase,
-    writer: TraceWriter,
-) -> tuple[Recorder, int, int]:
-    """The one pass; returns the recorder and how many tokens and sequences there were."""
-    recorder, rows, number = Recorder(layers, targets), 0, 0
-    progress = tqdm(total=config.tokens, unit=" tokens", desc="collect", leave=False, disable=None)
-    with recorder, closing(progress):
-        for token_ids in _batches(config, tokenizer, config.tokens):
-            _run(model, token_ids)
-            columns = _columns(recorder.take(), recorder.sources)
-            count, length = token_ids.shape
-            columns["token_ids"] = token_ids.flatten().int()
-            columns["position"] = torch.arange(length, dtype=torch.int32).repeat(count)
-            columns["sequence"] = torch.arange(number, number + count, dtype=torch.int32).repeat_interleave(length)
-            if rows == 0:
-                _check_room(config, columns, token_ids.numel())
-            writer.append(columns)
-            rows, number = rows + token_ids.numel(), number + count
-            progress.update(token_ids.numel())
-    return recorder, rows, number
+    before: Snapshot,
+) -> tuple[Progress, bool]:
+    """This process's part of the one pass; returns its end, and whether `max_bytes` was that."""
+    start, plan = before.progress, before.progress.plan
+    prefix = "shard" if group.count == 1 else f"shard-{group.rank:04d}"
+    remove_unfinished(config.out, prefix, start)
+    rows = sum(shard.rows for shard in start.shards)
+    most = None
+    if config.max_bytes is not None:
+        most = plan.most_rows(config.max_bytes, config.shard_bytes, group.count)
+    recorder, digest, done, stopped = Recorder(layers, plan.targets), Digest(), start, False
+    recorder.add_state(before.sums)
+    watched = None if group.is_first else True
+    progress = tqdm(total=config.tokens, unit=" tokens", desc="collect", leave=False, disable=watched)
+    writer = TraceWriter(config.out, config.shard_bytes, group.rank, prefix, start.shards)
+    with recorder, closing(progress), writer:
+        for batch in read_batches(config, tokenizer, config.tokens):
+            digest.update(batch.token_ids)
+            progress.update(_work(batch, config))
+            if batch.number < start.batches:
+                if batch.number + 1 == start.batches and str(digest) != start.digest:
+                    break
+                continue
+            is_own = batch.number % group.count == group.rank
+            if is_own and most is not None and rows + most_rows(batch, config) > most:
+                stopped = True
+                break
+            columns = run_batch(model, recorder, batch, config) if is_own else None
+            done = start.model_copy(
+                update={
+                    "batches": batch.number + 1,
+                    "sequences": batch.first + len(batch.token_ids),
+                    "tokens": done.tokens + _work(batch, config),
+                    "digest": str(digest),
+                }
+            )
+            if columns is not None:
+                rows += len(columns["token_ids"])
+                writer.append(columns, partial(_snapshot, done, recorder))
+        if start.batches and done is start and not stopped and str(digest) != start.digest:
+            raise CollectError(
+                f"the corpus {', '.join(config.corpora)} is not what it was when {config.out} was started; "
+                "give it back as it was, or collect into another folder"
+            )
+        done = done.model_copy(update={"shards": writer.flush()})
+    with disk(config.out):
+        save_progress(config.out, group.rank, Snapshot(done, recorder.state()))
+    return done, stopped
 
 
-def _check_room(config: CollectConfig, columns: Columns, rows: int) -> None:
-    needed = sum(tensor.nbytes for tensor in columns.values()) * config.tokens // rows
-    free = shutil.disk_usage(config.out).free
-    if needed > free:
+def _work(batch: TokenBatch, config: CollectConfig) -> int:
+    """The tokens that count to `--tokens`: those of the batch, or those generated from it at most."""
+    return len(batch.token_ids) * config.max_new_tokens if config.phase == "decode" else batch.tokens
+
+
+def _snapshot(done: Progress, recorder: Recorder) -> Snapshot:
+    return Snapshot(done, recorder.state())
+
+
+def _finish(config: CollectConfig, group: Group, model: PreTrainedModel, layers: list[MoELayer]) -> Manifest:
+    """Makes one trace of what all processes have left in the folder."""
+    shards: list[ShardEntry] = []
+    sequences = 0
+    recorder: Recorder | None = None
+    for rank in range(group.count):
+        part = load_progress(config.out, rank)
+        if part is None:
+            raise CollectError(f"process {rank} left nothing in {config.out}; all must write to one shared folder")
+        recorder = recorder or Recorder(layers, part.progress.plan.targets)
+        recorder.add_state(part.sums)
+        shards += part.progress.shards
+        sequences = max(sequences, part.progress.sequences)
+    assert recorder is not None
+    if not shards:
+        remove_progress(config.out)
         raise CollectError(
-            f"{config.tokens} tokens make a trace of {needed / 1e9:.1f} GB, and {config.out} has {free / 1e9:.1f} GB left; "
-            "give fewer --tokens or --layers, or another folder"
+            "not one token was recorded: not even one batch fits; give a larger --max-bytes, or a smaller --batch-size"
+            if config.max_bytes is not None
+            else "not one token was recorded; give a larger --sample, or more --tokens"
         )
-
-
-def _columns(records: dict[int, LayerRecord], sources: dict[int, int | None]) -> Columns:
-    """What a trace keeps of the records of one forward pass, on the CPU."""
-    columns: Columns = {}
-    used_as_source = set(sources.values())
-    for layer, record in records.items():
-        name = f"layers.{layer}"
-        columns[f"{name}.expert_ids"] = record.routing.ids.to("cpu", torch.int16)
-        columns[f"{name}.expert_weights"] = record.routing.weights.to("cpu", torch.bfloat16)
-        if layer in used_as_source:
-            columns[f"{name}.residual"] = record.residual.to(torch.bfloat16).cpu()
-        if layer in sources:
-            columns[f"{name}.router_logits"] = record.routing.logits.to(torch.bfloat16).cpu()
-        if record.input is not None:
-            columns[f"{name}.input"] = record.input.to(torch.bfloat16).cpu()
-    return columns
-
-
-def _speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:
-    state = {f"default_vectors.{source}": vectors for source, vectors in recorder.default_vectors().items()}
-    for layer in layers:
-        if layer.index in recorder.sources:
-            for part, module in (("norm", layer.norm), ("router", layer.router)):
-                for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                    state[f"layers.{layer.index}.{part}.{name}"] = tensor.detach().cpu().clone()
-    return state
+    digest = write_speculation(config.out, speculation_state(layers, recorder), model.config.to_json_string())
+    manifest = _manifest(config, group, model, layers, recorder, shards, digest, sequences)
+    # Read back from the disk, as `fit` will.
+    trace = Trace(config.out, manifest)
+    rates = training_free_hit_rates(trace.sample(SAMPLE_ROWS), trace.sources, trace.speculators())
+    for entry in manifest.layers:
+        entry.training_free = rates[entry.layer]
+    write_manifest(config.out, manifest)
+    remove_progress(config.out)
+    return manifest
 
 
 def _manifest(
     config: CollectConfig,
+    group: Group,
     model: PreTrainedModel,
     layers: list[MoELayer],
     recorder: Recorder,
     shards: list[ShardEntry],
     speculation_sha256: str,
-    tokens: int,
-    count: int,
+    sequences: int,
 ) -> Manifest:
-    names = {layer.index: layer.names for layer in layers}
+    by_index = {layer.index: layer for layer in layers}
     control = recorder.control_hit_rates()
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -286,29 +242,43 @@ def _manifest(
             **moe_shape(model.config, layers),
         ),
         layers=[
-            LayerEntry(layer=target, source=source, **names[target], training_free=0.0, control=control[target])
+            LayerEntry(
+                layer=target,
+                source=source,
+                norm=by_index[target].names["norm"],
+                router=by_index[target].names["router"],
+                router_arguments=by_index[target].names["router_arguments"],
+                router_ndim=by_index[target].router_ndim,
+                **({} if source is None else _joined(by_index[source])),
+                training_free=0.0,
+                control=control[target],
+            )
             for target, source in recorder.sources.items()
         ],
         dtype=str(model.dtype).removeprefix("torch."),
-        phase="prefill",
-        corpus=config.corpus,
+        phase=config.phase,
+        corpus=", ".join(config.corpora),
         split=config.split,
         seed=config.seed,
         sequence_length=config.sequence_length,
-        sequences=count,
-        tokens=tokens,
+        sequences=sequences,
+        tokens=sum(shard.rows for shard in shards),
         speculation_sha256=speculation_sha256,
         shards=shards,
+        settings=config.decides(),
+        processes=group.count,
         versions=versions(),
         command=command(),
     )
 
 
-def _measure(trace: Trace) -> None:
-    """Fills in the training-free hit rates, read back from the disk as `fit` will, on evenly spaced rows."""
-    rates = training_free_hit_rates(trace.sample(SAMPLE_ROWS), trace.sources, trace.speculators())
-    for entry in trace.manifest.layers:
-        entry.training_free = rates[entry.layer]
+def _joined(source: MoELayer) -> dict[str, Any]:
+    """How a source layer's experts join its output, as far as a speculation must know it."""
+    return {
+        "post_norm": source.names["post_norm"],
+        "post_scale": source.join.post_scale,
+        "has_inner": source.join.has_inner,
+    }
 
 
 def _report(manifest: Manifest, console: Console) -> None:
@@ -324,9 +294,3 @@ def _report(manifest: Manifest, console: Console) -> None:
         source = "its input" if entry.source is None else str(entry.source)
         table.add_row(str(entry.layer), source, f"{entry.training_free:.3f}", f"{entry.control:.4f}")
     console.print(table)
-
-
-def _spans(numbers: list[int]) -> str:
-    """`0 to 11`, or the list itself where it has gaps."""
-    gapless = numbers == list(range(numbers[0], numbers[-1] + 1))
-    return f"{numbers[0]} to {numbers[-1]}" if gapless else ", ".join(map(str, numbers))

@@ -1,7 +1,8 @@
 """The recorder: hooks on a full run of a model, from which everything that predictors learn from is read.
 
 Nothing of the model is computed a second time, with one exception: the control, which feeds each target's norm and
-router with their recorded true input again and must find the very experts that the model used.
+router with their recorded true input again and must find the very experts that the model used. After the first pass the
+router itself is run again only where the norm's output is not what it has read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 from predictors.architecture import MoELayer, override_forward, sources
 from predictors.experts import expert_parameters, run_experts
 from predictors.metrics import HitRate
-from predictors.speculation import Routing
+from predictors.speculation import Router, Routing
 
 
 class LayerRecord(NamedTuple):
@@ -28,6 +29,8 @@ class LayerRecord(NamedTuple):
     """As the model itself used it."""
     input: torch.Tensor | None
     """`[tokens, hidden]`: the decoder layer's own input, where the layer is a target without a source; else None."""
+    inner: torch.Tensor | None
+    """`[tokens, hidden]`: what the layer norms together with its experts' sum, where it does; else None."""
 
 
 class Recorder:
@@ -67,13 +70,15 @@ class Recorder:
     def keep(self, mask: torch.Tensor | None) -> None:
         """Of the passes to come, records only the tokens where `mask` (bool `[tokens]`) is set; None records all."""
         for tap in self._taps.values():
-            tap.keep = mask
+            # Each layer on its own device: a large model may be spread over several.
+            tap.keep = None if mask is None else mask.to(next(tap.layer.router.parameters()).device)
 
     def take(self) -> dict[int, LayerRecord]:
         """The records of the last forward pass, by layer index; they are handed over, not kept."""
         recomputed, used = [], []
+        first = not self._control.total
         for target in self.sources:
-            routing = self._taps[target].recompute()
+            routing = self._taps[target].recompute(runs_router=first)
             recomputed.append(routing.ids.cpu())
             used.append(self._taps[target].routing.ids.cpu())
         self._control.update(torch.stack(recomputed), torch.stack(used))
@@ -134,23 +139,29 @@ class _Tap:
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
         def keep_output(name: str, module: nn.Module) -> None:
-            def hook(_: nn.Module, __: Any, output: torch.Tensor) -> None:
-                self.seen[name] = output
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                self.seen[name] = output if isinstance(output, torch.Tensor) else output[0]
 
             stack.callback(module.register_forward_hook(hook).remove)
 
         def keep_routing(_: nn.Module, __: Any, output: tuple[torch.Tensor, ...]) -> None:
             self.routing = Routing(*(self._kept(part) for part in output))
 
-        keep_input("norm_input", layer.norm)
+        keep_input("norm_input", layer.entry)
+        keep_input("router_input", layer.router)
         stack.callback(layer.router.register_forward_hook(keep_routing).remove)
         if self.keeps_input:
             keep_input("decoder_input", layer.decoder)
         if self.is_source:
-            if layer.shared is not None:
-                keep_output("shared", layer.shared)
-            if layer.shared_gate is not None:
-                keep_output("shared_gate", layer.shared_gate)
+            join = layer.join
+            if join.base_is_normed:
+                keep_input("block_input", layer.block)
+            for number, (module, _) in enumerate(join.beside):
+                keep_output(f"beside.{number}", module)
+            if join.shared is not None:
+                keep_output("shared", join.shared)
+            if join.shared_gate is not None:
+                keep_output("shared_gate", join.shared_gate)
             expert_parameters(layer.experts)  # refuses experts that can't be run one by one, before the first pass
             stack.enter_context(override_forward(layer.experts, self.run_experts))
 
@@ -162,27 +173,32 @@ class _Tap:
         def add(expert: int, tokens: torch.Tensor, output: torch.Tensor) -> None:
             if self.keep is not None:
                 output = output[self.keep[tokens]]
-            self.sums[expert] += output.sum(0, dtype=torch.float32)
+            self.sums[expert] += self.layer.join.in_stream(output.sum(0, dtype=torch.float32))
             self.counts[expert] += output.shape[0]
 
         return run_experts(self.layer.experts, x, ids, weights, on_output=add)
 
-    def recompute(self) -> Routing:
+    def recompute(self, runs_router: bool) -> Routing:
+        """The routing of norm and router on the recorded stream. Without `runs_router` the router is taken at its word
+        where it would read the very input that it has read."""
         # Through `forward`, past the hooks: a recomputation is not to be recorded.
         normed = self.layer.norm.forward(self.seen["norm_input"])
-        return Routing(*(self._kept(part) for part in self.layer.router.forward(normed.flatten(0, -2))))
+        if not runs_router and torch.equal(normed.flatten(0, -2), self.seen["router_input"].flatten(0, -2)):
+            return self.routing
+        return Routing(*(self._kept(part) for part in Router.of(self.layer)(normed.flatten(0, -2))))
 
     def take(self) -> LayerRecord:
-        residual = self._kept(self.seen.pop("norm_input"))
-        if "shared" in self.seen:
-            shared = self._kept(self.seen.pop("shared"))
-            if "shared_gate" in self.seen:
-                shared = torch.sigmoid(self._kept(self.seen.pop("shared_gate"))) * shared
-            residual = residual + shared
-        decoder_input = self.seen.pop("decoder_input", None)
+        kept = {name: self._kept(tensor) for name, tensor in self.seen.items() if name != "router_input"}
+        self.seen.clear()
+        residual, inner = kept["norm_input"], None
+        if self.is_source:
+            join = self.layer.join
+            beside = [kept[f"beside.{number}"] for number in range(len(join.beside))]
+            shared = join.scaled(kept["shared"], kept.get("shared_gate")) if "shared" in kept else None
+            residual, inner = join.residual(residual, kept.get("block_input", residual), beside, shared)
         routing = self.routing
         del self.routing
-        return LayerRecord(residual, routing, None if decoder_input is None else self._kept(decoder_input))
+        return LayerRecord(residual, routing, kept.get("decoder_input"), inner)
 
     def _kept(self, x: torch.Tensor) -> torch.Tensor:
         """The rows `[tokens, ...]` to record of `x` `[..., n]`."""

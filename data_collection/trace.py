@@ -2,9 +2,11 @@
 
     manifest.json            what was recorded, from which model and text, and the shards with their checksums
     config.json              the model's config
-    speculation.safetensors  `default_vectors.<source>`, `layers.<target>.norm.<name>`, `layers.<target>.router.<name>`
-    shard-NNNNN.safetensors  one row a token:
+    speculation.safetensors  `default_vectors.<source>`; `layers.<target>.` `norm.<name>`, `router.<name>`,
+                             `router_arguments.<n>`, `post_norm.<name>` (its source's)
+    shard-NNNNN.safetensors  one row a token (shard-RRRR-NNNNN of process RRRR, where many shared the collection):
         layers.<l>.residual        [rows, hidden]   bf16    of every source layer
+        layers.<l>.inner           [rows, hidden]   bf16    of a source that norms its shared expert with its experts
         layers.<l>.input           [rows, hidden]   bf16    of a target that has no source
         layers.<l>.expert_ids      [rows, top_k]    int16   of every recorded layer
         layers.<l>.expert_weights  [rows, top_k]    bf16    of every recorded layer
@@ -23,18 +25,19 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig
 
 from predictors.architecture import skeleton
 from predictors.errors import UserError
 from predictors.settings import describe
-from predictors.speculation import Routing, Speculator
+from predictors.speculation import Router, Routing, Speculator, mixture_of
 
 FORMAT_VERSION = 1
 MANIFEST, CONFIG, SPECULATION = "manifest.json", "config.json", "speculation.safetensors"
@@ -77,9 +80,19 @@ class LayerEntry(_Entry):
     layer: int
     source: int | None
     norm: str
-    """Dotted name of the norm in the model."""
+    """Dotted name of the norm in the model; empty where its routers read the residual stream itself."""
     router: str
     """Dotted name of the router in the model."""
+    router_arguments: list[str] = []
+    """Dotted names of what the router is called with beside its input."""
+    router_ndim: Literal[2, 3] = 2
+    """Of the router's input."""
+    post_norm: str = ""
+    """Dotted name of the norm that the source layer's experts' sum goes through, where it goes through one."""
+    post_scale: float = 1.0
+    """Factor of what that norm puts out."""
+    has_inner: bool = False
+    """Whether the source layer's shared expert goes through that norm as well, and is recorded as `inner`."""
     training_free: float = Field(ge=0, le=1)
     """Hit rate without a predictor, over a sample of the rows."""
     control: float = Field(ge=0, le=1)
@@ -87,7 +100,7 @@ class LayerEntry(_Entry):
 
 
 class ShardEntry(_Entry):
-    file: str = Field(pattern=r"^shard-\d{5,}\.safetensors$")
+    file: str = Field(pattern=r"^shard-(\d{4,}-)?\d{5,}\.safetensors$")
     rows: int = Field(gt=0)
     bytes: int = Field(gt=0)
     sha256: str
@@ -102,15 +115,22 @@ class Manifest(_Entry):
     dtype: str
     """Of the model while it was recorded."""
     phase: str
-    """`prefill`: the rows are tokens of whole sequences, computed at once."""
+    """`prefill`: the rows are tokens of whole sequences, computed at once; `decode`: tokens that the model generated and
+    read one at a time."""
     corpus: str
     split: str
     seed: int
     sequence_length: int
     sequences: int
+    """`sequence` of a row is below it; a sample may have left all of a sequence out."""
     tokens: int
+    """Rows."""
     speculation_sha256: str
     shards: list[ShardEntry] = Field(min_length=1)
+    settings: dict[str, Any] = {}
+    """Those of `collect` that decide what is recorded."""
+    processes: int = 1
+    """How many shared the collection; the shards of each stand one after another."""
     versions: dict[str, str]
     command: str
 
@@ -122,6 +142,8 @@ class Batch(NamedTuple):
     """Quasi-hidden states, `[layers, rows, hidden]`."""
     normed: torch.Tensor
     """Normed residuals, `[layers, rows, hidden]`."""
+    mixture: torch.Tensor
+    """The source routers' mixtures, `[layers, rows, experts]`; zero for a target without a source."""
     ids: torch.Tensor
     """The experts that the router chose, `[layers, rows, top_k]`, int64."""
     logits: torch.Tensor
@@ -137,6 +159,8 @@ def column_shapes(manifest: Manifest) -> dict[str, tuple[torch.dtype, int | None
             shapes[f"layers.{entry.layer}.input"] = (torch.bfloat16, model.hidden_size)
         else:
             shapes[f"layers.{entry.source}.residual"] = (torch.bfloat16, model.hidden_size)
+            if entry.has_inner:
+                shapes[f"layers.{entry.source}.inner"] = (torch.bfloat16, model.hidden_size)
         shapes[f"layers.{entry.layer}.router_logits"] = (torch.bfloat16, model.num_experts)
     for layer in {layer for entry in manifest.layers for layer in (entry.layer, entry.source) if layer is not None}:
         shapes[f"layers.{layer}.expert_ids"] = (torch.int16, model.top_k)
@@ -149,7 +173,7 @@ def make_batch(columns: Columns, sources: dict[int, int | None], speculators: di
 
     States come from `Speculator.states`, which is what the runtime calls. No gradient flows through them.
     """
-    states, ids, logits = [], [], []
+    states, mixtures, ids, logits = [], [], [], []
     with torch.no_grad():
         for target, source in sources.items():
             speculator = speculators[target]
@@ -160,11 +184,15 @@ def make_batch(columns: Columns, sources: dict[int, int | None], speculators: di
                 # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
                 routing = Routing(weights, weights, columns[f"layers.{source}.expert_ids"].long())
             name = f"layers.{target}.input" if source is None else f"layers.{source}.residual"
-            states.append(speculator.states(columns[name].to(dtype), routing))
+            inner = columns.get(f"layers.{source}.inner")
+            inner = None if inner is None else inner.to(dtype)
+            states.append(speculator.states(columns[name].to(dtype), routing, inner))
             ids.append(columns[f"layers.{target}.expert_ids"].long())
             logits.append(columns[f"layers.{target}.router_logits"].float())
+            empty = torch.zeros_like(logits[-1])
+            mixtures.append(empty if routing is None else mixture_of(routing, empty.shape[1], empty.dtype))
         quasi, normed = (torch.stack(parts).float() for parts in zip(*states, strict=True))
-        return Batch(quasi, normed, torch.stack(ids), torch.stack(logits))
+        return Batch(quasi, normed, torch.stack(mixtures), torch.stack(ids), torch.stack(logits))
 
 
 class Trace:
@@ -265,14 +293,26 @@ class Trace:
             state = self._speculation()
             speculators = {}
             for entry in self.manifest.layers:
-                parts = {"norm": bones.get_submodule(entry.norm), "router": bones.get_submodule(entry.router)}
+                parts = {
+                    part: bones.get_submodule(name) if name else nn.Identity()
+                    for part, name in (("norm", entry.norm), ("router", entry.router), ("post_norm", entry.post_norm))
+                }
                 for part, module in parts.items():
                     module.to_empty(device=device)
                     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                         tensor.data = state[f"layers.{entry.layer}.{part}.{name}"].to(device)
                     module.float().requires_grad_(False).eval()
-                vectors = None if entry.source is None else state[f"default_vectors.{entry.source}"]
-                speculators[entry.layer] = Speculator(parts["norm"], parts["router"], vectors).to(device)
+                arguments = [
+                    state[f"layers.{entry.layer}.router_arguments.{number}"].to(device).float()
+                    for number in range(len(entry.router_arguments))
+                ]
+                speculators[entry.layer] = Speculator(
+                    parts["norm"],
+                    Router(parts["router"], tuple(arguments), entry.router_ndim),
+                    None if entry.source is None else state[f"default_vectors.{entry.source}"],
+                    post_norm=parts["post_norm"] if entry.post_norm else None,
+                    post_scale=entry.post_scale,
+                ).to(device)
         except (KeyError, AttributeError, ValueError, RuntimeError, OSError) as error:
             raise TraceError(
                 f"the routers of {self.path} can't be rebuilt ({type(error).__name__}: {error}); collect the trace again"
@@ -306,9 +346,9 @@ def _read_manifest(path: Path) -> Manifest:
         raise TraceError(f"there is no trace at {path}; give the folder that collect wrote")
     file = path / MANIFEST
     if not file.is_file():
-        unfinished = any(path.glob("shard-*"))
+        unfinished = any(path.glob("shard-*")) or any(path.glob("progress-*"))
         raise TraceError(
-            f"{path} holds an unfinished trace (no {MANIFEST}); collect it again"
+            f"{path} holds an unfinished trace (no {MANIFEST}); go on with collect --resume"
             if unfinished
             else f"{path} holds no trace (no {MANIFEST}); give the folder that collect wrote"
         )

@@ -1,17 +1,14 @@
-"""Finds the MoE layers of a transformers model: for each its norm, router, experts and shared expert.
+"""The MoE layers of a transformers model: for each its norm, router, experts, and how the experts' sum joins the layer.
 
-There is no table of models. The class of the routers stands in the model's own `_can_record_outputs`; the block that
-holds a router holds its experts; and which norm feeds the block is read off one tiny forward pass, in which the
-experts are left out, so that it costs next to nothing even where they lie in host memory.
+There is no table of models; `discovery` reads all of it off the model itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +24,73 @@ class UnsupportedModelError(UserError):
 
 
 @dataclass(frozen=True)
+class Join:
+    """How a layer's output `o` comes about from the residual stream `h`, the block's input `x` and the experts' sum `y`.
+
+        s = base_scale * (x if base_is_normed else h) + sum of beside_scale * beside      known before the experts run
+        o = s + post_scale * (shared_scale * shared(x) + expert_scale * project(y))       without a post-norm
+        o = s + post_scale * post_norm(shared_scale * shared(x) + expert_scale * project(y))
+
+    Without a post-norm the shared expert's term counts to `s`, and `residual` is all of the layer's output but its
+    routed experts; with one it goes through the norm together with the experts, and is called `inner`.
+    """
+
+    base_is_normed: bool = False
+    base_scale: float = 1.0
+    beside: tuple[tuple[nn.Module, float], ...] = ()
+    """Modules that run before the block and are added with it (attention parallel to the block), with their factors."""
+    shared: nn.Module | None = None
+    """The shared expert, computed for every token, or None."""
+    shared_gate: nn.Module | None = None
+    """A `[1, hidden]` linear layer whose sigmoid scales the shared expert, or None."""
+    shared_scale: float = 1.0
+    project: nn.Module | None = None
+    """A linear layer from the experts' space back to the stream's, or None where they are the same."""
+    expert_scale: float = 1.0
+    post_norm: nn.Module | None = None
+    post_scale: float = 1.0
+
+    @property
+    def has_inner(self) -> bool:
+        return self.post_norm is not None and self.shared is not None
+
+    def shared_term(self, x: torch.Tensor) -> torch.Tensor | None:
+        """`shared_scale * shared(x)` for the block's input `x` `[tokens, hidden]`, or None where there is none."""
+        if self.shared is None:
+            return None
+        return self.scaled(self.shared(x), None if self.shared_gate is None else self.shared_gate(x))
+
+    def scaled(self, shared: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """The shared term from the outputs of the shared expert `[tokens, hidden]` and of its gate `[tokens, 1]`."""
+        output = shared if gate is None else torch.sigmoid(gate) * shared
+        return output if self.shared_scale == 1.0 else self.shared_scale * output
+
+    def residual(
+        self, h: torch.Tensor, x: torch.Tensor, beside: list[torch.Tensor], shared_term: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual `s` and, where there is one, `inner`; all `[tokens, hidden]`. `beside` in the order of the field."""
+        s = x if self.base_is_normed else h
+        if self.base_scale != 1.0:
+            s = self.base_scale * s
+        for output, (_, scale) in zip(beside, self.beside, strict=True):
+            s = s + (output if scale == 1.0 else scale * output)
+        if shared_term is None or self.post_norm is not None:
+            return s, shared_term
+        return s + (shared_term if self.post_scale == 1.0 else self.post_scale * shared_term), None
+
+    def in_stream(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Experts' outputs `[n, experts' width]` as default vectors hold them: what `inner` or `s` is added, `[n, hidden]`.
+
+        All of it is linear, so it may be taken of a mean.
+        """
+        if self.project is not None:
+            weight: torch.Tensor = self.project.weight  # type: ignore[assignment]
+            outputs = outputs @ weight.to(outputs).T
+        scale = self.expert_scale * (self.post_scale if self.post_norm is None else 1.0)
+        return outputs if scale == 1.0 else scale * outputs
+
+
+@dataclass(frozen=True)
 class MoELayer:
     """One MoE layer of a model. The modules are the model's own, not copies."""
 
@@ -34,28 +98,33 @@ class MoELayer:
     """Number of the decoder layer, counted from 0."""
     decoder: nn.Module
     """The decoder layer; its input is the residual stream."""
-    names: dict[str, str]
-    """Where `norm` and `router` stand in the model, as dotted names."""
+    block: nn.Module
+    """The module that calls the router and the experts."""
+    names: dict[str, Any]
+    """Where things stand in the model, as dotted names: `norm`, `router`, `post_norm` ("" where there is none),
+    `router_arguments` (a list)."""
     norm: nn.Module
-    """The norm whose output the router and the experts read; its input is the residual stream after attention."""
+    """The norm whose output the router reads; its input is the residual stream after attention. An `Identity` where a
+    model has none."""
     router: nn.Module
-    """`router(x)` returns `(logits, weights, ids)`, of shapes `[tokens, experts]`, `[tokens, top_k]` twice."""
+    """`router(x, *router_arguments)` returns `(logits, weights, ids)`: `[tokens, experts]`, `[tokens, top_k]` twice."""
+    router_arguments: tuple[torch.Tensor, ...]
+    """Parameters or buffers of the block that its router is called with (score-correction biases)."""
+    router_ndim: int
+    """2 where the router is called with `[tokens, hidden]`, 3 where with `[sequences, length, hidden]`."""
     experts: nn.Module
     """All routed experts, called as `experts(x, ids, weights)`; its parameters are stacked along dimension 0."""
-    shared: nn.Module | None
-    """The shared expert, computed for every token, or None."""
-    shared_gate: nn.Module | None
-    """A `[1, hidden]` linear layer whose sigmoid scales the shared expert, or None."""
+    join: Join
+    attends: bool
+    """Whether anything (attention) runs between the layer's input and the norm."""
     num_experts: int
     top_k: int
     hidden_size: int
 
-    def shared_output(self, x: torch.Tensor) -> torch.Tensor | None:
-        """What the shared expert adds for the block's input `x` `[tokens, hidden]`, or None where there is none."""
-        if self.shared is None:
-            return None
-        output: torch.Tensor = self.shared(x)
-        return output if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * output
+    @property
+    def entry(self) -> nn.Module:
+        """The module whose input is the residual stream that the norm reads."""
+        return self.block if isinstance(self.norm, nn.Identity) else self.norm
 
 
 @contextmanager
@@ -73,150 +142,27 @@ def override_forward(module: nn.Module, forward: Any) -> Iterator[Any]:
             del module.forward
 
 
-def _router_classes(model: nn.Module) -> tuple[type, ...]:
-    classes: list[type] = []
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            recorders: Any = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", [])
-            for recorder in recorders if isinstance(recorders, list) else [recorders]:
-                classes.append(getattr(recorder, "target_class", None) or recorder)
-    return tuple(classes)
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return any(p.ndim == 3 for p in module.parameters(recurse=False))
-
-
-def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
-    """The MoE layers of a causal language model, in forward order.
-
-    Raises `UnsupportedModelError` for a dense model and for one whose routers
-    or experts don't have the form described in `MoELayer`.
-    """
-    kind = model.config.model_type
-    classes = _router_classes(model)
-    routers = [name for name, m in model.named_modules() if classes and isinstance(m, classes)]
-    if not routers:
-        raise UnsupportedModelError(
-            f"{kind} is not a mixture-of-experts model that transformers knows the routers of; "
-            "speculating experts needs one"
-        )
-    layers = [_MoEProbe(model, name) for name in routers]
-    with ExitStack() as stack, torch.no_grad():
-        for probe in layers:
-            stack.enter_context(probe.watching())
-        order: list[int] = []
-        for number, probe in enumerate(layers):
-            handle = probe.block.register_forward_pre_hook(lambda *_, number=number: order.append(number))
-            stack.callback(handle.remove)
-        was_training = model.training
-        model.eval()
-        model(
-            input_ids=torch.zeros(
-                1, 2, dtype=torch.long, device=next(model.get_input_embeddings().parameters()).device
-            ),
-            use_cache=False,
-        )
-        model.train(was_training)
-    return [layers[number].result() for number in dict.fromkeys(order)]
-
-
-class _MoEProbe:
-    """Watches one MoE block through the tiny forward pass and says what it saw."""
-
-    def __init__(self, model: nn.Module, router_name: str):
-        self.router_name, self.router = router_name, model.get_submodule(router_name)
-        parents = router_name.split(".")[:-1]
-        self.block = model.get_submodule(".".join(parents))
-        experts = [m for m in self.block.children() if _is_experts(m)]
-        if len(experts) != 1:
-            raise UnsupportedModelError(
-                f"{router_name} has no experts beside it that are stacked in one module; they can't be addressed one by one"
-            )
-        self.experts = experts[0]
-        position = next((i for i, part in enumerate(parents) if re.fullmatch(r"\d+", part)), None)
-        if position is None:
-            raise UnsupportedModelError(f"{router_name} is in no numbered decoder layer")
-        self.index = int(parents[position])
-        self.decoder = model.get_submodule(".".join(parents[: position + 1]))
-        self.names = {module: name for name, module in model.named_modules()}
-        self.norm: nn.Module | None = None
-        self.routing: tuple[torch.Tensor, ...] | None = None
-        self.hidden_size = 0
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        outputs: list[tuple[nn.Module, torch.Tensor]] = []
-        inside = set(self.block.modules())
-
-        def keep_output(module: nn.Module, _: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor):
-                outputs.append((module, output))
-
-        def match_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entered = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-            self.norm = next((m for m, out in outputs if entered and out is entered[0]), None)
-            self.hidden_size = entered[0].shape[-1] if entered else 0
-            outputs.clear()
-
-        def keep_routing(_: nn.Module, __: Any, output: Any) -> None:
-            self.routing = output
-
-        def no_experts(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            return torch.zeros_like(hidden_states)
-
-        with ExitStack() as stack:
-            for module in self.decoder.modules():
-                if module not in inside and not list(module.children()):
-                    stack.callback(module.register_forward_hook(keep_output).remove)
-            stack.callback(self.block.register_forward_pre_hook(match_input, with_kwargs=True).remove)
-            stack.callback(self.router.register_forward_hook(keep_routing).remove)
-            stack.enter_context(override_forward(self.experts, no_experts))
-            yield
-
-    def result(self) -> MoELayer:
-        if self.norm is None:
-            raise UnsupportedModelError(
-                f"the input of {self.router_name} is not the output of a norm of its decoder layer"
-            )
-        r = self.routing
-        if not (
-            isinstance(r, tuple)
-            and len(r) == 3
-            and r[2].dtype in (torch.int32, torch.int64)
-            and r[1].shape == r[2].shape
-        ):
-            raise UnsupportedModelError(f"{self.router_name} does not return (logits, weights, ids) for each token")
-        others = [
-            m
-            for m in self.block.children()
-            if m not in (self.router, self.experts) and any(True for _ in m.parameters())
-        ]
-        gates = [m for m in others if isinstance(m, nn.Linear) and m.out_features == 1]
-        shared = [m for m in others if m not in gates]
-        if len(shared) > 1 or len(gates) > len(shared):
-            raise UnsupportedModelError(
-                f"the block of {self.router_name} holds modules beside router, experts and a shared expert"
-            )
-        return MoELayer(
-            index=self.index,
-            decoder=self.decoder,
-            names={"norm": self.names[self.norm], "router": self.router_name},
-            norm=self.norm,
-            router=self.router,
-            experts=self.experts,
-            shared=shared[0] if shared else None,
-            shared_gate=gates[0] if gates else None,
-            num_experts=r[0].shape[-1],
-            top_k=r[2].shape[-1],
-            hidden_size=self.hidden_size,
-        )
+def first_tensor(values: Any) -> torch.Tensor:
+    """The first tensor of a module's arguments or of what it returned, which by convention is the hidden states."""
+    if isinstance(values, torch.Tensor):
+        return values
+    return next(x for x in values if isinstance(x, torch.Tensor))
 
 
 def sources(layers: list[MoELayer]) -> dict[int, int | None]:
-    """The source layer of each target layer, by layer index: the MoE layer before it, None for the first."""
-    indices = [layer.index for layer in layers]
-    return dict(zip(indices, [None, *indices[:-1]], strict=True))
+    """The source layer of each target layer, by layer index.
+
+    It is the layer before, where that is an MoE layer. Where it is dense, all of its output is known, so the target
+    reads its own input (None), as the first MoE layer does; unless nothing runs between that and the router, which
+    would leave no time to copy: then it is the MoE layer before.
+    """
+    found: dict[int, int | None] = {}
+    before: MoELayer | None = None
+    for layer in layers:
+        near = before is not None and (before.index == layer.index - 1 or not layer.attends)
+        found[layer.index] = before.index if before is not None and near else None
+        before = layer
+    return found
 
 
 def moe_shape(config: PretrainedConfig, layers: list[MoELayer]) -> dict[str, Any]:

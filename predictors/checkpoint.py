@@ -1,6 +1,6 @@
 """The files that `export` writes and the runtime loads: a folder shaped like a Hub repository.
 
-    predictors.safetensors   `layers.<target>.{w1,b1,w2,b2}`, `default_vectors.<source>`
+    predictors.safetensors   `layers.<target>.{w1,v,b1,w2,b2}`, `default_vectors.<source>`
     config.json              format version, the model they belong to, per layer source, width and hit rates
     README.md                a model card
 
@@ -23,12 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, describe_shape, find_moe_layers, moe_shape, sources
+from predictors.architecture import MoELayer, describe_shape, moe_shape, sources
+from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.mlp import ResidualMLP
-from predictors.speculation import Speculator
+from predictors.speculation import Router, Speculator
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, CONFIG, CARD = "predictors.safetensors", "config.json", "README.md"
 
 
@@ -72,14 +73,21 @@ def make_speculators(
     layers = find_moe_layers(model) if layers is None else layers
     if predictors is not None:
         predictors.check(model, layers)
-    speculators = {}
+    speculators, by_index = {}, {layer.index: layer for layer in layers}
     for layer, source in zip(layers, sources(layers).values(), strict=True):
         vectors = predictors.default_vectors.get(source) if predictors is not None and source is not None else None
         mlp = predictors.mlps.get(layer.index) if predictors is not None else None
-        weight = next(layer.norm.parameters())
-        speculator = Speculator(layer.norm, layer.router, vectors).to(weight.device)
+        weight = next(layer.router.parameters())
+        join = None if source is None else by_index[source].join
+        speculator = Speculator(
+            layer.norm,
+            Router.of(layer),
+            vectors,
+            post_norm=None if join is None else join.post_norm,
+            post_scale=1.0 if join is None else join.post_scale,
+        ).to(weight.device)
         if mlp is not None:
-            copy = ResidualMLP(layer.hidden_size, mlp.b1.shape[0])
+            copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width)
             copy.load_state_dict(mlp.state_dict())
             speculator.mlp = copy.to(weight.device, weight.dtype)
         speculators[layer.index] = speculator.requires_grad_(False).eval()
@@ -102,7 +110,7 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
         "format_version": FORMAT_VERSION,
         "model": predictors.model,
         "layers": [
-            {"layer": target, "width": mlp.b1.shape[0], "hit_rate": predictors.hit_rates.get(target, {})}
+            {"layer": target, "width": mlp.width, "hit_rate": predictors.hit_rates.get(target, {})}
             for target, mlp in sorted(predictors.mlps.items())
         ],
         "default_vectors": sorted(predictors.default_vectors),
@@ -132,7 +140,7 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     hidden, experts = config["model"]["hidden_size"], config["model"]["num_experts"]
     for entry in config["layers"]:
         target, width = entry["layer"], entry["width"]
-        mlp = ResidualMLP(hidden, width)
+        mlp = ResidualMLP(hidden, experts, width)
         state = {}
         for name, parameter in mlp.named_parameters():
             state[name] = _take(tensors, f"layers.{target}.{name}", tuple(parameter.shape), weights)

@@ -80,8 +80,9 @@ def combine(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     `weights` is `[tokens, top_k]`. The product is taken in the wider of both dtypes and the result is that of
     `outputs`, as in transformers. It does not depend on the order in which the experts were computed.
     """
-    weighted = outputs.view(*weights.shape, outputs.shape[-1]) * weights.unsqueeze(-1)
-    return weighted.sum(dim=1).to(outputs.dtype)
+    wider = torch.promote_types(outputs.dtype, weights.dtype)
+    stacked = outputs.view(*weights.shape, outputs.shape[-1]).to(wider)
+    return torch.bmm(weights.unsqueeze(1).to(wider), stacked).squeeze(1).to(outputs.dtype)
 
 
 def run_experts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -52,14 +53,20 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str | Path, device: torch.device, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model of a folder or Hub repository, whole on `device`, in evaluation mode.
+def load_model(
+    name: str | Path, device: torch.device, dtype: torch.dtype | str, device_map: str | None = None
+) -> PreTrainedModel:
+    """The causal language model of a folder or Hub repository, in evaluation mode.
+
+    It is whole on `device`; with a `device_map` (`auto`) accelerate spreads it over all GPUs.
 
     Raises `LoadingError` where it can't be found, read or held.
     """
     _check_name(name)
     # Loaded straight to the GPU, a model need not pass through as much host memory.
-    placement = {"device_map": {"": device}} if device.type == "cuda" else {}
+    placement: dict[str, Any] = {"device_map": {"": device}} if device.type == "cuda" else {}
+    if device_map is not None:
+        placement = {"device_map": device_map}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **placement)
     except torch.OutOfMemoryError as error:
@@ -68,7 +75,13 @@ def load_model(name: str | Path, device: torch.device, dtype: torch.dtype | str)
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise LoadingError(f"no causal language model can be loaded from {name} ({_first_line(error)})") from error
+    if device.type == "cuda" and any(str(part) in ("cpu", "disk") for part in _places(model)):
+        raise LoadingError(f"{name} does not fit into the memory of the GPUs; give a smaller --dtype or --device cpu")
     return model.eval()
+
+
+def _places(model: PreTrainedModel) -> list[Any]:
+    return list((getattr(model, "hf_device_map", None) or {}).values())
 
 
 def _check_name(name: str | Path) -> None:

@@ -1,4 +1,15 @@
-"""The predictor: a small residual MLP that corrects the quasi-hidden state where it is weak."""
+"""The predictor: a small residual MLP that corrects the quasi-hidden state where it is weak.
+
+    q' = q + W2 · silu( W1 · a + V · m + b1 ) + b2          W2, b2 start at zero
+
+    q  quasi-hidden state                                       [tokens, hidden]
+    a  normed residual, norm_t(s)                               [tokens, hidden]
+    m  mixture: the source router's weights, times k, each at its expert's place     [tokens, experts]
+
+What `q` misses is what the source layer's experts do beyond their default vectors, and that is a function of the residual
+and of which experts run with what weight. `q` itself is left out of the input: it is made of the residual and the mixture,
+and at the same number of parameters the mixture in its place closes more of the gap (docs/predictors.md).
+"""
 
 from __future__ import annotations
 
@@ -8,47 +19,52 @@ from torch import nn
 
 
 class ResidualMLP(nn.Module):
-    """`q' = q + W2 · silu(W1 · [q; a] + b1) + b2`, the predictor of one target layer.
+    """The predictor of one target layer; untrained, it is exactly training-free speculation."""
 
-    `W2` and `b2` start at zero, so an untrained predictor is exactly training-free speculation.
-    """
-
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, num_experts: int, width: int):
         super().__init__()
-        self.w1 = nn.Parameter(torch.empty(width, 2 * hidden_size))
+        self.w1 = nn.Parameter(torch.empty(width, hidden_size))
+        self.v = nn.Parameter(torch.empty(width, num_experts))
         self.b1 = nn.Parameter(torch.zeros(width))
         self.w2 = nn.Parameter(torch.zeros(hidden_size, width))
         self.b2 = nn.Parameter(torch.zeros(hidden_size))
-        nn.init.normal_(self.w1, std=(2 * hidden_size) ** -0.5)
+        for weight in (self.w1, self.v):
+            nn.init.normal_(weight, std=(hidden_size + num_experts) ** -0.5)
 
-    def forward(self, quasi: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """The corrected state, `[tokens, hidden]`, from `q` and `a` of the same shape."""
-        hidden = F.silu(F.linear(torch.cat([quasi, normed], dim=-1), self.w1, self.b1))
-        return quasi + F.linear(hidden, self.w2, self.b2)
+    @property
+    def width(self) -> int:
+        return self.b1.shape[0]
+
+    def forward(self, quasi: torch.Tensor, normed: torch.Tensor, mixture: torch.Tensor | None) -> torch.Tensor:
+        """The corrected state, `[tokens, hidden]`, from `q`, `a` and `m`; without a source layer there is no `m`."""
+        hidden = F.linear(normed, self.w1, self.b1)
+        if mixture is not None:
+            hidden = hidden + F.linear(mixture, self.v)
+        return quasi + F.linear(F.silu(hidden), self.w2, self.b2)
 
 
 class StackedResidualMLPs(nn.Module):
     """The predictors of all target layers as one batched computation, for training; weights are `[layers, ...]`."""
 
     w1: nn.Parameter
+    v: nn.Parameter
     b1: nn.Parameter
     w2: nn.Parameter
     b2: nn.Parameter
 
-    def __init__(self, num_layers: int, hidden_size: int, width: int):
+    def __init__(self, num_layers: int, hidden_size: int, num_experts: int, width: int):
         super().__init__()
-        single = [ResidualMLP(hidden_size, width) for _ in range(num_layers)]
+        single = [ResidualMLP(hidden_size, num_experts, width) for _ in range(num_layers)]
         for name, _ in single[0].named_parameters():
             self.register_parameter(name, nn.Parameter(torch.stack([getattr(mlp, name).detach() for mlp in single])))
 
-    def forward(self, quasi: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """The corrected states, `[layers, tokens, hidden]`, from `q` and `a` of the same shape."""
-        hidden = torch.baddbmm(self.b1.unsqueeze(1), torch.cat([quasi, normed], dim=-1), self.w1.mT)
+    def forward(self, quasi: torch.Tensor, normed: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
+        """The corrected states, `[layers, tokens, hidden]`; `mixture` is zero for a layer without a source."""
+        hidden = torch.baddbmm(self.b1.unsqueeze(1), normed, self.w1.mT) + torch.bmm(mixture, self.v.mT)
         return quasi + torch.baddbmm(self.b2.unsqueeze(1), F.silu(hidden), self.w2.mT)
 
     def layer(self, number: int) -> ResidualMLP:
         """A copy of one layer's predictor; `number` counts the stack, not the model's layers."""
-        width, inputs = self.w1.shape[1:]
-        mlp = ResidualMLP(inputs // 2, width)
+        mlp = ResidualMLP(self.w1.shape[2], self.v.shape[2], self.w1.shape[1])
         mlp.load_state_dict({name: p.detach()[number].clone() for name, p in self.named_parameters()})
         return mlp

@@ -4,7 +4,8 @@
     D    default vectors  row e: the mean output of the source layer's expert e              [experts, hidden]
     q    = norm_t(s + sum_j w_j D[id_j])       quasi-hidden state                            [tokens, hidden]
     a    = norm_t(s)                                                                         [tokens, hidden]
-    q'   = q + MLP([q; a])                     only where a predictor was trained
+    m    = k w_j at the place of id_j          the source router's mixture of experts      [tokens, experts]
+    q'   = q + MLP(a, m)                       only where a predictor was trained
     logits, weights, ids = router_t(q')        the model's own frozen router
 
 (*Speculating Experts*, arXiv 2603.19289, section 3; the residual form of the predictor is this project's.)
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from predictors.architecture import MoELayer
 from predictors.mlp import ResidualMLP
 
 
@@ -32,19 +34,69 @@ class Routing(NamedTuple):
     """`[tokens, top_k]`, integers"""
 
 
-def quasi_residual(
-    residual: torch.Tensor, source: Routing | None, default_vectors: torch.Tensor | None
-) -> torch.Tensor:
-    """The guess at the source layer's whole output: `s + sum_j w_j D[id_j]`, `[tokens, hidden]`, dtype of `residual`.
+def mixture_of(source: Routing, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
+    """The source router's weights, times k, each at its expert's place: `[tokens, num_experts]`."""
+    tokens, top_k = source.ids.shape
+    mixture = source.weights.new_zeros(tokens, num_experts, dtype=dtype)
+    return mixture.scatter_(-1, source.ids.long(), (top_k * source.weights).to(dtype))
 
-    The sum is taken in fp32. Without a source (the first MoE layer) or default vectors it is the residual itself.
+
+def quasi_residual(
+    residual: torch.Tensor,
+    source: Routing | None,
+    default_vectors: torch.Tensor | None,
+    post_norm: nn.Module | None = None,
+    post_scale: float = 1.0,
+    inner: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The guess at the source layer's whole output, `[tokens, hidden]`, in the dtype of `residual`.
+
+    It is `s + sum_j w_j D[id_j]`, the sum taken in fp32; where the source layer norms what it adds, it is
+    `s + post_scale * post_norm(inner + sum_j w_j D[id_j])` (see `architecture.Join`). Without a source or default
+    vectors it is the residual itself.
     """
     if source is None or default_vectors is None:
         return residual
     guess = F.embedding_bag(
         source.ids.long(), default_vectors, per_sample_weights=source.weights.to(default_vectors.dtype), mode="sum"
     )
+    if post_norm is not None:
+        guess = guess if inner is None else inner.to(guess.dtype) + guess
+        guess = post_scale * post_norm.forward(guess.to(residual.dtype))
     return (residual.to(guess.dtype) + guess).to(residual.dtype)
+
+
+class Router(nn.Module):
+    """A model's router, called as the model calls it but for any hooks on it.
+
+    `forward(state [tokens, hidden])` returns the `Routing`. Hooks (a recorder's, transformers' own for
+    `output_router_logits`) are there to see what the model does, so a speculation calls past them.
+    """
+
+    def __init__(self, router: nn.Module, arguments: tuple[torch.Tensor, ...] = (), ndim: int = 2):
+        super().__init__()
+        self.router, self.ndim = router, ndim
+        self._count = len(arguments)
+        for number, argument in enumerate(arguments):
+            self.register_buffer(f"argument_{number}", argument, persistent=False)
+
+    @property
+    def arguments(self) -> list[torch.Tensor]:
+        return [getattr(self, f"argument_{number}") for number in range(self._count)]
+
+    @classmethod
+    def of(cls, layer: MoELayer) -> Router:
+        return cls(layer.router, layer.router_arguments, layer.router_ndim)
+
+    def forward(self, state: torch.Tensor) -> Routing:
+        if self.ndim == 3:
+            state = state.unsqueeze(0)
+        return flat_routing(self.router.forward(state, *self.arguments))
+
+
+def flat_routing(output: tuple[torch.Tensor, ...]) -> Routing:
+    """What a router returned as a `Routing` with one row a token."""
+    return Routing(*(part.flatten(0, -2) for part in output))
 
 
 class Speculator(nn.Module):
@@ -56,10 +108,14 @@ class Speculator(nn.Module):
         router: nn.Module,
         default_vectors: torch.Tensor | None = None,
         mlp: ResidualMLP | None = None,
+        post_norm: nn.Module | None = None,
+        post_scale: float = 1.0,
     ):
         super().__init__()
-        # The norm and the router belong to the model: held, but not registered as children to move or save.
-        self._model_parts = (norm, router)
+        # These belong to the model: held, but not registered as children to move or save.
+        self._model_parts = (norm, router if isinstance(router, Router) else Router(router), post_norm)
+        self.post_scale = post_scale
+        """Of the source layer's post-norm, as the norm is."""
         self.register_buffer("default_vectors", default_vectors)
         self.default_vectors: torch.Tensor | None
         self.mlp = mlp
@@ -69,28 +125,35 @@ class Speculator(nn.Module):
         return self._model_parts[0]
 
     @property
-    def router(self) -> nn.Module:
+    def router(self) -> Router:
         return self._model_parts[1]
 
-    def states(self, residual: torch.Tensor, source: Routing | None) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def post_norm(self) -> nn.Module | None:
+        return self._model_parts[2]
+
+    def quasi(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> torch.Tensor:
+        """The quasi-hidden state `q` `[tokens, hidden]`."""
+        guess = quasi_residual(residual, source, self.default_vectors, self.post_norm, self.post_scale, inner)
+        state: torch.Tensor = self.norm.forward(guess)
+        return state
+
+    def states(
+        self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The quasi-hidden state `q` and the normed residual `a`, each `[tokens, hidden]`."""
-        return self._normed(quasi_residual(residual, source, self.default_vectors)), self._normed(residual)
+        return self.quasi(residual, source, inner), self.norm.forward(residual)
 
-    def forward(self, residual: torch.Tensor, source: Routing | None) -> Routing:
-        """The speculated routing of the target layer for `residual` `[tokens, hidden]` of its source layer."""
+    def forward(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> Routing:
+        """The speculated routing of the target layer for `residual` `[tokens, hidden]` of its source layer.
+
+        `inner` is what the source layer norms together with its experts, where it does.
+        """
         if self.mlp is None:  # without an MLP nothing reads the normed residual
-            return self._routed(self._normed(quasi_residual(residual, source, self.default_vectors)))
-        return self._routed(self.mlp(*self.states(residual, source)))
-
-    # Hooks on the norm and the router (a recorder's, transformers' own for `output_router_logits`) are there to see
-    # what the model does, so a speculation calls past them.
-
-    def _normed(self, x: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = self.norm.forward(x)
-        return normed
-
-    def _routed(self, state: torch.Tensor) -> Routing:
-        return Routing(*self.router.forward(state))
+            return self.router.forward(self.quasi(residual, source, inner))
+        quasi, normed = self.states(residual, source, inner)
+        mixture = None if source is None else mixture_of(source, self.mlp.v.shape[1], normed.dtype)
+        return self.router.forward(self.mlp(quasi, normed, mixture))
 
 
 def candidates(routing: Routing, m: int) -> torch.Tensor:

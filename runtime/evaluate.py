@@ -13,10 +13,11 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, find_moe_layers
+from predictors.architecture import MoELayer, first_tensor
 from predictors.checkpoint import Predictors, make_speculators
+from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
-from predictors.speculation import Speculator
+from predictors.speculation import Speculator, flat_routing
 from runtime.offload import offloaded
 from runtime.policy import Gating, Policy, RoutingControl
 
@@ -128,19 +129,20 @@ def _control_hit_rates(layers: list[MoELayer]) -> Iterator[dict[int, tuple[int, 
     counts = {layer.index: (0, 0) for layer in layers}
 
     def watch(layer: MoELayer, stack: ExitStack) -> None:
-        residual: list[torch.Tensor] = []
+        stream: list[torch.Tensor] = []
         route = layer.router.forward  # as it is before any policy overrides it
 
-        def keep(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            residual[:] = args[:1]
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stream[:] = [first_tensor((*args, *kwargs.values()))]
 
-        def compare(_: nn.Module, __: Any, routing: tuple[torch.Tensor, ...]) -> None:
-            again = route(layer.norm.forward(residual.pop()).reshape(-1, layer.hidden_size))[2]
-            found = (routing[2].unsqueeze(-1) == again.unsqueeze(-2)).any(-1)
+        def compare(_: nn.Module, args: tuple[Any, ...], routing: tuple[torch.Tensor, ...]) -> None:
+            x = layer.norm.forward(stream.pop()).reshape(args[0].shape)
+            again = flat_routing(route(x, *layer.router_arguments)).ids
+            found = (flat_routing(routing).ids.unsqueeze(-1) == again.unsqueeze(-2)).any(-1)
             hits, total = counts[layer.index]
             counts[layer.index] = hits + int(found.sum()), total + found.numel()
 
-        stack.callback(layer.norm.register_forward_pre_hook(keep).remove)
+        stack.callback(layer.entry.register_forward_pre_hook(keep, with_kwargs=True).remove)
         stack.callback(layer.router.register_forward_hook(compare).remove)
 
     with ExitStack() as stack:

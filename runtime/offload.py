@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, find_moe_layers, override_forward
+from predictors.architecture import MoELayer, override_forward, sources
 from predictors.checkpoint import Predictors, make_speculators
+from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.experts import combine, expert_output, expert_parameters, group_by_expert
 from runtime.cache import Key, SlotCache
@@ -177,6 +178,7 @@ class ExpertOffload:
         self.policy, self.gating, self.device, self.slots = policy, gating, device, slots
         self._model, self._layers = model, layers
         self._number = {layer.index: number for number, layer in enumerate(layers)}
+        self._without_source = {self._number[target] for target, source in sources(layers).items() if source is None}
         self._counters = Counters()
         self._announced: Announcement | None = None
         self._guesses: dict[int, Guess] = {}  # by layer number
@@ -243,11 +245,11 @@ class ExpertOffload:
             if id(parameter) not in experts and parameter.device != self.device:
                 self._attached.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = parameter.data.to(self.device)
-        for module in self._model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.device != self.device:
-                    self._attached.callback(setattr, module, name, buffer)
-                    setattr(module, name, buffer.to(self.device))
+        for buffer in self._model.buffers():
+            if buffer.device != self.device:
+                # In place, as the parameters: a router's arguments may be buffers, and the layers hold them too.
+                self._attached.callback(setattr, buffer, "data", buffer.data)
+                buffer.data = buffer.data.to(self.device)
 
     def _allocate(self, slots: int) -> torch.Tensor:
         layout = self.store.layout
@@ -284,7 +286,7 @@ class ExpertOffload:
     def _announce(self, index: int, candidates: torch.Tensor) -> None:
         """Takes note of the candidates `[tokens, m]` of a target layer."""
         self._announced = Announcement(self._number[index], candidates)
-        if self._announced.number == 0:  # no layer computes its experts before the first: its copies begin at once
+        if self._announced.number in self._without_source:  # no layer computes before it: its copies begin at once
             self._take_announced()
 
     def _take_announced(self) -> None:

@@ -12,7 +12,6 @@ policy decides what it returns to the model:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
@@ -21,8 +20,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from predictors.architecture import MoELayer, UnsupportedModelError, override_forward
-from predictors.speculation import Routing, Speculator, candidates
+from predictors.architecture import MoELayer, UnsupportedModelError, first_tensor, override_forward, sources
+from predictors.speculation import Routing, Speculator, candidates, flat_routing
 
 
 class Policy(StrEnum):
@@ -89,22 +88,20 @@ class RoutingControl:
         self.num_candidates = max(num_candidates or 0, layers[0].top_k)
         self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
         self._speculators = speculators
-        self._next = {a.index: b for a, b in itertools.pairwise(layers)}
+        by_index = {layer.index: layer for layer in layers}
+        self._next = {source: by_index[target] for target, source in sources(layers).items() if source is not None}
         self._pending: dict[int, tuple[Routing, torch.Tensor]] = {}
-        self._residual: dict[int, torch.Tensor] = {}
+        self._stream: dict[int, torch.Tensor] = {}
+        self._beside: dict[tuple[int, int], torch.Tensor] = {}
         self._shared: dict[int, torch.Tensor] = {}
         self._speculating = False
         self._hits: dict[int, torch.Tensor] = {}
         self._seen: dict[int, int] = {}
         self._attached = ExitStack()
         if policy is not Policy.ON_DEMAND:
-            first = layers[0]
-            handle = first.decoder.register_forward_pre_hook(
-                lambda _, args, kwargs: self._enter(first, args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            )
-            self._attached.callback(handle.remove)
             for layer in layers:
+                if layer not in self._next.values():  # it reads its own input
+                    self._attach_entry(layer, clears=layer is layers[0])
                 self._attach(layer)
 
     def detach(self) -> None:
@@ -122,7 +119,7 @@ class RoutingControl:
 
     def reset(self) -> None:
         """Forgets the counts, and whatever a forward pass that broke off has left."""
-        for state in (self._hits, self._seen, self._pending, self._residual, self._shared):
+        for state in (self._hits, self._seen, self._pending, self._stream, self._beside, self._shared):
             state.clear()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
@@ -130,12 +127,20 @@ class RoutingControl:
     def _attach(self, layer: MoELayer) -> None:
         index = layer.index
 
-        def keep_residual(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            self._residual[index] = args[0].reshape(-1, layer.hidden_size)
+        join = layer.join
+
+        def keep_stream(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._stream[index] = first_tensor((*args, *kwargs.values())).reshape(-1, layer.hidden_size)
             self._shared.pop(index, None)
 
-        self._attached.callback(layer.norm.register_forward_pre_hook(keep_residual).remove)
-        if layer.shared is not None:
+        self._attached.callback(layer.entry.register_forward_pre_hook(keep_stream, with_kwargs=True).remove)
+        for number, (module, _) in enumerate(join.beside):
+
+            def keep_beside(_: Any, __: Any, output: Any, key: tuple[int, int] = (index, number)) -> None:
+                self._beside[key] = first_tensor(output).reshape(-1, layer.hidden_size)
+
+            self._attached.callback(module.register_forward_hook(keep_beside).remove)
+        if join.shared is not None:
             # The shared expert belongs to the residual. It is asked for twice, by its block and by the speculation, in
             # either order: the first computes it, the second takes what was kept.
             def shared(x: torch.Tensor) -> torch.Tensor:
@@ -144,35 +149,43 @@ class RoutingControl:
                     kept = self._shared[index] = original_shared(x)
                 return kept.view(*x.shape[:-1], -1)
 
-            original_shared = self._attached.enter_context(override_forward(layer.shared, shared))
+            original_shared = self._attached.enter_context(override_forward(join.shared, shared))
 
         def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
             if self._speculating:  # this is the speculation's own use of the router
                 return original_route(x, *args, **kwargs)
             routing = self._decide(layer, x, lambda: original_route(x, *args, **kwargs))
+            routing = flat_routing(routing)
             target = self._next.get(index)
             if target is not None and self._speculates(len(routing.ids)):
-                residual = self._residual[index]
-                shared_output = layer.shared_output(x.reshape(-1, layer.hidden_size))
-                self._speculate(target, residual if shared_output is None else residual + shared_output, routing)
+                flat = x.reshape(-1, layer.hidden_size)
+                beside = [self._beside[index, number] for number in range(len(join.beside))]
+                residual, inner = join.residual(self._stream[index], flat, beside, join.shared_term(flat))
+                self._speculate(target, residual, routing, inner)
             return routing
 
         original_route = self._attached.enter_context(override_forward(layer.router, route))
 
-    def _enter(self, first: MoELayer, hidden_states: torch.Tensor) -> None:
-        self._pending.clear()
-        flat = hidden_states.reshape(-1, first.hidden_size)
-        if self._speculates(len(flat)):
-            self._speculate(first, flat, None)
+    def _attach_entry(self, layer: MoELayer, clears: bool) -> None:
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if clears:
+                self._pending.clear()
+            flat = first_tensor((*args, *kwargs.values())).reshape(-1, layer.hidden_size)
+            if self._speculates(len(flat)):
+                self._speculate(layer, flat, None)
+
+        self._attached.callback(layer.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
 
     def _speculates(self, tokens: int) -> bool:
         return self._max_tokens is None or tokens <= self._max_tokens
 
-    def _speculate(self, target: MoELayer, residual: torch.Tensor, source: Routing | None) -> None:
+    def _speculate(
+        self, target: MoELayer, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None
+    ) -> None:
         self._speculating = True
         try:
             with torch.no_grad():
-                speculation = self._speculators[target.index](residual, source)
+                speculation = self._speculators[target.index](residual, source, inner)
         finally:
             self._speculating = False
         chosen = candidates(speculation, self.num_candidates)

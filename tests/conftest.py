@@ -135,16 +135,21 @@ def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory: pytest.TempPathFactory, tiny_moe_folder: Path, text_corpus: Path) -> Path:
     """A trace of the tiny model, all four layers as targets, 8000 tokens in several shards. Don't write to it."""
-    from data_collection import collect as job
-    from data_collection.writer import TraceWriter
+    from rich.console import Console
+
+    from data_collection.collect import CollectConfig, collect
 
     out = tmp_path_factory.mktemp("traces") / "trace"
-    config = job.CollectConfig(
-        model=str(tiny_moe_folder), out=out, corpus=str(text_corpus), tokens=8000, sequence_length=100, device="cpu"
+    config = CollectConfig(
+        model=str(tiny_moe_folder),
+        out=out,
+        corpus=str(text_corpus),
+        tokens=8000,
+        sequence_length=100,
+        shard_bytes=1 << 20,
+        device="cpu",
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "TraceWriter", lambda path: TraceWriter(path, shard_bytes=1 << 20))
-        return job.collect(config)
+    return collect(config, Console(quiet=True))
 
 
 @pytest.fixture(scope="session")

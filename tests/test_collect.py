@@ -1,16 +1,22 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from transformers import GenerationConfig
 
+import predict_train
+from data_collection.batches import read_batches, sample_mask
 from data_collection.collect import CollectConfig, collect
 from data_collection.hooks import Recorder
-from data_collection.trace import Trace
-from predictors.architecture import find_moe_layers
+from data_collection.trace import Trace, column_shapes
+from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.settings import SettingsError, load_config
 
@@ -133,7 +139,7 @@ def test_more_tokens_than_the_corpus_has_are_fewer(tiny_moe_folder, tmp_path):
     config = CollectConfig(
         model=str(tiny_moe_folder), out=tmp_path / "t", corpus=str(tmp_path / "short.txt"), device="cpu"
     )
-    assert Trace.open(collect(config, quiet())).rows == len("A short text.") + 1
+    assert Trace.open(collect(config, quiet())).rows == len("A short text.")
 
 
 def test_the_trace_is_the_models_run(collected, tiny_moe, text_corpus):
@@ -149,6 +155,133 @@ def test_the_trace_is_the_models_run(collected, tiny_moe, text_corpus):
     assert bytes(text_corpus.joinpath("rivers.txt").read_bytes()[:3]) == b"The"
     for layer in layers:
         assert torch.equal(trace.column(0, f"layers.{layer.index}.expert_ids")[:100].long(), seen[layer.router][2])
+
+
+def collect_rows(out: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    """All rows of a new trace."""
+    trace = Trace.open(collect(CollectConfig(out=out, device="cpu", **settings), quiet()))
+    trace.verify()
+    shards = range(len(trace.manifest.shards))
+    return {name: torch.cat([trace.column(i, name) for i in shards]) for name in column_shapes(trace.manifest)}
+
+
+@torch.inference_mode()
+def test_decode_records_what_the_model_generates(tiny_moe_folder, tiny_moe, text_corpus, tokenizer, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    texts = [line for file in text_corpus.iterdir() for line in file.read_text().splitlines()][:9]
+    lines.write_text("".join(json.dumps({"text": text[: 12 + 4 * i]}) + "\n" for i, text in enumerate(texts)))
+    model, ends, lengths = tmp_path / "model", set(range(16)), []
+    shutil.copytree(tiny_moe_folder, model)
+    GenerationConfig(eos_token_id=sorted(ends)).save_pretrained(model)
+    settings = {"model": str(model), "corpus": str(lines), "tokens": 9 * 14, "sequence_length": 30,
+                "batch_size": 4, "phase": "decode", "max_new_tokens": 14, "seed": 5}  # fmt: skip
+    found = collect_rows(tmp_path / "trace", **settings)
+    assert Trace.open(tmp_path / "trace").manifest.phase == "decode"
+    config = CollectConfig(out=tmp_path, **settings)
+    layers = find_moe_layers(tiny_moe)
+    for batch in read_batches(config, tokenizer, config.tokens):
+        for number, prompt in enumerate(batch.token_ids, batch.first):
+            rows = found["sequence"] == number
+            generated = found["token_ids"][rows].long()
+            assert found["position"][rows].tolist() == list(range(len(prompt), len(prompt) + len(generated)))
+            # It ends after so many tokens, or before a token that ends the text, which the model never reads.
+            assert not ends & set(generated.tolist())
+            lengths.append(len(generated))
+            # Read at once, the same tokens are routed the same way.
+            with Recorder(layers, [0, 1, 2, 3]) as recorder:
+                tiny_moe(input_ids=torch.cat([prompt, generated]).unsqueeze(0))
+                records = recorder.take()
+            for layer in range(4):
+                routing = records[layer].routing
+                assert torch.equal(found[f"layers.{layer}.expert_ids"][rows], routing.ids[len(prompt) :].short())
+                expected = routing.logits[len(prompt) :].bfloat16()
+                torch.testing.assert_close(found[f"layers.{layer}.router_logits"][rows], expected, rtol=0.02, atol=0.02)
+    assert len(lengths) == 9
+    assert max(lengths) == 14
+    assert min(lengths) < 14
+    # What is drawn depends on the seed alone.
+    again = collect_rows(tmp_path / "again", **settings)
+    other = collect_rows(tmp_path / "other", **(settings | {"seed": 6}))
+    assert all(torch.equal(again[name], found[name]) for name in found)
+    assert not torch.equal(other["token_ids"], found["token_ids"])
+
+
+def test_a_sample_thins_the_rows_and_changes_none(tiny_moe_folder, text_corpus, tmp_path):
+    settings = {"model": str(tiny_moe_folder), "corpus": str(text_corpus), "tokens": 3000, "sequence_length": 50}
+    whole = collect_rows(tmp_path / "whole", **settings)
+    some = collect_rows(tmp_path / "some", **settings, sample=0.3, batch_size=3)
+    expected = sample_mask(0, whole["sequence"], whole["position"], 0.3)
+    assert 700 < int(expected.sum()) < 1100
+    for name in whole:
+        torch.testing.assert_close(some[name], whole[name][expected], rtol=0.02, atol=0.02)
+    assert Trace.open(tmp_path / "some").manifest.tokens == int(expected.sum())
+    assert [entry.control for entry in Trace.open(tmp_path / "some").manifest.layers] == [1.0] * 4
+
+
+def test_max_bytes_bounds_the_whole_trace(tiny_moe_folder, text_corpus, tmp_path, capsys):
+    config = CollectConfig(model=str(tiny_moe_folder), corpus=str(text_corpus), tokens=8000, sequence_length=50,
+                           batch_size=4, device="cpu", out=tmp_path / "t", max_bytes="500kB", shard_bytes="100kB")  # fmt: skip
+    collect(config)
+    size = sum(file.stat().st_size for file in config.out.iterdir())
+    assert 0.85 * 500_000 < size <= 500_000
+    assert Trace.open(config.out).rows % 200 == 0
+    assert "within max_bytes 500,000" in capsys.readouterr().out
+    small = config.model_copy(update={"out": tmp_path / "small", "max_bytes": 40_000})
+    with pytest.raises(UserError, match="not even one batch fits"):
+        collect(small, quiet())
+    assert not small.out.exists()
+
+
+def test_the_estimate_is_what_comes_out(tiny_moe_folder, text_corpus, tmp_path, capsys):
+    config = CollectConfig(model=str(tiny_moe_folder), corpus=str(text_corpus), tokens=4000, device="cpu",
+                           layers=[1, 3], out=tmp_path / "t")  # fmt: skip
+    collect(config)
+    size = sum(file.stat().st_size for file in config.out.iterdir())
+    estimate = float(re.search(r"2 target layers: at most ([\d.]+) MB, about \d+ s", capsys.readouterr().out)[1])
+    assert size / 1e6 <= estimate + 0.05
+    assert estimate <= 1.05 * size / 1e6 + 0.05
+
+
+def test_a_trace_costs_its_payload(collected):
+    # The first layer's input, three sources' residuals, four layers' logits, ids and weights, three numbers a row.
+    rows = 8000 * (4 * 32 * 2 + 4 * (8 * 2 + 2 * 2 + 2 * 2) + 3 * 4)
+    # Default vectors of three sources; norm and router of four targets.
+    speculation = 3 * 8 * 32 * 4 + 4 * (32 + 8 * 32) * 4
+    assert sum(file.stat().st_size for file in collected.iterdir()) <= 1.05 * (rows + speculation)
+
+
+def test_a_model_may_be_spread_over_devices(tiny_moe_folder, text_corpus, tmp_path):
+    settings = {"model": str(tiny_moe_folder), "corpus": str(text_corpus), "tokens": 500}
+    plain = collect_rows(tmp_path / "plain", **settings)
+    spread = collect_rows(tmp_path / "spread", **settings, device_map="auto", layers="auto", threshold=1.0)
+    assert all(torch.equal(spread[name], plain[name]) for name in spread)
+
+
+def test_the_command_mixes_corpora_as_the_file_does(tiny_moe_folder, text_corpus, tmp_path, monkeypatch):
+    stones, rivers = (f"{text_corpus / name}.txt" for name in ("stones", "rivers"))
+    arguments = ["collect", tiny_moe_folder, "--corpus", stones, "--corpus", f"{rivers}@3", "--tokens", 20_000, "--out",
+                 tmp_path / "t", "--max-bytes", "1GB", "--sample", 0.05, "--device", "cpu"]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["predict-train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        predict_train.main()
+    assert not ended.value.code
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"corpus:\n- {stones}\n- {rivers}@3\ntokens: 20000\nmax_bytes: 1GB\nsample: 0.05\n")
+    flags = {"model": str(tiny_moe_folder), "out": tmp_path / "u", "device": "cpu"}
+    collect(load_config(CollectConfig, settings, flags), quiet())
+    mine, other = (Trace.open(tmp_path / name).manifest for name in "tu")
+    assert [shard.sha256 for shard in mine.shards] == [shard.sha256 for shard in other.shards]
+    assert mine.corpus == f"{stones}, {rivers}@3"
+    assert mine.settings == other.settings
+
+
+def test_packed_documents_share_sequences(tiny_moe_folder, text_corpus, tmp_path):
+    rows = collect_rows(tmp_path / "t", model=str(tiny_moe_folder), corpus=str(text_corpus), tokens=15_000, pack=True)
+    assert len(rows["token_ids"]) == 15_000
+    assert rows["position"].max() == 255
+    ends = (rows["token_ids"] == 0).nonzero().flatten()
+    assert len(ends) == 1
+    assert rows["position"][ends[0] + 1] == rows["position"][ends[0]] + 1
 
 
 def test_auto_takes_the_layers_below_the_threshold(collected, tiny_moe_folder, text_corpus, tmp_path):
@@ -200,6 +333,7 @@ def test_a_list_of_layers_records_them_and_their_sources(tiny_moe_folder, text_c
         ({"dtype": "float7"}, "dtype can't be float7"),
         ({"sequence_length": 1 << 24}, "sequence_length 16777216 is beyond"),
         ({"tokens": 1 << 50}, "GB left"),
+        ({"phase": "decode", "max_new_tokens": 256}, "leaves no room for a prompt"),
     ],
 )
 def test_wrong_input_is_refused_with_nothing_written(

@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from data_collection.corpus import read_documents, sequences
 from data_collection.hooks import Recorder
-from predictors.architecture import find_moe_layers
+from predictors.discovery import find_moe_layers
 from predictors.experts import run_experts
 from runtime import offloaded
 

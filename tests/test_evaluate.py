@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from predictors.architecture import find_moe_layers, moe_shape
+from predictors.architecture import moe_shape
 from predictors.checkpoint import Predictors, PredictorsError
+from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.mlp import ResidualMLP
 from runtime import offload_experts
@@ -28,7 +29,7 @@ def predictors(tiny_moe: PreTrainedModel) -> Predictors:
     """Predictors for layers 1 and 2 that change what is speculated, and default vectors."""
     torch.manual_seed(0)
     layers = find_moe_layers(tiny_moe)
-    mlps = {index: ResidualMLP(32, 8).requires_grad_(False) for index in (1, 2)}
+    mlps = {index: ResidualMLP(32, 8, 8).requires_grad_(False) for index in (1, 2)}
     for mlp in mlps.values():
         mlp.w2.normal_()
     return Predictors(
@@ -65,7 +66,7 @@ def test_exact_policies_lose_nothing_and_the_control_is_one(
 def test_a_predictor_with_zeroed_output_is_training_free(
     tiny_moe: PreTrainedModel, batches: list[torch.Tensor], predictors: Predictors
 ) -> None:
-    zeroed = dataclasses.replace(predictors, mlps={index: ResidualMLP(32, 8) for index in range(4)})
+    zeroed = dataclasses.replace(predictors, mlps={index: ResidualMLP(32, 8, 8) for index in range(4)})
     result = evaluate(tiny_moe, batches, zeroed)
     assert result["cross_entropy"] == result["training_free_cross_entropy"]
     assert all(row["predictor"] == row["training_free"] for row in result["layers"])

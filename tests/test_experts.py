@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
-from predictors.architecture import UnsupportedModelError, find_moe_layers
+from predictors.architecture import UnsupportedModelError
+from predictors.discovery import find_moe_layers
 from predictors.experts import expert_output, expert_parameters, group_by_expert, run_experts
 
 TOKENS = 33

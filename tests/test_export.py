@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from data_collection.trace import Trace
-from predictors.architecture import find_moe_layers
 from predictors.checkpoint import load_predictors, make_speculators
+from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.speculation import Routing
 from train.export import export
@@ -68,9 +68,10 @@ def test_an_export_is_what_was_trained(exported, fitted, collected):
     predictors = load_predictors(exported)
     state, layer = torch.randn(2, 4, 10, 32), None
     with torch.no_grad():
-        expected = module.mlps(*state)
+        mixture = torch.randn(4, 10, 8)
+        expected = module.mlps(*state, mixture)
         for number, layer in enumerate(trace.sources):
-            actual = predictors.mlps[layer](state[0, number], state[1, number])
+            actual = predictors.mlps[layer](state[0, number], state[1, number], mixture[number])
             torch.testing.assert_close(actual, expected[number], rtol=1e-5, atol=1e-5)
     assert predictors.default_vectors.keys() == {0, 1, 2}
     for source, vectors in trace.default_vectors().items():

@@ -195,12 +195,12 @@ def test_the_loss_is_the_divergence_from_the_true_routing(collected):
         for logits, routing in zip(batch.logits, routings, strict=True)
     )
     torch.testing.assert_close(module.loss(batch, routings), expected, rtol=1e-4, atol=1e-5)
-    module.loss(batch, module.route(module.mlps(batch.quasi, batch.normed))).backward()
+    module.loss(batch, module.route(module.mlps(batch.quasi, batch.normed, batch.mixture))).backward()
     for layer in range(4):
         assert module.mlps.w2.grad is not None
         assert module.mlps.w2.grad[layer].abs().sum() > 0
-    assert {name for name, _ in module.named_parameters()} == {"mlps.w1", "mlps.b1", "mlps.w2", "mlps.b2"}
-    assert set(module.state_dict()) == {"mlps.w1", "mlps.b1", "mlps.w2", "mlps.b2"}
+    assert {name for name, _ in module.named_parameters()} == {"mlps.w1", "mlps.v", "mlps.b1", "mlps.w2", "mlps.b2"}
+    assert set(module.state_dict()) == {"mlps.w1", "mlps.v", "mlps.b1", "mlps.w2", "mlps.b2"}
 
 
 def test_a_single_layer_is_fitted_too(tiny_moe_folder, text_corpus, config, tmp_path):

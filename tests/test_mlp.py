@@ -14,27 +14,30 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
             parameter.normal_(generator=generator)
 
 
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
-def test_a_layer_of_the_stack_is_its_slice(layers, hidden, width, rows):
-    stack = StackedResidualMLPs(layers, hidden, width)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
+def test_a_layer_of_the_stack_is_its_slice(layers, hidden, experts, width, rows):
+    stack = StackedResidualMLPs(layers, hidden, experts, width)
     randomise(stack, seed=1)
     quasi, normed = torch.randn(2, layers, rows, hidden)
-    expected = stack(quasi, normed)
+    mixture = torch.randn(layers, rows, experts)
+    mixture[0] = 0  # as of a layer without a source
+    expected = stack(quasi, normed, mixture)
     for number in range(layers):
-        single = stack.layer(number)
-        torch.testing.assert_close(single(quasi[number], normed[number]), expected[number], rtol=1e-4, atol=1e-4)
+        single = stack.layer(number)(quasi[number], normed[number], mixture[number] if number else None)
+        torch.testing.assert_close(single, expected[number], rtol=1e-4, atol=1e-4)
 
 
 def test_an_untrained_predictor_changes_nothing():
     quasi, normed = torch.randn(2, 3, 5, 8)
-    assert torch.equal(StackedResidualMLPs(3, 8, 16)(quasi, normed), quasi)
-    assert torch.equal(ResidualMLP(8, 16)(quasi[0], normed[0]), quasi[0])
+    mixture = torch.randn(3, 5, 4)
+    assert torch.equal(StackedResidualMLPs(3, 8, 4, 16)(quasi, normed, mixture), quasi)
+    assert torch.equal(ResidualMLP(8, 4, 16)(quasi[0], normed[0], mixture[0]), quasi[0])
 
 
 def test_an_untrained_predictor_can_learn_and_its_copy_is_one():
-    stack = StackedResidualMLPs(2, 8, 16)
+    stack = StackedResidualMLPs(2, 8, 4, 16)
     quasi, normed = torch.randn(2, 2, 5, 8)
-    stack(quasi, normed).square().sum().backward()
+    stack(quasi, normed, torch.randn(2, 5, 4)).square().sum().backward()
     assert stack.w2.grad is not None
     assert stack.w2.grad.abs().sum() > 0
     copy = stack.layer(0)

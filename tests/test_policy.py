@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from data_collection.hooks import Recorder
-from predictors.architecture import find_moe_layers, moe_shape, sources
+from predictors.architecture import moe_shape, sources
 from predictors.checkpoint import Predictors, make_speculators
+from predictors.discovery import find_moe_layers
 from predictors.speculation import candidates
 from runtime import Gating, Policy, offload_experts
 from runtime.policy import RestrictedChoice, RoutingControl

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from predictors.architecture import find_moe_layers
+from predictors.discovery import find_moe_layers
 from predictors.metrics import HitRate
 from predictors.mlp import ResidualMLP
-from predictors.speculation import Routing, Speculator, candidates, quasi_residual
+from predictors.speculation import Routing, Speculator, candidates, mixture_of, quasi_residual
 
 
 def routing_of(logits: torch.Tensor, top_k: int) -> Routing:
@@ -20,7 +20,7 @@ def routing_of(logits: torch.Tensor, top_k: int) -> Routing:
 def test_a_predictor_with_a_zero_output_layer_is_training_free_speculation(build_moe, architecture):
     source, target = find_moe_layers(build_moe(architecture))[:2]
     residual, vectors = torch.randn(40, 32), torch.randn(8, 32)
-    mlp = ResidualMLP(32, 16)
+    mlp = ResidualMLP(32, 8, 16)
     torch.nn.init.normal_(mlp.b1)
     with torch.no_grad():
         routing = Routing(*source.router(torch.randn(40, 32)))
@@ -33,7 +33,7 @@ def test_a_predictor_with_a_zero_output_layer_is_training_free_speculation(build
 
 def test_a_predictor_changes_the_speculation(tiny_moe):
     layer = find_moe_layers(tiny_moe)[1]
-    mlp = ResidualMLP(32, 16)
+    mlp = ResidualMLP(32, 8, 16)
     torch.nn.init.normal_(mlp.w2)
     residual = torch.randn(40, 32)
     with torch.no_grad():
@@ -82,3 +82,12 @@ def test_hit_rate_is_that_of_counting_sets(tokens, seed):
         hits = [len(set(f) & set(t)) for f, t in zip(found[layer].tolist(), true[layer].tolist(), strict=True)]
         assert rate.compute()[layer].item() == pytest.approx(sum(hits) / (3 * tokens))
         assert exact.compute()[layer].item() == pytest.approx(hits.count(3) / tokens)
+
+
+@given(st.integers(1, 6), st.integers(2, 8))
+def test_the_mixture_holds_each_weight_at_its_experts_place(tokens, experts):
+    source = routing_of(torch.randn(tokens, experts), 2)
+    mixture = mixture_of(source, experts, torch.float32)
+    torch.testing.assert_close(mixture.gather(1, source.ids), 2 * source.weights)
+    torch.testing.assert_close(mixture.sum(-1), torch.full((tokens,), 2.0))
+    assert ((mixture != 0).sum(-1) <= 2).all()

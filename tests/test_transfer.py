@@ -8,7 +8,7 @@ from conftest import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from predictors.architecture import find_moe_layers
+from predictors.discovery import find_moe_layers
 from runtime.store import ExpertStore
 from runtime.transfer import make_transfers
 

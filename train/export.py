@@ -32,7 +32,9 @@ def export(run: Path, out: Path, dtype: Literal["float32", "bfloat16"] = "float3
     model = source.manifest.model
     if [shard.sha256 for shard in source.manifest.shards] != settings["trace"]["shards"]:
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
-    stack = StackedResidualMLPs(len(result["layers"]), model.hidden_size, settings["settings"]["width"])
+    stack = StackedResidualMLPs(
+        len(result["layers"]), model.hidden_size, model.num_experts, settings["settings"]["width"]
+    )
     stack.load_state_dict(_learned(run / result["checkpoint"]))
     targets = [entry["layer"] for entry in result["layers"]]
     predictors = Predictors(

@@ -49,9 +49,9 @@ class FitConfig(Settings):
     """The run's folder; it must not exist, unless the run is resumed."""
     resume: bool = False
     """Go on with the run in `out` from its last whole epoch."""
-    width: Count = 256
+    width: Count = 320
     """Hidden width of each predictor."""
-    epochs: Count = 3
+    epochs: Count = 5
     """How often each row is seen."""
     batch_size: Count = 512
     """Rows of a step; every row trains all layers."""

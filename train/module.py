@@ -30,7 +30,8 @@ class PredictorTraining(lightning.LightningModule):
         self.sources = trace.sources
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.top_k = trace.manifest.model.top_k
-        self.mlps = StackedResidualMLPs(len(self.sources), trace.manifest.model.hidden_size, width)
+        model = trace.manifest.model
+        self.mlps = StackedResidualMLPs(len(self.sources), model.hidden_size, model.num_experts, width)
         # In a plain dict, so that the frozen parts are neither parameters of this module nor in its checkpoints.
         self.speculators = trace.speculators()
         # In plain lists for the same reason; they count on the CPU.
@@ -50,15 +51,13 @@ class PredictorTraining(lightning.LightningModule):
     def _follow(self) -> None:
         for speculator in self.speculators.values():
             speculator.to(self.device)
-            speculator.norm.to(self.device)
-            speculator.router.to(self.device)
+            for part in (speculator.norm, speculator.router, speculator.post_norm):
+                if part is not None:
+                    part.to(self.device)
 
     def route(self, states: torch.Tensor) -> list[Routing]:
         """Each target layer's own router on its states, `[layers, rows, hidden]`."""
-        return [
-            Routing(*speculator.router(state))
-            for speculator, state in zip(self.speculators.values(), states, strict=True)
-        ]
+        return [speculator.router(state) for speculator, state in zip(self.speculators.values(), states, strict=True)]
 
     def loss(self, batch: Batch, routings: list[Routing]) -> torch.Tensor:
         """KL divergence from the true router distribution to the speculated one, nats a row, summed over layers."""
@@ -70,13 +69,13 @@ class PredictorTraining(lightning.LightningModule):
 
     def training_step(self, columns: Columns, _: int) -> torch.Tensor:
         batch = make_batch(columns, self.sources, self.speculators)
-        loss = self.loss(batch, self.route(self.mlps(batch.quasi, batch.normed)))
+        loss = self.loss(batch, self.route(self.mlps(batch.quasi, batch.normed, batch.mixture)))
         self.log("loss/train", loss, prog_bar=True, batch_size=batch.ids.shape[1])
         return loss
 
     def validation_step(self, columns: Columns, _: int) -> None:
         batch = make_batch(columns, self.sources, self.speculators)
-        corrected = self.route(self.mlps(batch.quasi, batch.normed))
+        corrected = self.route(self.mlps(batch.quasi, batch.normed, batch.mixture))
         rows = batch.ids.shape[1]
         self.log("loss/validation", self.loss(batch, corrected), batch_size=rows)
         twice, ids = min(2 * self.top_k, batch.logits.shape[-1]), batch.ids.cpu()

@@ -1,0 +1,56 @@
+"""How many tokens default vectors need: training-free hit rates on held-out rows with the vectors of several traces.
+
+predict-train collect checkpoints/tiny-moe --split held_out --tokens 60000 --out held_out
+predict-train collect checkpoints/tiny-moe --tokens 8192 --out few
+predict-train collect checkpoints/tiny-moe --tokens 1000000 --out many
+python -m benchmarks.default_vectors held_out few many --out benchmarks/results/default-vectors.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_collection.pilot import training_free_hit_rates
+from data_collection.trace import Trace
+from predictors.provenance import command, versions
+from predictors.speculation import Speculator
+
+ROWS = 60_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("held_out", type=Path, help="trace that is measured on")
+    parser.add_argument("traces", type=Path, nargs="+", help="traces whose default vectors are measured")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    held_out = Trace.open(args.held_out)
+    own = held_out.speculators()
+    results = {"none": rates(held_out, {target: Speculator(s.norm, s.router) for target, s in own.items()})}
+    for path in args.traces:
+        vectors = Trace.open(path).default_vectors()
+        speculators = {}
+        for target, source in held_out.sources.items():
+            s = own[target]
+            speculators[target] = Speculator(s.norm, s.router, None if source is None else vectors[source])
+        results[path.name] = rates(held_out, speculators)
+    table = Table("default vectors", *map(str, held_out.sources), "mean")
+    for name, row in results.items():
+        table.add_row(name, *(f"{rate:.3f}" for rate in row.values()), f"{sum(row.values()) / len(row):.4f}")
+    Console(width=140).print(table)
+    if args.out is not None:
+        facts = {"training_free": results, "command": command(), "versions": versions()}
+        args.out.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def rates(trace: Trace, speculators: dict[int, Speculator]) -> dict[int, float]:
+    return training_free_hit_rates(trace.sample(ROWS), trace.sources, speculators)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+"""Every mixture-of-experts model type that the installed transformers has, each tried on a tiny random model.
+
+What is supported is not kept in a list: transformers' own mapping of causal language models is walked, a model of each
+type that has experts is built from a small config, and recorded. A type is supported when its layers are found, what was
+recorded is what the model did, and the model is the same afterwards.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from data_collection.hooks import LayerRecord, Recorder
+from predictors.architecture import MoELayer, UnsupportedModelError
+from predictors.discovery import find_moe_layers
+
+LAYERS = 4
+SIZES: dict[str, Any] = {
+    "vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "shared_experts_intermediate_size": 16, "ffn_hidden_size": 48,
+    "expert_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16,
+    "num_hidden_layers": LAYERS, "num_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "moe_num_experts": 8,
+    "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_topk": 2, "moe_k": 2, "top_k_experts": 2,
+    "n_shared_experts": 1, "num_shared_experts": 1, "moe_num_shared_experts": 1,
+    "n_group": 2, "num_expert_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "attn_layer_period": 2,
+    "attn_layer_offset": 0, "num_dense_layers": 1,
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_num_heads": 4, "mamba_head_dim": 8,
+    "ssm_state_size": 8, "linear_head_dim": 8, "linear_num_heads": 4, "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "n_groups": 2,
+    "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "o_groups": 2, "o_lora_rank": 8,
+    "vocab_size_per_layer_input": 257, "hidden_size_per_layer_input": 0, "enable_moe_block": True, "is_moe": True,
+    "zero_expert_num": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+"""What makes a config of any type small: each applies to the types that have a field of that name."""
+
+PECULIAR: dict[str, dict[str, Any]] = {
+    # Fields that a default config leaves unset, or whose values must agree with one another.
+    "dots3_note": {"layer_types": ["indexed_attention"] * LAYERS, "per_layer_config": {}, "head_dim": 16,
+                   "vision_config": {"adapter_out_dim": 32}, "audio_config": {"adapter_out_dim": 32}},
+    "dots3_note_text": {"layer_types": ["indexed_attention"] * LAYERS, "per_layer_config": {}, "head_dim": 16},
+    "gemma4": {"per_layer_config": {}},
+    "gemma4_text": {"per_layer_config": {}},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "mimo_v2_flash": {"num_key_value_heads": 2},  # doubled in its sliding layers
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 16},
+    "qwen4_exp": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+                  "indexer_compress_ratio": 2, "ple_layer_ids": []},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+                       "indexer_compress_ratio": 2, "ple_layer_ids": []},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether speculation works on a model type."""
+
+    model_type: str
+    reason: str | None
+    """Why not, or None where it is supported."""
+    remarks: tuple[str, ...] = ()
+    """What is special about its MoE layers."""
+
+
+def moe_types() -> list[str]:
+    """The model types of transformers' causal language models whose configs speak of experts."""
+    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if _has_experts(name))
+
+
+def _has_experts(model_type: str) -> bool:
+    try:
+        fields = CONFIG_MAPPING[model_type]().get_text_config().to_dict()
+    except Exception:  # a config without defaults, or of several texts: none of these has experts
+        return False
+    return any("expert" in field for field in fields)
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """A config of the type with 4 layers, 8 experts, hidden size 32 and 257 tokens, as far as its fields are known."""
+    kind = CONFIG_MAPPING[model_type]
+    text = (getattr(kind, "sub_configs", None) or {}).get("text_config")
+    default = (text or kind)().to_dict()
+    fields = {name: value for name, value in SIZES.items() if name in default}
+    for name, value in default.items():
+        # A list with one entry a layer: cut, and of every kind that is in it one is kept.
+        if isinstance(value, list) and len(value) == default.get("num_hidden_layers") and name not in fields:
+            missing = [kind for kind in dict.fromkeys(value) if kind not in value[:LAYERS]]
+            fields[name] = value[: LAYERS - len(missing)] + missing
+    fields |= PECULIAR.get(model_type, {})
+    others = {name: fields.pop(name) for name in list(fields) if text and name in kind.sub_configs}
+    if text:
+        fields = {"text_config": fields, **others}
+    return kind(**fields)
+
+
+def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A random fp32 model of `tiny_config`, in evaluation mode, whose routing is spread over the experts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = tiny_config(model_type)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > 1 << 23:
+            raise UnsupportedModelError(f"its small config still makes a model of {size:,} parameters")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 or "bias" in name:
+                parameter.normal_(0.0, 0.2, generator=generator)
+            elif "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+def examine(model_type: str) -> Support:
+    """Builds, records and compares; never raises for what a model type is like."""
+    try:
+        model = tiny_model(model_type)
+        layers = find_moe_layers(model)
+        return Support(model_type, check(model, layers), _remarks(layers))
+    except UnsupportedModelError as error:
+        return Support(model_type, str(error))
+    except Exception as error:
+        return Support(
+            model_type, f"its small config can't be run ({type(error).__name__}: {str(error).splitlines()[0]})"
+        )
+
+
+def examine_all() -> Iterator[Support]:
+    """`examine` of every type in `moe_types`."""
+    for model_type in moe_types():
+        yield examine(model_type)
+
+
+@torch.no_grad()
+def check(model: PreTrainedModel, layers: list[MoELayer]) -> str | None:
+    """What is wrong with a recording of `model`, in one sentence, or None.
+
+    Compared with what plain hooks see: logits, ids, weights and router logits; the residual, to which the experts' sum
+    is added in the layer's own way, with the layer's output; and the logits of the model after the recorder has gone.
+    """
+    text = model.config.get_text_config()
+    tokens = torch.randint(1, text.vocab_size, (2, 11), generator=torch.Generator().manual_seed(1))
+    with _Watch(layers) as plain:
+        expected = model(input_ids=tokens, use_cache=False).logits
+    with Recorder(layers, [layer.index for layer in layers]) as recorder:
+        recorded = model(input_ids=tokens, use_cache=False).logits
+        records = recorder.take()
+    if not torch.allclose(recorded, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        return "its logits change when its experts are run one by one"
+    if not all(rate == 1.0 for rate in recorder.control_hit_rates().values()):
+        return "its routers, given their recorded input again, choose other experts"
+    for layer in layers:
+        if not all(
+            torch.allclose(mine.float(), own.flatten(0, -2).float(), rtol=1e-3, atol=1e-3)
+            for mine, own in zip(records[layer.index].routing, plain.routings[layer.index], strict=True)
+        ):
+            return f"what is recorded of the router of layer {layer.index} is not what it returned"
+        if layer.index in recorder.sources.values():
+            whole = _whole_output(layer, records[layer.index], plain.expert_sums[layer.index])
+            output = plain.outputs[layer.index].flatten(0, -2)
+            if not torch.allclose(whole, output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
+                return f"the residual of layer {layer.index} is not all of its output but the routed experts"
+    if not torch.equal(model(input_ids=tokens, use_cache=False).logits, expected):
+        return "the model is not the same after the recorder has gone"
+    return None
+
+
+def _whole_output(layer: MoELayer, record: LayerRecord, expert_sum: torch.Tensor) -> torch.Tensor:
+    added = layer.join.in_stream(expert_sum.flatten(0, -2))
+    if layer.join.post_norm is not None:
+        inner = added if record.inner is None else record.inner + added
+        added = layer.join.post_scale * layer.join.post_norm(inner)
+    return record.residual + added
+
+
+class _Watch:
+    """Plain hooks on the MoE layers: what routers return, experts sum up to and layers put out."""
+
+    def __init__(self, layers: list[MoELayer]):
+        self.layers = layers
+        self.routings: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.expert_sums: dict[int, torch.Tensor] = {}
+        self.outputs: dict[int, torch.Tensor] = {}
+
+    def __enter__(self) -> _Watch:
+        self._handles = []
+        for layer in self.layers:
+            for module, seen in (
+                (layer.router, self.routings),
+                (layer.experts, self.expert_sums),
+                (layer.decoder, self.outputs),
+            ):
+
+                def keep(_: Any, __: Any, output: Any, index: int = layer.index, seen: dict[int, Any] = seen) -> None:
+                    is_plain = isinstance(output, torch.Tensor) or seen is self.routings
+                    seen[index] = output if is_plain else output[0]
+
+                self._handles.append(module.register_forward_hook(keep))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _remarks(layers: list[MoELayer]) -> tuple[str, ...]:
+    first, joins = layers[0], [layer.join for layer in layers]
+    facts = {
+        "shared expert": any(j.shared is not None and j.shared_gate is None for j in joins),
+        "gated shared expert": any(j.shared_gate is not None for j in joins),
+        "norm after the experts": any(j.post_norm is not None for j in joins),
+        "no norm before the router": isinstance(first.norm, torch.nn.Identity),
+        "attention beside the experts": any(j.beside for j in joins),
+        "experts in a space of their own": any(j.project is not None for j in joins),
+        "scaled residual": any(j.base_scale != 1.0 or j.base_is_normed for j in joins),
+        "dense layers between": len(layers) < LAYERS,
+        "bias-corrected selection": bool(first.router_arguments)
+        or any("bias" in name for name, _ in [*first.router.named_parameters(), *first.router.named_buffers()]),
+        "transposed experts": bool(getattr(first.experts, "is_transposed", False)),
+    }
+    return tuple(name for name, holds in facts.items() if holds)
+
+
+def markdown(supports: list[Support]) -> str:
+    """The README's tables of the types that are supported and of those that are not."""
+    supported = [support for support in supports if support.reason is None]
+    rows = [f"| `{s.model_type}` | {', '.join(s.remarks)} |" for s in supported]
+    others = [f"| `{s.model_type}` | {s.reason} |" for s in supports if s.reason is not None]
+    return "\n".join(
+        [
+            f"{len(supported)} of the {len(supports)} mixture-of-experts types of transformers {transformers.__version__}:",
+            "",
+            *("| model type | what is special about its MoE layers |", "| --- | --- |", *rows),
+            "",
+            "Not supported, and refused before any work:",
+            "",
+            *("| model type | reason |", "| --- | --- |", *others),
+        ]
+    )

@@ -1,0 +1,133 @@
+"""The two ways to run a batch under the recorder, and what of it becomes rows of the trace.
+
+prefill   all tokens of the batch at once
+decode    the batch prompts the model; the tokens that it generates are fed back to it one at a time, with its cache,
+          and these steps are recorded: the distribution that the runtime meets
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from data_collection.batches import TokenBatch, sample_mask
+from data_collection.hooks import LayerRecord, Recorder
+from data_collection.settings import CollectConfig
+from data_collection.trace import Columns
+
+
+def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
+    """Runs `batch` in the phase of `config`; returns the rows that it adds to the trace, on the CPU.
+
+    What a model draws depends on the seed and the batch only, so it is the same in a collection that was resumed or
+    shared among processes.
+    """
+    torch.manual_seed(hash((config.seed, batch.number)) & 0x7FFF_FFFF_FFFF_FFFF)
+    run = _decode if config.phase == "decode" else _prefill
+    return run(model, recorder, batch, config)
+
+
+def most_rows(batch: TokenBatch, config: CollectConfig) -> int:
+    """The most rows that `run_batch` may give; in `prefill` it gives just so many."""
+    return int(_kept(batch, config).sum())
+
+
+def _kept(batch: TokenBatch, config: CollectConfig) -> torch.Tensor:
+    """Which tokens to record, bool `[sequences, positions]`; of `decode`, the positions are those after the prompt."""
+    if config.phase == "decode":
+        mask = torch.ones(len(batch.token_ids), config.max_new_tokens, dtype=torch.bool)
+        start = batch.token_ids.shape[1]
+    else:
+        mask, start = batch.mask(), 0
+    if config.sample < 1:
+        sequence = torch.arange(batch.first, batch.first + len(mask)).unsqueeze(1)
+        position = torch.arange(start, start + mask.shape[1]).unsqueeze(0)
+        mask &= sample_mask(config.seed, sequence, position, config.sample)
+    return mask
+
+
+def _prefill(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
+    kept = _kept(batch, config)
+    recorder.keep(None if kept.all() else kept.flatten())
+    # The body without the head: logits over a large vocabulary would cost more than a layer, and nobody reads them.
+    model.base_model(input_ids=batch.token_ids.to(model.device), use_cache=False)
+    columns = layer_columns(recorder.take(), recorder.sources)
+    sequence, position = kept.nonzero(as_tuple=True)
+    columns["token_ids"] = batch.token_ids[kept].int()
+    columns["position"] = position.int()
+    columns["sequence"] = (batch.first + sequence).int()
+    return columns
+
+
+def _decode(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
+    step = _Steps(recorder, batch, _kept(batch, config), _ends(model))
+    prompt = batch.token_ids.to(model.device)
+    step.before_prompt()
+    model.generate(  # type: ignore[operator]
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        # The last token that is drawn is never fed back, so never seen by a router.
+        max_new_tokens=config.max_new_tokens + 1,
+        pad_token_id=int(prompt[0, 0]),  # any: what follows a sequence's end is not recorded
+        stopping_criteria=StoppingCriteriaList([step]),
+    )
+    return {name: torch.cat([columns[name] for columns in step.columns]) for name in step.columns[0]}
+
+
+class _Steps(StoppingCriteria):
+    """Called by `generate` after each forward pass and draw: takes the records of the pass, and prepares the next.
+
+    It stops nothing, but a pass sees no other place to be watched from.
+    """
+
+    def __init__(self, recorder: Recorder, batch: TokenBatch, kept: torch.Tensor, ends: list[int]):
+        self.recorder, self.batch, self.kept, self.ends = recorder, batch, kept, torch.tensor(ends)
+        self.columns: list[Columns] = []
+        """Of each step, that of the prompt (with no rows) included."""
+        self.running = torch.ones(len(kept), dtype=torch.bool)
+
+    def before_prompt(self) -> None:
+        self.mask = torch.zeros(len(self.kept), dtype=torch.bool)
+        self.recorder.keep(torch.zeros(self.batch.token_ids.numel(), dtype=torch.bool))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002
+        columns = layer_columns(self.recorder.take(), self.recorder.sources)
+        position = input_ids.shape[1] - 2  # of the token that was fed: the last one has just been drawn
+        columns["token_ids"] = input_ids[:, position].cpu()[self.mask].int()
+        columns["position"] = torch.full_like(columns["token_ids"], position)
+        columns["sequence"] = (self.batch.first + self.mask.nonzero().flatten()).int()
+        self.columns.append(columns)
+        self.running &= ~torch.isin(input_ids[:, -1].cpu(), self.ends)
+        step = len(self.columns) - 1
+        if step < self.kept.shape[1]:
+            self.mask = self.running & self.kept[:, step]
+            self.recorder.keep(self.mask)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _ends(model: PreTrainedModel) -> list[int]:
+    """The ids that end a generation, as `generate` knows them."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def layer_columns(records: dict[int, LayerRecord], sources: dict[int, int | None]) -> Columns:
+    """What a trace keeps of the records of one forward pass, on the CPU; `sources` maps each target to its source."""
+    columns: Columns = {}
+    used_as_source = set(sources.values())
+    for layer, record in records.items():
+        name = f"layers.{layer}"
+        columns[f"{name}.expert_ids"] = record.routing.ids.to("cpu", torch.int16)
+        columns[f"{name}.expert_weights"] = record.routing.weights.to("cpu", torch.bfloat16)
+        if layer in used_as_source:
+            columns[f"{name}.residual"] = record.residual.to(torch.bfloat16).cpu()
+            if record.inner is not None:
+                columns[f"{name}.inner"] = record.inner.to(torch.bfloat16).cpu()
+        if layer in sources:
+            columns[f"{name}.router_logits"] = record.routing.logits.to(torch.bfloat16).cpu()
+        if record.input is not None:
+            columns[f"{name}.input"] = record.input.to(torch.bfloat16).cpu()
+    return columns

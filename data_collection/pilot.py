@@ -1,0 +1,216 @@
+"""A short run before the collection: which layers are worth collecting, and how many bytes and how much time it takes."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Iterator
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from data_collection.batches import read_batches
+from data_collection.hooks import Recorder
+from data_collection.passes import run_batch
+from data_collection.progress import Plan
+from data_collection.settings import CollectConfig, CollectError
+from data_collection.trace import Columns, make_batch
+from predictors.architecture import MoELayer
+from predictors.metrics import HitRate
+from predictors.speculation import Router, Speculator
+
+RATES_TOKENS = 4096
+# The estimate costs a collection at most this share of its time, and no more than a few batches.
+ESTIMATE_SHARE = 16
+ESTIMATE_BATCHES = 3
+ESTIMATE_NEW_TOKENS = 16
+
+
+def make_plan(
+    config: CollectConfig,
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+    processes: int = 1,
+) -> Plan:
+    """Runs the pilot, prints what the collection will take, and returns what was settled.
+
+    Raises `CollectError` where the layers are not as asked, or the disk can't hold the trace.
+    """
+    targets = _choose_targets(config, model, layers, tokenizer, console)
+    plan, seconds = _estimate(config, model, layers, targets, tokenizer)
+    rows = int(config.tokens * config.sample)
+    needed = plan.trace_bytes(rows, config.shard_bytes)
+    if config.max_bytes is not None:
+        needed = min(needed, config.max_bytes)
+    console.print(
+        f"{config.tokens:,} tokens, {len(targets)} target layers: at most {size_text(needed)}, "
+        f"about {_time_text(seconds * config.tokens / processes)}",
+        highlight=False,
+    )
+    # A progress is written aside before the last one goes.
+    aside = 2 * processes * plan.state_bytes
+    free = shutil.disk_usage(config.out).free
+    if needed + aside > free:
+        raise CollectError(
+            f"{config.tokens} tokens make a trace of {size_text(needed)} (and {size_text(aside)} while it is made), and "
+            f"{config.out} has {size_text(free)} left; give fewer --tokens or --layers, a smaller --sample, or another folder"
+        )
+    return plan
+
+
+def _estimate(
+    config: CollectConfig,
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    targets: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[Plan, float]:
+    """The plan, and seconds a token."""
+    new_tokens = min(config.max_new_tokens, ESTIMATE_NEW_TOKENS)
+    short = config.model_copy(update={"sample": 1.0, "max_new_tokens": new_tokens})
+    tokens = min(ESTIMATE_BATCHES * config.batch_tokens, max(1, config.tokens // ESTIMATE_SHARE))
+    if config.phase == "decode":
+        tokens = min(tokens, config.batch_size * new_tokens)
+    times, rows, size = [], [], 0
+    with torch.inference_mode(), Recorder(layers, targets) as recorder:
+        for batch in read_batches(short, tokenizer, tokens):
+            started = time.perf_counter()
+            columns = run_batch(model, recorder, batch, short)
+            times.append(time.perf_counter() - started)
+            rows.append(len(columns["token_ids"]))
+            size += sum(tensor.nbytes for tensor in columns.values())
+    if len(times) > 1:  # the first also warms up
+        times, timed = times[1:], sum(rows[1:])
+    else:
+        timed = sum(rows)
+    fixed = sum(tensor.nbytes for tensor in speculation_state(layers, recorder).values())
+    plan = Plan(
+        targets=targets,
+        row_bytes=size // max(1, sum(rows)),
+        # Of each column its entry in the shard's header, and the shard's own in the manifest.
+        shard_overhead=400 + sum(len(name) + 110 for name in columns),
+        fixed_bytes=fixed + len(model.config.to_json_string()) + 500 * len(targets) + 10_000,
+        state_bytes=sum(tensor.nbytes for tensor in recorder.state().values()),
+    )
+    return plan, sum(times) / max(1, timed)
+
+
+def speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:
+    """What a trace keeps beside its rows for its speculators: default vectors, and each target's norm and router."""
+    state = {f"default_vectors.{source}": vectors for source, vectors in recorder.default_vectors().items()}
+    by_index = {layer.index: layer for layer in layers}
+    for layer in layers:
+        if layer.index in recorder.sources:
+            source = recorder.sources[layer.index]
+            parts = {"norm": layer.norm, "router": layer.router}
+            post_norm = None if source is None else by_index[source].join.post_norm
+            if post_norm is not None:
+                parts["post_norm"] = post_norm
+            for part, module in parts.items():
+                for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                    state[f"layers.{layer.index}.{part}.{name}"] = tensor.detach().cpu().clone()
+            for number, tensor in enumerate(layer.router_arguments):
+                state[f"layers.{layer.index}.router_arguments.{number}"] = tensor.detach().cpu().clone()
+    return state
+
+
+def _choose_targets(
+    config: CollectConfig,
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
+) -> list[int]:
+    known = [layer.index for layer in layers]
+    if config.layers == "all":
+        return known
+    if config.layers != "auto":
+        unknown = [index for index in config.layers if index not in known]
+        if unknown or not config.layers:
+            wrong = f"layer {unknown[0]} is not an MoE layer" if unknown else "no layer is named"
+            raise CollectError(f"{wrong}; the MoE layers of {config.model} are {_spans(known)}")
+        return sorted(set(config.layers))
+    rates, tokens = _training_free(config, model, layers, tokenizer)
+    chosen = [target for target, rate in rates.items() if rate < config.threshold]
+    console.print(
+        f"training-free hit rates on the first {tokens:,} tokens: "
+        + ", ".join(f"{target}: {rate:.3f}" for target, rate in rates.items()),
+        highlight=False,
+    )
+    if not chosen:
+        raise CollectError(
+            f"no layer's training-free hit rate is below the threshold of {config.threshold} (the lowest is "
+            f"{min(rates.values()):.3f}); raise --threshold or give --layers all"
+        )
+    return chosen
+
+
+def _training_free(
+    config: CollectConfig, model: PreTrainedModel, layers: list[MoELayer], tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[int, float], int]:
+    """Training-free hit rate of every MoE layer on the first few thousand tokens of the corpus, and how many they were."""
+    prefill = config.model_copy(update={"phase": "prefill", "sample": 1.0})
+    batches: list[Columns] = []
+    with torch.inference_mode(), Recorder(layers, [layer.index for layer in layers]) as recorder:
+        for batch in read_batches(prefill, tokenizer, min(RATES_TOKENS, config.tokens)):
+            batches.append(run_batch(model, recorder, batch, prefill))
+    vectors = recorder.default_vectors()
+    by_index = {layer.index: layer for layer in layers}
+    speculators = {}
+    for target, source in recorder.sources.items():
+        layer, join = by_index[target], None if source is None else by_index[source].join
+        arguments = tuple(tensor.detach().cpu().float() for tensor in layer.router_arguments)
+        speculators[target] = Speculator(
+            _own(layer.norm),
+            Router(_own(layer.router), arguments, layer.router_ndim),
+            None if source is None else vectors[source],
+            post_norm=None if join is None or join.post_norm is None else _own(join.post_norm),
+            post_scale=1.0 if join is None else join.post_scale,
+        )
+    rates = training_free_hit_rates(iter(batches), recorder.sources, speculators)
+    return rates, sum(len(columns["token_ids"]) for columns in batches)
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """A copy on the CPU in fp32, as a trace's speculators are; a model's own parts may lie on several devices."""
+    own = copy.deepcopy(module)
+    remove_hook_from_module(own, recurse=True)
+    return own.cpu().float()
+
+
+def training_free_hit_rates(
+    batches: Iterator[Columns], sources: dict[int, int | None], speculators: dict[int, Speculator]
+) -> dict[int, float]:
+    """By target: recall@k of the router on the quasi-hidden state, over the rows of `batches`."""
+    metric = HitRate(len(sources))
+    for columns in batches:
+        batch = make_batch(columns, sources, speculators)
+        chosen = []
+        for target, quasi in zip(sources, batch.quasi, strict=True):
+            router = speculators[target].router
+            chosen.append(router(quasi.to(next(router.parameters()).dtype))[2])
+        metric.update(torch.stack(chosen).cpu(), batch.ids.cpu())
+    # Not by the metric's `compute`, which would wait for the other processes of a distributed collection.
+    return dict(zip(sources, (metric.hits / metric.total).tolist(), strict=True))
+
+
+def size_text(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def _time_text(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _spans(numbers: list[int]) -> str:
+    """`0 to 11`, or the list itself where it has gaps."""
+    gapless = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]} to {numbers[-1]}" if gapless else ", ".join(map(str, numbers))

@@ -1,0 +1,35 @@
+"""The tables that a person reads of what `evaluate` measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_hit_rates(console: Console, result: dict[str, Any]) -> None:
+    """Hit rates by target layer, of what `evaluate` returned."""
+    table = Table("layer", "training-free", "predictor", "gap closed", "control", title="hit rate by target layer")
+    for row in result["layers"]:
+        before, after = row["training_free"], row["predictor"]
+        closed = "" if after is None or before == 1 else f"{(after - before) / (1 - before):.0%}"
+        table.add_row(
+            str(row["layer"]), f"{before:.3f}", "" if after is None else f"{after:.3f}", closed, f"{row['control']:.4f}"
+        )
+    console.print(table)
+
+
+def print_losses(console: Console, result: dict[str, Any], milliseconds: dict[str, float]) -> None:
+    """Cross-entropies, and beside them the time per token of those policies it was measured for."""
+    title = f"cross-entropy over {result['tokens']:,} tokens, nats per token"
+    timed = ["ms per token"] if milliseconds else []
+    table = Table("policy / gating", "training-free", "with predictors", *timed, title=title)
+    full = result["cross_entropy"]["full"]
+    for name, value in result["cross_entropy"].items():
+        free = result["training_free_cross_entropy"][name]
+        cells = [f"{full:.4f}"] * 2 if name == "full" else [f"{round(x - full, 4) + 0.0:+.4f}" for x in (free, value)]
+        if milliseconds:
+            cells.append(f"{milliseconds[name]:.1f}" if name in milliseconds else "")
+        table.add_row(name, *cells)
+    console.print(table)
