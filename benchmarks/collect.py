@@ -21,7 +21,6 @@ import argparse
 import functools
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -239,27 +238,6 @@ def peak_memory(tokens: int, scratch: Path) -> dict[str, Any]:
     return {"tokens": tokens, "peak_bytes": peak, "seconds": seconds}
 
 
-def hardware() -> dict[str, Any]:
-    """CPU, cores, memory, and how busy the machine was when the benchmark began."""
-    import torch
-
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_average_before": LOAD,
-    }
-
-
-LOAD = os.getloadavg()[0]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="embedded,billion", help="embedded, billion, or both with a comma")
@@ -293,7 +271,7 @@ def main() -> None:
     if "speed" in result:
         report(result["speed"])
 
-    from predictors.provenance import command, versions
+    from predictors.provenance import command, hardware, versions
 
     result |= {"command": command(), "versions": versions(), "hardware": hardware()}
     default = "collect-memory.json" if "memory" in result else "collect.json"

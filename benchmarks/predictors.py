@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data_collection.trace import Batch, Trace, make_batch
-from predictors.provenance import command, versions
+from predictors.provenance import command, hardware, versions
 from train.module import one_cycle
 
 CHUNK = 20_000
@@ -176,7 +174,7 @@ def main() -> None:
     Console().print(table, f"training-free: {[round(x, 4) for x in free.tolist()]} on layers {layers}")
     if args.out is not None:
         facts = {"layers": layers, "training_free": free.tolist(), "results": results, "command": command(),
-                 "versions": versions(), "hardware": f"{platform.processor()}, {os.cpu_count()} cores"}  # fmt: skip
+                 "versions": versions(), "hardware": hardware()}  # fmt: skip
         args.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 

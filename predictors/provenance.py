@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("predict-train", "torch", "transformers", "lightning", "safetensors")
 
@@ -25,3 +27,20 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def hardware() -> dict[str, Any]:
+    """The CPU, its cores, torch's threads and GPUs, and how busy the machine is."""
+    import torch
+
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
+        "load_average": os.getloadavg()[0],
+    }

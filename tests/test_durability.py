@@ -244,7 +244,8 @@ def test_the_second_collect_into_a_folder_refuses(start, settings, tmp_path):
 
 
 def test_interrupted_by_hand_it_says_how_to_go_on(start, settings, tmp_path):
-    config = CollectConfig(**settings, out=tmp_path / "trace")
+    # In small batches it takes long enough not to be done before the signal comes.
+    config = CollectConfig(**(settings | {"batch_size": 1}), out=tmp_path / "trace")
     child = start(config)
     wait_for(child, lambda: shards_in(config.out) >= 2)
     os.kill(child.pid, signal.SIGINT)

@@ -85,7 +85,7 @@ def test_the_control_is_one_and_every_expert_is_used(model: PreTrainedModel, hel
     assert set(recorder.control_hit_rates().values()) == {1.0}
     for record in records.values():
         share = torch.bincount(record.routing.ids.flatten(), minlength=32) / record.routing.ids.numel()
-        assert share.min() > 0.1 / 32, "no expert is dead"
+        assert share.min() > 0.05 / 32, "no expert is dead"
         assert share.max() < 5 / 32
 
 
