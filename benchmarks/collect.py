@@ -3,13 +3,15 @@
     python -m benchmarks.collect            # speed, on the embedded model and one of 1 B parameters
     python -m benchmarks.collect --memory   # peak memory of `predict-train collect` at 100 k and at 1 M tokens
 
-Three ways to run the same batches through the same model:
+Four ways to run the same batches through the same model:
 
-    plain   the model's body, with the experts implementation that transformers picks by itself
-    ours    the same under the recorder, every layer a target, its columns handed to the real writer, until all is on disk
-    naive   the same with output_hidden_states=True and output_router_logits=True, a torch.save a batch
+    plain        the model's body, with the experts implementation that transformers picks by itself
+    ours         the same under the recorder, every layer a target, its columns handed to the real writer, until all is on disk
+    naive        the model itself with output_hidden_states=True and output_router_logits=True, a torch.save a batch; with
+                 these flags it computes its head and its auxiliary loss as well
+    naive body   the same of the body alone
 
-None computes the head, which nobody needs here and which would hide the differences. The ways take turns, in another
+Plain has no head, which nobody needs here and which would hide what recording costs. The ways take turns, in another
 order each round, and a ratio is the median over rounds of the ratio within a round: what else the machine does in the
 meantime meets all of them. Beside it stands the same ratio of CPU seconds, those of the writing thread included: on a busy
 machine it is the steadier one, but it counts what overlaps.
@@ -70,12 +72,23 @@ def plain(model: PreTrainedModel, batches: Batches, _: Path) -> None:
 
 
 def naive(model: PreTrainedModel, batches: Batches, folder: Path) -> None:
+    """What a user would write: the model's own flags, and torch.save. With them it computes its head and its
+    auxiliary loss as well."""
+    _saved(model, batches, folder)
+
+
+def naive_body(model: PreTrainedModel, batches: Batches, folder: Path) -> None:
+    """The same without head and auxiliary loss, for who thinks of that."""
+    _saved(model.base_model, batches, folder)
+
+
+def _saved(model: Any, batches: Batches, folder: Path) -> None:
     import torch
 
     folder.mkdir()
     with torch.inference_mode():
         for batch in batches:
-            output = model.base_model(
+            output = model(
                 input_ids=batch.token_ids, use_cache=False, output_hidden_states=True, output_router_logits=True
             )
             kept = {"hidden_states": output.hidden_states, "router_logits": output.router_logits}
@@ -106,7 +119,12 @@ def ours(model: PreTrainedModel, batches: Batches, folder: Path) -> None:
     assert set(recorder.control_hit_rates().values()) == {1.0}, "the recording is wrong, so its speed says nothing"
 
 
-WAYS: dict[str, Callable[[PreTrainedModel, Batches, Path], None]] = {"plain": plain, "ours": ours, "naive": naive}
+WAYS: dict[str, Callable[[PreTrainedModel, Batches, Path], None]] = {
+    "plain": plain,
+    "ours": ours,
+    "naive": naive,
+    "naive body": naive_body,
+}
 
 
 @functools.cache
@@ -183,7 +201,7 @@ def compare(name: str, dtype: str, tokens: int, rounds: int, batch_size: int, sc
                 cpu_seconds[way].append(worked)
                 size[way] = sum(file.stat().st_size for file in folder.iterdir()) if folder.exists() else 0
                 print(
-                    f"{name:>9} round {number} {way:>6}: {tokens / elapsed:10,.0f} tokens/s, {worked:6.1f} CPU s",
+                    f"{name:>9} round {number} {way:>10}: {tokens / elapsed:10,.0f} tokens/s, {worked:6.1f} CPU s",
                     flush=True,
                 )
             shutil.rmtree(folder, ignore_errors=True)
@@ -282,11 +300,11 @@ def main() -> None:
 
 def report(speed: list[dict[str, Any]]) -> None:
     """The table of one run: tokens per second (median of the rounds), and the share of the plain forward's."""
-    print(f"\n{'model':>9} {'':>6} {'tokens/s':>10} {'of plain':>9} {'of its CPU':>10} {'bytes/token':>12}")
+    print(f"\n{'model':>9} {'':>10} {'tokens/s':>10} {'of plain':>9} {'of its CPU':>10} {'bytes/token':>12}")
     for entry in speed:
         for way in WAYS:
             print(
-                f"{entry['model']:>9} {way:>6} {entry['tokens_per_second'][way]:10,.0f} "
+                f"{entry['model']:>9} {way:>10} {entry['tokens_per_second'][way]:10,.0f} "
                 f"{entry['ratio_to_plain'][way]:9.3f} {entry['cpu_ratio_to_plain'][way]:10.3f} {entry['bytes_per_token'][way]:12,}"
             )
         ratio = entry["ratio_to_plain"]
