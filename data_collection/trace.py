@@ -280,6 +280,7 @@ class Trace:
         step = max(1, self.rows // rows)
         for number, shard in enumerate(self.manifest.shards):
             yield self.read(number, torch.arange(0, shard.rows, step))
+            self._mapped.pop(number, None)  # or in the end the whole trace would count as this process's memory
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32."""
