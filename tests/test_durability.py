@@ -41,6 +41,8 @@ def command_line(arguments: list[str], log: Path, file_limit: int | None) -> Non
     os.dup2(handle, 2)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    # Children of a shell's background job ignore it, and so would this one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["predict-train", *arguments]
     import predict_train
 
