@@ -418,7 +418,7 @@ def _time_policies(
     milliseconds, text = {}, ""
     for policy, gating in ways:
         with offloaded(model, predictors, policy=policy, gating=gating, device=model.device):
-            result = job(model, tokenizer, prompt, max_new_tokens=64)
+            result = job(model, tokenizer, prompt, max_new_tokens=64, temperature=0.8, seed=2)
         name = f"{policy}/{gating}" if policy is Policy.SPECULATIVE else str(policy)
         milliseconds[name] = 1000 * (result.seconds_per_output_token or 0.0)
         text = prompt + result.text
