@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_collection.pilot import training_free_hit_rates
+from data_collection.statistics import training_free_hit_rates
 from data_collection.trace import Trace
 from predictors.provenance import command, versions
 from predictors.speculation import Speculator
@@ -49,7 +49,8 @@ def main() -> None:
 
 
 def rates(trace: Trace, speculators: dict[int, Speculator]) -> dict[int, float]:
-    return training_free_hit_rates(trace.sample(ROWS), trace.sources, speculators)
+    sizes = [trace.manifest.model.top_k]
+    return training_free_hit_rates(trace.sample(ROWS), trace.sources, speculators, sizes)[0]
 
 
 if __name__ == "__main__":

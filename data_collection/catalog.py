@@ -8,7 +8,6 @@ recorded is what the model did, and the model is the same afterwards.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,12 +135,6 @@ def examine(model_type: str) -> Support:
         return Support(
             model_type, f"its small config can't be run ({type(error).__name__}: {str(error).splitlines()[0]})"
         )
-
-
-def examine_all() -> Iterator[Support]:
-    """`examine` of every type in `moe_types`."""
-    for model_type in moe_types():
-        yield examine(model_type)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_collection.batches import TokenBatch, read_batches
 from data_collection.hooks import Recorder
 from data_collection.passes import most_rows, run_batch
-from data_collection.pilot import make_plan, speculation_state, training_free_hit_rates
+from data_collection.pilot import make_plan, speculation_state
 from data_collection.processes import Group, joined
 from data_collection.progress import (
     LOCK,
@@ -38,6 +38,7 @@ from data_collection.progress import (
     save_progress,
 )
 from data_collection.settings import CollectConfig, CollectError
+from data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
 from data_collection.trace import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry, ShardEntry, Trace
 from data_collection.writer import TraceWriter, disk, write_manifest, write_speculation
 from predictors.architecture import MoELayer, moe_shape
@@ -46,8 +47,6 @@ from predictors.loading import load_model, load_tokenizer, resolve_device, resol
 from predictors.provenance import command, versions
 
 __all__ = ["CollectConfig", "CollectError", "collect"]
-
-SAMPLE_ROWS = 32768
 
 
 def collect(config: CollectConfig, console: Console | None = None) -> Path:
@@ -213,7 +212,8 @@ def _finish(config: CollectConfig, group: Group, model: PreTrainedModel, layers:
     manifest = _manifest(config, group, model, layers, recorder, shards, digest, sequences)
     # Read back from the disk, as `fit` will.
     trace = Trace(config.out, manifest)
-    rates = training_free_hit_rates(trace.sample(SAMPLE_ROWS), trace.sources, trace.speculators())
+    sample, top_k = trace.sample(SAMPLE_ROWS), manifest.model.top_k
+    [rates] = training_free_hit_rates(sample, trace.sources, trace.speculators(), [top_k])
     for entry in manifest.layers:
         entry.training_free = rates[entry.layer]
     write_manifest(config.out, manifest)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from predictors.architecture import MoELayer, override_forward, sources
+from predictors.architecture import MoELayer, first_tensor, override_forward, sources
 from predictors.experts import expert_parameters, run_experts
 from predictors.metrics import HitRate
 from predictors.speculation import Router, Routing
@@ -86,9 +86,7 @@ class Recorder:
 
     def control_hit_rates(self) -> dict[int, float]:
         """By target: how often router and norm, given their recorded input again, find the experts used. Must be 1.0."""
-        # Not by the metric's `compute`, which would wait for the other processes of a distributed collection.
-        rates = (self._control.hits / self._control.total).tolist()
-        return dict(zip(self.sources, rates, strict=True))
+        return dict(zip(self.sources, self._control.own_rates(), strict=True))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies, on the CPU, of all that the passes so far have added up: what default vectors and control are made of.
@@ -134,13 +132,13 @@ class _Tap:
 
         def keep_input(name: str, module: nn.Module) -> None:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.seen[name] = next(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+                self.seen[name] = first_tensor((*args, *kwargs.values()))
 
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
         def keep_output(name: str, module: nn.Module) -> None:
             def hook(_: nn.Module, __: Any, output: Any) -> None:
-                self.seen[name] = output if isinstance(output, torch.Tensor) else output[0]
+                self.seen[name] = first_tensor(output)
 
             stack.callback(module.register_forward_hook(hook).remove)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterator
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -18,9 +17,9 @@ from data_collection.hooks import Recorder
 from data_collection.passes import run_batch
 from data_collection.progress import Plan
 from data_collection.settings import CollectConfig, CollectError
-from data_collection.trace import Columns, make_batch
+from data_collection.statistics import training_free_hit_rates
+from data_collection.trace import Columns
 from predictors.architecture import MoELayer
-from predictors.metrics import HitRate
 from predictors.speculation import Router, Speculator
 
 RATES_TOKENS = 4096
@@ -173,7 +172,7 @@ def _training_free(
             post_norm=None if join is None or join.post_norm is None else _own(join.post_norm),
             post_scale=1.0 if join is None else join.post_scale,
         )
-    rates = training_free_hit_rates(iter(batches), recorder.sources, speculators)
+    [rates] = training_free_hit_rates(iter(batches), recorder.sources, speculators, [layers[0].top_k])
     return rates, sum(len(columns["token_ids"]) for columns in batches)
 
 
@@ -182,22 +181,6 @@ def _own(module: nn.Module) -> nn.Module:
     own = copy.deepcopy(module)
     remove_hook_from_module(own, recurse=True)
     return own.cpu().float()
-
-
-def training_free_hit_rates(
-    batches: Iterator[Columns], sources: dict[int, int | None], speculators: dict[int, Speculator]
-) -> dict[int, float]:
-    """By target: recall@k of the router on the quasi-hidden state, over the rows of `batches`."""
-    metric = HitRate(len(sources))
-    for columns in batches:
-        batch = make_batch(columns, sources, speculators)
-        chosen = []
-        for target, quasi in zip(sources, batch.quasi, strict=True):
-            router = speculators[target].router
-            chosen.append(router(quasi.to(next(router.parameters()).dtype))[2])
-        metric.update(torch.stack(chosen).cpu(), batch.ids.cpu())
-    # Not by the metric's `compute`, which would wait for the other processes of a distributed collection.
-    return dict(zip(sources, (metric.hits / metric.total).tolist(), strict=True))
 
 
 def size_text(size: float) -> str:

@@ -7,13 +7,14 @@ of rows; loads and previous tokens need the expert ids only, and are exact over 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from data_collection.trace import Trace, make_batch
+from data_collection.trace import Columns, Trace, make_batch
 from predictors.metrics import HitRate
-from predictors.speculation import Routing, candidates
+from predictors.speculation import Speculator, candidates
 
 CHUNK_ROWS = 2048
 """Rows in memory at a time: about 3 GB of fp32 states at 48 layers of hidden size 4096."""
@@ -69,21 +70,30 @@ def _training_free(trace: Trace, sample_rows: int) -> tuple[dict[str, list[float
     model, speculators = trace.manifest.model, trace.speculators()
     sizes = {"k": model.top_k, "k+2": model.top_k + 2, "2k": 2 * model.top_k}
     sizes = {name: min(size, model.num_experts) for name, size in sizes.items()}
-    metrics = {name: HitRate(len(trace.sources)) for name in sizes}
-    step, used = max(1, trace.rows // sample_rows), 0
-    for shard, entry in enumerate(trace.manifest.shards):
-        for rows in torch.arange(0, entry.rows, step).split(CHUNK_ROWS):
-            batch = make_batch(trace.read(shard, rows), trace.sources, speculators)
-            found = []
-            for target, state in zip(trace.sources, batch.quasi, strict=True):
-                router = speculators[target].router
-                routing = Routing(*router(state.to(next(router.parameters()).dtype)))
-                found.append(candidates(routing, max(sizes.values())))
-            stacked = torch.stack(found)
-            for name, size in sizes.items():
-                metrics[name].update(stacked[..., :size], batch.ids)
-            used += len(rows)
-    return {name: metric.rates() for name, metric in metrics.items()}, used
+    step = max(1, trace.rows // sample_rows)
+    chosen = [torch.arange(0, entry.rows, step) for entry in trace.manifest.shards]
+    parts = ((shard, some) for shard, rows in enumerate(chosen) for some in rows.split(CHUNK_ROWS))
+    batches = (trace.read(shard, rows) for shard, rows in parts)
+    rates = training_free_hit_rates(batches, trace.sources, speculators, list(sizes.values()))
+    by_size = {name: list(found.values()) for name, found in zip(sizes, rates, strict=True)}
+    return by_size, sum(map(len, chosen))
+
+
+def training_free_hit_rates(
+    batches: Iterator[Columns], sources: dict[int, int | None], speculators: dict[int, Speculator], sizes: list[int]
+) -> list[dict[int, float]]:
+    """For each number of candidates in `sizes`, by target: recall of the router on the quasi-hidden state.
+
+    Over the rows of `batches`; the `speculators` are fp32, as a trace's are.
+    """
+    metrics = [HitRate(len(sources)) for _ in sizes]
+    for columns in batches:
+        batch = make_batch(columns, sources, speculators)
+        routings = [speculators[target].router(quasi) for target, quasi in zip(sources, batch.quasi, strict=True)]
+        found = torch.stack([candidates(routing, max(sizes)) for routing in routings])
+        for metric, size in zip(metrics, sizes, strict=True):
+            metric.update(found[..., :size], batch.ids)
+    return [dict(zip(sources, metric.own_rates(), strict=True)) for metric in metrics]
 
 
 def _previous_token(trace: Trace) -> tuple[list[float], int]:

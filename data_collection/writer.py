@@ -27,8 +27,6 @@ from data_collection.trace import (
     write_durably,
 )
 
-SHARD_BYTES = 256 << 20
-
 
 class TraceWriter:
     """A context that makes the folder `path`, takes rows by `append`, and ends with `flush`.
@@ -42,7 +40,7 @@ class TraceWriter:
     def __init__(
         self,
         path: Path,
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int,
         rank: int = 0,
         prefix: str = "shard",
         shards: list[ShardEntry] | None = None,

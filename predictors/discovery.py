@@ -13,14 +13,14 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from predictors.architecture import Join, MoELayer, UnsupportedModelError, override_forward
+from predictors.architecture import Join, MoELayer, UnsupportedModelError, first_tensor, override_forward
 
 PROBE_TOKENS = 8
 
@@ -47,7 +47,9 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             f"{kind} is not a mixture-of-experts model that transformers knows the routers of; "
             "speculating experts needs one"
         )
-    probes = [_Probe(model, name) for name in routers]
+    names = {module: name for name, module in model.named_modules()}
+    factors = [1.0, 0.5, *_numbers(model.config.to_dict())]
+    probes = [_Probe(model, name, names, factors) for name in routers]
     with ExitStack() as stack, torch.no_grad():
         order: list[int] = []
         for number, probe in enumerate(probes):
@@ -81,14 +83,6 @@ def _is_experts(module: nn.Module) -> bool:
     return any(p.ndim == 3 for p in module.parameters(recurse=False))
 
 
-def _first_tensor(values: Any) -> torch.Tensor | None:
-    if isinstance(values, torch.Tensor):
-        return values
-    if isinstance(values, tuple | list):
-        return next((x for x in values if isinstance(x, torch.Tensor)), None)
-    return None
-
-
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same values, whatever their shapes and dtypes."""
     return a is b or (
@@ -99,8 +93,9 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 class _Probe:
     """Watches one MoE layer through the tiny forward pass and says what it saw."""
 
-    def __init__(self, model: PreTrainedModel, router_name: str):
-        self.model, self.router_name, self.router = model, router_name, model.get_submodule(router_name)
+    def __init__(self, model: PreTrainedModel, router_name: str, names: dict[nn.Module, str], factors: list[float]):
+        self.kind, self.names, self.factors = model.config.model_type, names, factors
+        self.router_name, self.router = router_name, model.get_submodule(router_name)
         parents = router_name.split(".")[:-1]
         self.block = model.get_submodule(".".join(parents))
         experts = [m for m in self.block.children() if _is_experts(m)]
@@ -123,26 +118,21 @@ class _Probe:
     @contextmanager
     def watching(self) -> Iterator[None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entered, left = _first_tensor((*args, *kwargs.values())), _first_tensor(output)
-            if entered is not None and left is not None:
-                self.seen.append(Seen(module, entered, left))
+            with suppress(StopIteration, TypeError):  # no tensor in, or none out: it is no part of a sum
+                self.seen.append(Seen(module, first_tensor((*args, *kwargs.values())), first_tensor(output)))
 
         def enter_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.seen.clear()
-            entered = _first_tensor((*args, *kwargs.values()))
-            assert entered is not None
-            self.decoder_input = entered
+            self.decoder_input = first_tensor((*args, *kwargs.values()))
 
         def enter_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            entered = _first_tensor((*args, *kwargs.values()))
-            assert entered is not None
-            self.x, self.ran_before = entered, len(self.seen)
+            self.x, self.ran_before = first_tensor((*args, *kwargs.values())), len(self.seen)
 
         def leave_block(_: nn.Module, __: Any, output: Any) -> None:
-            self.block_output = _first_tensor(output)  # type: ignore[assignment]
+            self.block_output = first_tensor(output)
 
         def leave_decoder(_: nn.Module, __: Any, output: Any) -> None:
-            self.decoder_output = _first_tensor(output)  # type: ignore[assignment]
+            self.decoder_output = first_tensor(output)
 
         def keep_routing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.router_args, self.routing = (*args, *kwargs.values()), output
@@ -172,16 +162,15 @@ class _Probe:
         routing = self._routing()
         norm, h = self._norm()
         join = self._join(h)
-        names = {module: name for name, module in self.model.named_modules()}
         arguments = self._router_arguments()
         return MoELayer(
             index=self.index,
             decoder=self.decoder,
             block=self.block,
             names={
-                "norm": names.get(norm, ""),
+                "norm": self.names.get(norm, ""),
                 "router": self.router_name,
-                "post_norm": "" if join.post_norm is None else names[join.post_norm],
+                "post_norm": "" if join.post_norm is None else self.names[join.post_norm],
                 "router_arguments": list(arguments),
             },
             norm=norm,
@@ -290,9 +279,10 @@ class _Probe:
         """The join of a layer of whose block everything is known: from the block's output to the decoder's."""
         place = f"layer {self.index}"
         children = set(self.decoder.children()) - {self.block}
-        candidates = {s.module: s for s in self.seen if s.module in children and s.output.numel() == h.numel()}
-        before = {m: s.output for m, s in candidates.items() if any(s is seen for seen in self.seen[: self.ran_before])}
-        late = {m: s for m, s in candidates.items() if m not in before}
+        fitting = [s.module in children and s.output.numel() == h.numel() for s in self.seen]
+        ran = list(zip(self.seen, fitting, strict=True))
+        late = {s.module: s for s, fits in ran[self.ran_before :] if fits}
+        before = {s.module: s.output for s, fits in ran[: self.ran_before] if fits and s.module not in late}
         norms = {m: s for m, s in late.items() if parts["post_norm"] is None and _same(s.input, self.block_output)}
         shared = {m: s for m, s in late.items() if "shared" not in parts and _same(s.input, self.x)}
         experts: dict[Any, torch.Tensor] = {"block": self.block_output} | {m: s.output for m, s in norms.items()}
@@ -344,12 +334,11 @@ class _Probe:
 
     def _snap(self, factor: float, tolerance: float) -> float:
         """A factor as the config has it, where it does: what was solved for is right to rounding only."""
-        known = [1.0, 0.5, *_numbers(self.model.config.to_dict())]
-        return next((k for k in known if k and math.isclose(k, factor, rel_tol=10 * tolerance)), factor)
+        return next((k for k in self.factors if k and math.isclose(k, factor, rel_tol=10 * tolerance)), factor)
 
     def _not_a_sum(self, place: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{place} of {self.model.config.model_type} does not add its experts' sum to the residual stream in a way "
+            f"{place} of {self.kind} does not add its experts' sum to the residual stream in a way "
             "that a guess could follow (convolved, mixed over several streams, or gated by what comes later)"
         )
 

@@ -34,7 +34,16 @@ class HitRate(Metric):
     def compute(self) -> torch.Tensor:
         return self.hits / self.total
 
+    def own_rates(self) -> list[float]:
+        """One hit rate a layer, of this process alone: `compute` waits for all others where there are some."""
+        return (self.hits / self.total).tolist()
+
     def rates(self) -> list[float]:
         """One hit rate a layer."""
         # torchmetrics makes a scalar of what `compute` returns for one layer.
         return self.compute().reshape(-1).tolist()
+
+
+def gap_closed(before: float, after: float) -> float:
+    """The share of the gap between a hit rate and 1 that is closed; 0 where there was none."""
+    return (after - before) / (1 - before) if before < 1 else 0.0

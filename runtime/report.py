@@ -7,13 +7,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from predictors.metrics import gap_closed
+
 
 def print_hit_rates(console: Console, result: dict[str, Any]) -> None:
     """Hit rates by target layer, of what `evaluate` returned."""
     table = Table("layer", "training-free", "predictor", "gap closed", "control", title="hit rate by target layer")
     for row in result["layers"]:
         before, after = row["training_free"], row["predictor"]
-        closed = "" if after is None or before == 1 else f"{(after - before) / (1 - before):.0%}"
+        closed = "" if after is None or before == 1 else f"{gap_closed(before, after):.0%}"
         table.add_row(
             str(row["layer"]), f"{before:.3f}", "" if after is None else f"{after:.3f}", closed, f"{row['control']:.4f}"
         )

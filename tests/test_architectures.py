@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from test_offload import everything_resident
 from transformers import AutoModelForCausalLM
 
 from data_collection.catalog import tiny_model
 from data_collection.collect import CollectConfig, collect
 from data_collection.trace import Trace
-from predictors.architecture import moe_shape, override_forward
+from predictors.architecture import moe_shape
 from predictors.checkpoint import Predictors, load_predictors, make_speculators
 from predictors.discovery import find_moe_layers
-from predictors.experts import run_experts
 from predictors.speculation import Routing
 from runtime import offloaded
 from train.export import export
@@ -69,13 +68,8 @@ def test_the_loop_runs_and_exact_policies_are_exact(recorded, tmp_path):
     def tokens() -> list[int]:
         return model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()
 
-    def resident(experts: torch.nn.Module):
-        return lambda *args, **kwargs: run_experts(experts, *args, *kwargs.values())
-
     layers = find_moe_layers(model)
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(override_forward(layer.experts, resident(layer.experts)))
+    with everything_resident(model):
         expected = tokens()
     for policy in ("on_demand", "prefetch"):
         with offloaded(model, predictors, policy=policy, slots=layers[0].top_k + 1, device="cpu"):

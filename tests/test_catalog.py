@@ -15,7 +15,7 @@ from predictors.discovery import find_moe_layers
 @pytest.fixture(scope="module")
 def supports() -> dict[str, Support]:
     """What `predict-train models` prints: every MoE type that the installed transformers lists for causal LM."""
-    return {support.model_type: support for support in catalog.examine_all()}
+    return {name: catalog.examine(name) for name in catalog.moe_types()}
 
 
 @pytest.mark.timeout(600)

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from data_collection.trace import Trace, write_durably
 from predictors.loading import resolve_device
+from predictors.metrics import gap_closed
 from predictors.provenance import command, versions
 from predictors.settings import Settings
 from train.data import FitError, TraceData
@@ -209,7 +210,7 @@ def _report(module: PredictorTraining, console: Console) -> None:
     )
     for target, kinds in module.results.items():
         before, after = kinds["training_free"]["recall@k"], kinds["predictor"]
-        closed = (after["recall@k"] - before) / (1 - before) if before < 1 else 0.0
+        closed = gap_closed(before, after["recall@k"])
         rates = [before, after["recall@k"], after["recall@2k"], after["exact"]]
         row = [f"{rate:.3f}" for rate in rates]
         table.add_row(str(target), *row[:2], f"{closed:.0%}", *row[2:])

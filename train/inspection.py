@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from predictors.errors import UserError
+from predictors.metrics import gap_closed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,7 +135,7 @@ def _predictors(path: Path) -> dict[str, Any]:
         layers.append(
             {
                 "layer": target,
-                "width": mlp.b1.shape[0],
+                "width": mlp.width,
                 "hit_rate": predictors.hit_rates.get(target, {}),
                 "bytes": sum(p.numel() * p.element_size() for p in weights),
             }
@@ -186,7 +187,7 @@ def _rate(rate: float | None) -> str:
 
 
 def _closed(before: float | None, after: float | None) -> str:
-    return "" if before is None or after is None or before == 1 else f"{(after - before) / (1 - before):.0%}"
+    return "" if before is None or after is None or before == 1 else f"{gap_closed(before, after):.0%}"
 
 
 def _report_trace(found: dict[str, Any], console: Console) -> None:
