@@ -140,7 +140,10 @@ class _Probe:
         def no_experts(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             generator = torch.Generator().manual_seed(self.index)
             noise = torch.randn(hidden_states.shape, generator=generator)
-            self.y = noise.to(hidden_states)
+            # As large as the embedding, which the stream grew from by one such term a layer: beside much larger noise a
+            # stream in half precision would not be seen.
+            size = self.decoder_input.detach().float().std().cpu() / math.sqrt(1 + self.index)
+            self.y = (noise * size).to(hidden_states)
             return self.y
 
         inside = {self.router, self.experts}

@@ -69,6 +69,8 @@ def load_model(
         placement = {"device_map": device_map}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **placement)
+    except UserError:  # of whoever watches the loading
+        raise
     except torch.OutOfMemoryError as error:
         raise LoadingError(
             f"{name} does not fit into the memory of {device}; give a smaller --dtype or --device cpu"

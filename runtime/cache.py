@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from enum import StrEnum
 
 Key = tuple[int, int]
 """(MoE layer counted from 0, expert)"""
 
 
-class SlotCache:
-    """Which expert sits in which slot. A pinned expert keeps its slot; of the others the least recently used goes first."""
+class Eviction(StrEnum):
+    """Which expert makes room for another. All layers share the slots."""
 
-    def __init__(self, slots: int):
-        self.slots = slots
+    LRU = "lru"
+    """The least recently used one. It thrashes where the slots hold less than about a token's experts, since the layers
+    come round in a cycle."""
+    LEAST_STALE = "least_stale"
+    """The least recently used one of the layer whose next use is farthest in layer order, which is the layer passed last.
+    Layers with more than an equal share of the slots give first: else a prompt, which fills the slots with the experts
+    of its last layers, would leave them there for good."""
+
+
+class SlotCache:
+    """Which expert sits in which slot. A pinned expert keeps its slot; of the others `eviction` says who goes first."""
+
+    def __init__(self, slots: int, layers: int, eviction: Eviction = Eviction.LEAST_STALE):
+        self.slots, self.eviction = slots, eviction
+        self.layer = 0
+        """The layer that computes, which the holder of the cache keeps up to date."""
         self._free = list(range(slots))[::-1]
+        self._share = slots / layers
         self._slot_of: OrderedDict[Key, int] = OrderedDict()  # least recently used first
+        self._by_layer: list[OrderedDict[Key, None]] = [OrderedDict() for _ in range(layers)]  # the same by layer
         self._pinned: set[Key] = set()
 
     def __contains__(self, key: Key) -> bool:
@@ -29,11 +47,12 @@ class SlotCache:
 
     def experts_of(self, layer: int) -> list[int]:
         """The experts of one layer that have a slot."""
-        return [expert for of, expert in self._slot_of if of == layer]
+        return [expert for _, expert in self._by_layer[layer]]
 
     def pin(self, key: Key) -> None:
         """Makes an expert that has a slot the most recently used, and keeps it there until `unpin`."""
         self._slot_of.move_to_end(key)
+        self._by_layer[key[0]].move_to_end(key)
         self._pinned.add(key)
 
     def unpin(self, key: Key) -> None:
@@ -42,20 +61,39 @@ class SlotCache:
     def unpin_all(self) -> None:
         self._pinned.clear()
 
-    def admit(self, key: Key) -> int | None:
-        """Gives an expert that has no slot one, pinned, evicting where it must; None where every slot is pinned."""
+    def admit(self, key: Key, busy: Callable[[int], bool] = lambda _: False) -> int | None:
+        """Gives an expert that has no slot one, pinned, evicting where it must.
+
+        Slots that are `busy` are left alone. None where every other one is pinned.
+        """
         if self._free:
             slot = self._free.pop()
         else:
-            victim = next((other for other in self._slot_of if other not in self._pinned), None)
+            victim = next((k for k in self._victims() if k not in self._pinned and not busy(self._slot_of[k])), None)
             if victim is None:
                 return None
             slot = self._slot_of.pop(victim)
+            del self._by_layer[victim[0]][victim]
         self._slot_of[key] = slot
+        self._by_layer[key[0]][key] = None
         self._pinned.add(key)
         return slot
 
     def forget(self, key: Key) -> None:
-        """Takes an expert's slot away, because what it holds can't be trusted (a copy that failed)."""
+        """Takes an expert's slot away, because what it holds can't be trusted: a copy that failed or never began."""
         self._pinned.discard(key)
         self._free.append(self._slot_of.pop(key))
+        del self._by_layer[key[0]][key]
+
+    def _victims(self) -> Iterator[Key]:
+        """The experts in the order in which they should go; some may come twice."""
+        if self.eviction is Eviction.LRU:
+            yield from self._slot_of
+            return
+        count = len(self._by_layer)
+        passed_last_first = [self._by_layer[(self.layer - back) % count] for back in range(count)]
+        for experts in passed_last_first:
+            if len(experts) > self._share:
+                yield from experts
+        for experts in passed_last_first:
+            yield from experts

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from predictors.errors import UserError
-from runtime.offload import Counters, ExpertOffload
+from runtime.offload import ExpertOffload
+from runtime.slots import Counters
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,54 @@
-"""Copies from the store into slots: by reader threads, or on a CUDA stream of their own."""
+"""Copies from the store into slots: by reader threads, on a CUDA stream of their own, or by both, one after the other."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Callable
+from enum import Enum, auto
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
 
+from runtime.cache import Key
+from runtime.store import Bytes, ExpertStore, HostStore, StoreError, as_bytes, empty_blocks
+
 
 class Transfers(Protocol):
-    """What the runtime asks of copies. `slots` is `[slots, block]`; a slot is named by its number."""
+    """What the runtime asks of copies. `slots` is `[slots, block]`; a slot is named by its number.
+
+    All but the copying itself happens in the thread that computes.
+    """
 
     slots: torch.Tensor
 
-    def start(self, slot: int, block: torch.Tensor) -> None:
-        """Begins to copy `block` into a slot that no computation begun from now on reads until `wait`."""
+    def start(self, slot: int, key: Key, urgent: bool) -> None:
+        """Begins to copy an expert into a slot, which no computation begun from now on reads until `wait`.
+
+        What is not urgent waits for what is, as far as it has not begun.
+        """
+
+    def hurry(self, slot: int) -> None:
+        """Makes the copy into the slot urgent."""
+
+    def cancel(self, slot: int) -> bool:
+        """Takes back a copy that has not begun; False where it has, or there is none. The slot holds what it held."""
+
+    def copying(self, slot: int) -> bool:
+        """Whether what the slot is to hold is not there yet."""
 
     def wait(self, slot: int) -> None:
         """Computation begun from now on sees what was last copied into the slot. Raises what the copy raised."""
 
     def computed(self, slot: int) -> None:
         """Says that the computation that reads the slot has been begun: a later copy must not overtake it."""
+
+    def abandon(self) -> None:
+        """Takes back every copy that can be, and returns when the others are over; what became of them is forgotten."""
 
     def stalled_seconds(self) -> float:
         """Time that computation has waited for copies so far."""
@@ -30,75 +57,215 @@ class Transfers(Protocol):
         """Ends all copies and whatever makes them."""
 
 
+class State(Enum):
+    """Of one copy by a reader thread."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    DONE = auto()
+
+
+class Copy:
+    """One expert on its way into one slot."""
+
+    def __init__(self, slot: int, key: Key):
+        self.slot, self.key = slot, key
+        self.state = State.WAITING
+        self.reader: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def is_lost(self, readers: list[threading.Thread]) -> bool:
+        """Whether no thread is left that could end it: a fork, or an interpreter that ends, takes them without a word."""
+        alive = [thread for thread in readers if thread.is_alive()]
+        return not alive if self.reader is None else self.reader not in alive
+
+
+class Readers:
+    """Threads that make copies, the urgent ones first and else in order of their asking."""
+
+    def __init__(self, count: int, copy: Callable[[Copy], None]):
+        self._copy = copy
+        self._order = itertools.count()
+        self._queue: list[tuple[bool, int, Copy]] = []
+        self._closed = False
+        lock = threading.Lock()
+        self._asked, self._made = threading.Condition(lock), threading.Condition(lock)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"expert-reader-{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def ask(self, copy: Copy, urgent: bool) -> None:
+        with self._asked:
+            heapq.heappush(self._queue, (not urgent, next(self._order), copy))
+            self._asked.notify()
+
+    def cancel(self, copy: Copy) -> bool:
+        """Whether the copy had not begun; then it never will."""
+        with self._asked:
+            waiting = copy.state is State.WAITING
+            if waiting:
+                copy.state = State.DONE
+            return waiting
+
+    def wait(self, copy: Copy) -> None:
+        """Returns when the copy is over. Raises `StoreError` where no thread is left to make it."""
+        with self._made:
+            while copy.state is not State.DONE:
+                if not self._made.wait(timeout=1.0) and copy.is_lost(self._threads):
+                    raise StoreError("a thread that reads experts is gone; detach the model and offload it again")
+
+    def close(self) -> None:
+        """Begins no other copy; returns when those that have begun are over."""
+        with self._asked:
+            self._closed = True
+            for _, _, copy in self._queue:
+                copy.state = State.DONE if copy.state is State.WAITING else copy.state
+            self._queue.clear()
+            self._asked.notify_all()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._asked:
+                while not self._queue and not self._closed:
+                    self._asked.wait()
+                if self._closed:
+                    return
+                _, _, copy = heapq.heappop(self._queue)
+                if copy.state is not State.WAITING:  # cancelled, or asked for twice since it became urgent
+                    continue
+                copy.state, copy.reader = State.RUNNING, threading.current_thread()
+            try:
+                self._copy(copy)
+            except BaseException as error:  # whoever waits for the copy is told
+                copy.error = error
+            with self._made:
+                copy.state = State.DONE
+                self._made.notify_all()
+
+
 class ThreadTransfers:
-    """Reader threads for a device that is the CPU: they copy while torch computes (both release the GIL)."""
+    """Reader threads for a device that is the CPU: they read into the slots while torch computes (both release the GIL)."""
 
-    def __init__(self, slots: torch.Tensor, readers: int):
+    def __init__(self, store: ExpertStore, slots: torch.Tensor, readers: int):
         self.slots = slots
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="expert-reader")
-        self._copies: dict[int, Future[None]] = {}
+        targets = list(as_bytes(slots))  # made once: a read allocates nothing
+
+        def copy(job: Copy) -> None:
+            store.read(*job.key, targets[job.slot])
+
+        self._begin(readers, copy)
+
+    def _begin(self, readers: int, copy: Callable[[Copy], None]) -> None:
+        self._readers = Readers(readers, copy)
+        self._copies: dict[int, Copy] = {}
         self._stalled = 0.0
+        # The threads know nothing of this object, so that it can go, and they with it, where nobody closes it.
+        self._close = weakref.finalize(self, self._readers.close)
 
-    def start(self, slot: int, block: torch.Tensor) -> None:
-        self._copies[slot] = self._pool.submit(self._copy, self.slots[slot], block, self._copies.pop(slot, None))
+    def start(self, slot: int, key: Key, urgent: bool) -> None:
+        before = self._copies.get(slot)
+        if before is not None and not self._readers.cancel(before):
+            self._readers.wait(before)  # it must have left the slot, whatever became of it
+        self._copies[slot] = copy = Copy(slot, key)
+        self._readers.ask(copy, urgent)
 
-    @staticmethod
-    def _copy(slot: torch.Tensor, block: torch.Tensor, before: Future[None] | None) -> None:
-        if before is not None and not before.cancel():
-            before.exception()  # the copy that this one replaces must have left the slot, whatever became of it
-        slot.copy_(block)
+    def hurry(self, slot: int) -> None:
+        copy = self._copies.get(slot)
+        if copy is not None and copy.state is State.WAITING:
+            self._readers.ask(copy, urgent=True)
+
+    def cancel(self, slot: int) -> bool:
+        copy = self._copies.get(slot)
+        if copy is None or not self._readers.cancel(copy):
+            return False
+        del self._copies[slot]
+        return True
+
+    def copying(self, slot: int) -> bool:
+        copy = self._copies.get(slot)
+        return copy is not None and copy.state is not State.DONE
 
     def wait(self, slot: int) -> None:
-        copy = self._copies.pop(slot, None)
+        copy = self._copies.get(slot)
         if copy is None:
             return
-        if not copy.done():
+        if copy.state is not State.DONE:
             begun = time.perf_counter()
-            copy.exception()
+            self._readers.wait(copy)
             self._stalled += time.perf_counter() - begun
-        copy.result()
+        del self._copies[slot]
+        if copy.error is not None:
+            raise copy.error
 
     def computed(self, slot: int) -> None:
         pass  # computation on the CPU is over when its call returns
+
+    def abandon(self) -> None:
+        for copy in self._copies.values():
+            if not self._readers.cancel(copy):
+                self._readers.wait(copy)
+        self._copies.clear()
 
     def stalled_seconds(self) -> float:
         return self._stalled
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._close()
 
 
 class CudaTransfers:
-    """One copy stream beside the compute stream, ordered by one pair of events a slot; the host never waits here."""
+    """One copy stream beside the compute stream, ordered by one pair of events a slot; the host never waits here.
 
-    def __init__(self, slots: torch.Tensor):
-        self.slots = slots
-        self._stream = torch.cuda.Stream(slots.device)
-        self._stream.wait_stream(torch.cuda.current_stream(slots.device))  # the slots' memory may have just been freed
-        self._copied = [torch.cuda.Event() for _ in range(len(slots))]
+    Copies are enqueued as they are asked for, so none can be taken back. What a layer demands it asks for before the
+    guesses for the next, so of guesses only those for the layer itself can stand before it.
+    """
+
+    def __init__(self, slots: torch.Tensor, block: Callable[[int, int], torch.Tensor]):
+        self.slots, self._block = slots, block
+        self.stream = torch.cuda.Stream(slots.device)
+        self.stream.wait_stream(torch.cuda.current_stream(slots.device))  # the slots' memory may have just been freed
+        self.copied = [torch.cuda.Event() for _ in range(len(slots))]
         self._read = [torch.cuda.Event() for _ in range(len(slots))]
-        self._pending: set[int] = set()
+        self.pending: set[int] = set()
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._spare: list[torch.cuda.Event] = []
         self._stalled = 0.0
 
-    def start(self, slot: int, block: torch.Tensor) -> None:
-        self._stream.wait_event(self._read[slot])  # of an event never recorded this is no wait
-        with torch.cuda.stream(self._stream):
+    def start(self, slot: int, key: Key, urgent: bool) -> None:  # noqa: ARG002
+        self.enqueue(slot, self._block(*key))
+        self.pending.add(slot)
+
+    def enqueue(self, slot: int, block: torch.Tensor) -> None:
+        """Enqueues the copy of a pinned block."""
+        self.stream.wait_event(self._read[slot])  # of an event never recorded this is no wait
+        with torch.cuda.stream(self.stream):
             self.slots[slot].copy_(block, non_blocking=True)
-            self._copied[slot].record(self._stream)
-        self._pending.add(slot)
+            self.copied[slot].record(self.stream)
+
+    def hurry(self, slot: int) -> None:
+        pass
+
+    def cancel(self, slot: int) -> bool:  # noqa: ARG002
+        return False
+
+    def copying(self, slot: int) -> bool:
+        return slot in self.pending and not self.copied[slot].query()
 
     def wait(self, slot: int) -> None:
-        if slot not in self._pending:
+        if slot not in self.pending:
             return
-        self._pending.discard(slot)
-        if self._copied[slot].query():
+        self.pending.discard(slot)
+        if self.copied[slot].query():
             return
         before, after = self._timer(), self._timer()
         stream = torch.cuda.current_stream(self.slots.device)
         before.record(stream)
-        stream.wait_event(self._copied[slot])
+        stream.wait_event(self.copied[slot])
         after.record(stream)
         self._waits.append((before, after))
         if len(self._waits) >= 4096:
@@ -107,12 +274,16 @@ class CudaTransfers:
     def computed(self, slot: int) -> None:
         self._read[slot].record(torch.cuda.current_stream(self.slots.device))
 
+    def abandon(self) -> None:
+        self.stream.synchronize()
+        self.pending.clear()
+
     def stalled_seconds(self) -> float:
         self._settle(synchronize=True)
         return self._stalled
 
     def close(self) -> None:
-        self._stream.synchronize()
+        self.stream.synchronize()
 
     def _timer(self) -> torch.cuda.Event:
         return self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
@@ -131,6 +302,61 @@ class CudaTransfers:
         self._waits = open_waits
 
 
-def make_transfers(slots: torch.Tensor, readers: int) -> Transfers:
-    """The transfers for the device that `slots` lies on."""
-    return CudaTransfers(slots) if slots.is_cuda else ThreadTransfers(slots, readers)
+class StagedTransfers(ThreadTransfers):
+    """Reader threads that read into a ring of pinned buffers, from where the copy stream takes each block on."""
+
+    def __init__(self, store: ExpertStore, slots: torch.Tensor, readers: int):
+        self.slots = slots
+        cuda = CudaTransfers(slots, block=lambda *_: slots[0])
+        count = 2 * readers  # one is read into while the other is copied from
+        buffers = empty_blocks(count, store.layout, torch.device("cpu"), pinned=True)
+        ring: SimpleQueue[tuple[torch.Tensor, Bytes, torch.cuda.Event]] = SimpleQueue()
+        for buffer, target in zip(buffers, as_bytes(buffers), strict=True):
+            ring.put((buffer, target, torch.cuda.Event()))
+        one_at_a_time = threading.Lock()
+
+        def copy(job: Copy) -> None:
+            buffer, target, left = ring.get()
+            try:
+                left.synchronize()  # of an event never recorded this is no wait
+                store.read(*job.key, target)
+                with one_at_a_time, torch.cuda.device(slots.device):
+                    cuda.enqueue(job.slot, buffer)
+                    left.record(cuda.stream)
+            finally:
+                ring.put((buffer, target, left))
+
+        self._cuda = cuda
+        self._begin(readers, copy)
+
+    def copying(self, slot: int) -> bool:
+        return super().copying(slot) or not self._cuda.copied[slot].query()
+
+    def wait(self, slot: int) -> None:
+        if slot in self._copies:
+            super().wait(slot)
+            self._cuda.pending.add(slot)
+        self._cuda.wait(slot)
+
+    def computed(self, slot: int) -> None:
+        self._cuda.computed(slot)
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._cuda.abandon()
+
+    def stalled_seconds(self) -> float:
+        return self._stalled + self._cuda.stalled_seconds()
+
+    def close(self) -> None:
+        super().close()
+        self._cuda.close()
+
+
+def make_transfers(store: ExpertStore, slots: torch.Tensor, readers: int) -> Transfers:
+    """The transfers from `store` to the device that `slots` lies on."""
+    if not slots.is_cuda:
+        return ThreadTransfers(store, slots, readers)
+    if isinstance(store, HostStore):
+        return CudaTransfers(slots, store.block)
+    return StagedTransfers(store, slots, readers)

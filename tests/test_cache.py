@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cache import Key, SlotCache
+from runtime.cache import Eviction, Key, SlotCache
 
-KEYS = st.tuples(st.integers(0, 2), st.integers(0, 5))
-EVENTS = st.lists(st.tuples(st.sampled_from(["admit", "pin", "unpin", "forget", "unpin_all"]), KEYS), max_size=60)
+LAYERS = 3
+KEYS = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, 5))
+KINDS = ["admit", "pin", "unpin", "forget", "unpin_all", "pass", "keep_busy"]
+EVENTS = st.lists(st.tuples(st.sampled_from(KINDS), KEYS), max_size=60)
 
 
+def who_goes(eviction: Eviction, used: list[Key], kept: set[Key], layer: int, slots: int) -> Key:
+    """The victim, as the policies are defined: `used` is every expert that has a slot, least recently used first."""
+    free = [key for key in used if key not in kept]
+    if eviction is Eviction.LRU:
+        return free[0]
+    count = [sum(of == number for of, _ in used) for number in range(LAYERS)]
+    too_many = [key for key in free if count[key[0]] * LAYERS > slots]
+    # How many layers come before an expert's own comes again; the first of the largest is the least recently used.
+    return max(too_many or free, key=lambda key: (key[0] - layer - 1) % LAYERS)
+
+
+@pytest.mark.parametrize("eviction", list(Eviction))
 @given(slots=st.integers(1, 8), events=EVENTS)
-def test_slots_are_never_shared_lost_or_taken_from_the_pinned(slots: int, events: list[tuple[str, Key]]) -> None:
-    cache = SlotCache(slots)
+def test_slots_are_never_shared_lost_or_taken_from_the_pinned(
+    eviction: Eviction, slots: int, events: list[tuple[str, Key]]
+) -> None:
+    cache = SlotCache(slots, LAYERS, eviction)
     sits: dict[Key, int] = {}
     pinned: set[Key] = set()
+    busy: set[int] = set()
     used: list[Key] = []  # least recently used first
     for event, key in events:
         if event == "admit" and key not in cache:
-            slot = cache.admit(key)
+            kept = pinned | {other for other, slot in sits.items() if slot in busy}
+            slot = cache.admit(key, busy.__contains__)
             if slot is None:
                 assert len(sits) == slots
-                assert set(sits) == pinned, "only pins keep an expert out"
+                assert set(sits) == kept, "only pins and copies keep an expert out"
             else:
                 evicted = [other for other, taken in sits.items() if taken == slot]
                 if evicted:
                     assert len(sits) == slots, "nothing is evicted while a slot is free"
-                    assert evicted == [next(other for other in used if other not in pinned)]
+                    assert evicted == [who_goes(eviction, used, kept, cache.layer, slots)]
                     used.remove(evicted[0])
                     del sits[evicted[0]]
                 sits[key] = slot
@@ -49,7 +68,40 @@ def test_slots_are_never_shared_lost_or_taken_from_the_pinned(slots: int, events
         elif event == "unpin_all":
             cache.unpin_all()
             pinned.clear()
+        elif event == "pass":
+            cache.layer = key[0]
+        elif event == "keep_busy":
+            busy ^= {key[1]}
         assert len(cache) == len(sits) <= slots
         assert len(set(sits.values())) == len(sits)
         assert all(cache.slot(other) == slot for other, slot in sits.items())
-        assert all(sorted(cache.experts_of(n)) == sorted(e for layer, e in sits if layer == n) for n in range(3))
+        assert all(sorted(cache.experts_of(n)) == sorted(e for layer, e in sits if layer == n) for n in range(LAYERS))
+
+
+def hits(eviction: Eviction, slots: int, passes: list[list[list[int]]]) -> int:
+    """How often an expert is found, of passes that name the experts of each layer."""
+    cache, found = SlotCache(slots, len(passes[0]), eviction), 0
+    for layers in passes:
+        for layer, experts in enumerate(layers):
+            cache.layer = layer
+            found += sum((layer, expert) in cache for expert in experts)
+            for expert in experts:
+                if (layer, expert) in cache:
+                    cache.pin((layer, expert))
+                else:
+                    cache.admit((layer, expert))
+            cache.unpin_all()
+    return found
+
+
+def test_least_stale_does_not_thrash_where_lru_does() -> None:
+    """The same experts in every pass, and fewer slots than a pass takes: the least recently used is the next one."""
+    passes = [[[1, 2], [3, 4], [5, 6]]] * 10
+    assert hits(Eviction.LRU, 4, passes) == 0
+    assert hits(Eviction.LEAST_STALE, 4, passes) >= 9 * 2
+
+
+def test_the_last_layers_of_a_prompt_do_not_keep_the_slots() -> None:
+    prompt = [[list(range(6))] * 3]
+    passes = [[[i % 6, (i + 1) % 6]] * 3 for i in range(30)]
+    assert hits(Eviction.LEAST_STALE, 9, prompt + passes) >= hits(Eviction.LEAST_STALE, 9, passes) - 3 * 6

@@ -1,0 +1,327 @@
+"""The packed file: every expert of a model as one block at a multiple of 4096 bytes, read where it lies.
+
+    page 0      magic, format version, offset and length of the header
+    blocks      layer by layer, expert by expert
+    header      JSON: the model they belong to, the layout of a block, the layers, a checksum (xxh3_64) of every block
+
+The file is written aside and renamed when it is whole. Every way in which one can be wrong ends in one `StoreError`.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+from transformers import PreTrainedModel
+
+from predictors.architecture import MoELayer, describe_shape, moe_shape
+from runtime.store import PAGE, BlockLayout, Bytes, StoreError, as_bytes, block_layout, empty_blocks
+
+FORMAT_VERSION = 1
+_START = struct.Struct("<8sQQQ")
+_MAGIC = b"EXPERTS\n"
+
+
+class TensorPlace(BaseModel):
+    """One tensor of an expert within its block."""
+
+    model_config = ConfigDict(strict=True)
+
+    shape: list[int] = Field(min_length=1)
+    offset: int = Field(ge=0)
+    """Counted in elements."""
+
+
+class Header(BaseModel):
+    """What a packed file says about itself."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: dict[str, Any]
+    """`name`, the facts of `architecture.moe_shape`, and `weights`: what `weights_fingerprint` returns."""
+    dtype: str
+    tensors: dict[str, TensorPlace]
+    block_bytes: int = Field(gt=0, multiple_of=PAGE)
+    layers: list[str] = Field(min_length=1)
+    """The experts modules by their names in the model, in the order of their blocks."""
+    num_experts: int = Field(gt=0)
+    checksums: list[list[int]]
+    """xxh3_64 of each block, by layer and expert."""
+
+    def layout(self) -> BlockLayout:
+        """Raises `ValueError` where the parts contradict one another."""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{self.dtype} is no dtype")
+        size = self.block_bytes // dtype.itemsize
+        shapes = {name: torch.Size(place.shape) for name, place in self.tensors.items()}
+        offsets = {name: place.offset for name, place in self.tensors.items()}
+        if any(min(shape) < 1 or offsets[name] + shape.numel() > size for name, shape in shapes.items()):
+            raise ValueError("a tensor lies beyond its block")
+        if [len(row) for row in self.checksums] != [self.num_experts] * len(self.layers):
+            raise ValueError("it has not one checksum a block")
+        return BlockLayout(dtype, shapes, offsets, size)
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Tells models of one shape apart: a hash of the beginning of every weight that is not an expert's, and its dtype."""
+    digest = xxhash.xxh3_64()
+    experts = {id(p) for module in expert_modules(model).values() for p in module.parameters(recurse=False)}
+    for name, parameter in sorted(model.named_parameters()):
+        if id(parameter) not in experts:
+            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().flatten()[:1024].cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that transformers dispatches experts through, by name."""
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is one that transformers dispatches experts through: it says how its weights lie."""
+    return all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed"))
+
+
+class PackWriter:
+    """Writes a packed file layer by layer. It is not there until `finish`; `abort` leaves nothing behind."""
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
+        if self.out.exists():
+            raise StoreError(f"{self.out} exists already; name a new file or remove it")
+        self._aside = self.out.with_name(f"{self.out.name}.{os.getpid()}.partial")
+        try:
+            self._file = self._aside.open("wb")
+        except OSError as error:
+            raise StoreError(f"{self.out} can't be written ({error.strerror}); name a file in a folder") from error
+        self.layout: BlockLayout | None = None
+        self._modules: list[nn.Module] = []
+        self._checksums: list[list[int]] = []
+        self._open: dict[nn.Module, tuple[torch.Tensor, set[str]]] = {}
+        self._file.write(bytes(PAGE))
+
+    def take(self, experts: nn.Module, name: str, values: torch.Tensor) -> None:
+        """Takes one stacked parameter `[num_experts, ...]` of an experts module; writes it out with the module's last."""
+        if experts not in self._open:
+            layout = block_layout(experts)
+            if self.layout is None:
+                self.layout = layout
+            elif layout != self.layout:
+                raise StoreError("the experts of this model's layers differ in shape; offloading needs them alike")
+            blocks = empty_blocks(len(values), layout, torch.device("cpu")).zero_()
+            self._open[experts] = blocks, set(layout.shapes)
+        assert self.layout is not None
+        blocks, missing = self._open[experts]
+        if values.dtype != self.layout.dtype:
+            raise StoreError(f"the experts mix the dtypes {values.dtype} and {self.layout.dtype}; give one with dtype=")
+        self.layout.views(blocks)[name].copy_(values)
+        missing.discard(name)
+        if not missing:
+            del self._open[experts]
+            self._write(experts, as_bytes(blocks))
+
+    def _write(self, experts: nn.Module, blocks: Bytes) -> None:
+        self._checksums.append([xxhash.xxh3_64_intdigest(block.data) for block in blocks])
+        self._modules.append(experts)
+        try:
+            self._file.write(blocks.data)
+            self._drop_pages()
+        except OSError as error:
+            raise StoreError(f"{self.out} can't be written ({error.strerror}); make room for it") from error
+
+    def _drop_pages(self) -> None:
+        """Writes what the system has kept back: what is packed need not be in memory as well."""
+        self._file.flush()
+        os.fdatasync(self._file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def finish(self, model: PreTrainedModel, layers: list[MoELayer], name: str) -> Path:
+        """Gives the file its header and its name. Raises `StoreError` where not every expert of `layers` was taken."""
+        experts = {layer.experts for layer in layers}
+        if self._open or self.layout is None or set(self._modules) != experts:
+            raise StoreError(
+                f"the checkpoint of {name} has weights for {len(self._modules)} layers of experts, and the model has "
+                f"{len(experts)} that are routed to; it can't be packed"
+            )
+        names = {module: path for path, module in model.named_modules()}
+        facts = {"name": name} | moe_shape(model.config, layers) | {"weights": weights_fingerprint(model)}
+        tensors = {
+            part: TensorPlace(shape=list(shape), offset=self.layout.offsets[part])
+            for part, shape in self.layout.shapes.items()
+        }
+        header = Header(
+            model=facts,
+            dtype=str(self.layout.dtype).removeprefix("torch."),
+            tensors=tensors,
+            block_bytes=self.layout.bytes,
+            layers=[names[module] for module in self._modules],
+            num_experts=layers[0].num_experts,
+            checksums=self._checksums,
+        )
+        text = header.model_dump_json().encode()
+        try:
+            offset = self._file.tell()
+            self._file.write(text)
+            self._file.seek(0)
+            self._file.write(_START.pack(_MAGIC, FORMAT_VERSION, offset, len(text)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._aside, self.out)
+        except OSError as error:
+            raise StoreError(f"{self.out} can't be written ({error.strerror}); make room for it") from error
+        return self.out
+
+    def abort(self) -> None:
+        """Removes what was written, unless it was finished."""
+        with suppress(OSError):
+            self._file.close()
+        self._aside.unlink(missing_ok=True)
+
+
+class PackedStore:
+    """The experts of a model in a packed file, read directly where the file system allows it.
+
+    Each block is compared with its checksum when it is read for the first time. The model's own expert parameters are
+    left alone. Raises `StoreError` for a file that is no packed file, or none that is whole.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.header = read_header(self.path)
+        self.layout = self.header.layout()
+        self._verified = np.zeros((len(self.header.layers), self.header.num_experts), dtype=bool)
+        self._position = list(range(len(self.header.layers)))  # of a layer of the model among those of the file
+        self.direct = False
+        self._file = -1
+        try:
+            self._file = self._open()
+        except OSError as error:
+            raise StoreError(f"{self.path} can't be read ({error.strerror}); check its disk and its rights") from error
+
+    def _open(self) -> int:
+        if hasattr(os, "O_DIRECT"):
+            with suppress(OSError):
+                file = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+                try:
+                    with mmap.mmap(-1, PAGE) as page:
+                        os.preadv(file, [page], 0)
+                    self.direct = True
+                    return file
+                except OSError:  # opened, and yet not read: some file systems find out only then
+                    os.close(file)
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def check(self, model: PreTrainedModel, layers: list[MoELayer]) -> None:
+        """Finds the model's layers in the file. Raises `StoreError` unless the file belongs to `model`."""
+        theirs, shape = self.header.model, moe_shape(model.config, layers)
+        if theirs.get("fingerprint") != shape["fingerprint"]:
+            raise StoreError(
+                f"{self.path} holds the experts of {theirs.get('name')}, and the model is a {describe_shape(shape)}; "
+                "pack this model"
+            )
+        layout = block_layout(layers[0].experts)
+        if layout != self.layout:
+            raise StoreError(
+                f"{self.path} holds experts in {self.layout.dtype}, and the model's are in {layout.dtype} or laid out "
+                "otherwise; load the model in that dtype or pack it again"
+            )
+        if theirs.get("weights") != weights_fingerprint(model):
+            raise StoreError(
+                f"{self.path} was packed from {theirs.get('name')}, whose other weights are not those of this model; "
+                "pack this model"
+            )
+        names = {module: path for path, module in model.named_modules()}
+        places = {name: position for position, name in enumerate(self.header.layers)}
+        try:
+            self._position = [places[names[layer.experts]] for layer in layers]
+        except KeyError as error:
+            raise StoreError(f"{self.path} lacks the experts of {error.args[0]}; pack this model again") from error
+
+    def read(self, layer: int, expert: int, into: Bytes) -> None:
+        position, size = self._position[layer], self.layout.bytes
+        offset = PAGE + (position * self.header.num_experts + expert) * size
+        try:
+            count = os.preadv(self._file, [into.data], offset)
+            while 0 < count < size:  # a read may be cut short, by a signal for one
+                more = os.preadv(self._file, [into[count:].data], offset + count)
+                if more == 0:
+                    break
+                count += more
+            if not self.direct and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._file, offset, size, os.POSIX_FADV_DONTNEED)  # the slots are the cache
+        except OSError as error:
+            raise StoreError(
+                f"expert {expert} of {self.header.layers[position]} can't be read from {self.path} ({error.strerror}); "
+                "check its disk"
+            ) from error
+        if count < size:
+            raise StoreError(f"{self.path} has become shorter since it was opened; pack the model again")
+        if not self._verified[position, expert]:
+            if xxhash.xxh3_64_intdigest(into.data) != self.header.checksums[position][expert]:
+                raise StoreError(
+                    f"expert {expert} of {self.header.layers[position]} in {self.path} is not what was packed; pack the "
+                    "model again"
+                )
+            self._verified[position, expert] = True
+
+    def restore(self) -> None:
+        """The model's expert parameters were never touched."""
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", -1) >= 0:
+            self.close()
+
+
+def read_header(path: str | Path) -> Header:
+    """The header of a packed file. Raises `StoreError` where the file is missing, no packed file, or not whole."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(_START.size)
+            size = os.fstat(file.fileno()).st_size
+            if len(start) < _START.size or not start.startswith(_MAGIC):
+                raise StoreError(f"{path} is no packed file; make one with predict-train pack")
+            _, version, offset, length = _START.unpack(start)
+            if version != FORMAT_VERSION:
+                raise StoreError(
+                    f"{path} has format version {version}, and this release reads {FORMAT_VERSION}; pack the model again"
+                )
+            if offset + length != size:
+                raise StoreError(f"{path} is cut short or was added to; pack the model again")
+            file.seek(offset)
+            text = file.read(length)
+    except OSError as error:
+        raise StoreError(
+            f"{path} can't be read ({error.strerror}); give the file that predict-train pack wrote"
+        ) from error
+    try:
+        header = Header.model_validate(json.loads(text))
+        header.layout()
+        if offset != PAGE + len(header.layers) * header.num_experts * header.block_bytes:
+            raise ValueError("its blocks are not as many as it says")
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "it"
+        raise StoreError(f"the header of {path} is broken ({field}: {first['msg']}); pack the model again") from error
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"the header of {path} is broken ({error}); pack the model again") from error
+    return header

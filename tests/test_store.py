@@ -1,0 +1,64 @@
+"""Experts in host memory: every weight kept, aligned, and given back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import build_model
+
+from predictors.discovery import find_moe_layers
+from runtime.store import PAGE, HostStore, StoreError, as_bytes, empty_blocks
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_store_keeps_every_weight_and_gives_it_back(architecture: str, dtype: torch.dtype) -> None:
+    layers = find_moe_layers(build_model(architecture).to(dtype))
+    before = [{n: p.detach().clone() for n, p in layer.experts.named_parameters(recurse=False)} for layer in layers]
+    store = HostStore(layers, pinned=False)
+    (slot,) = empty_blocks(1, store.layout, torch.device("cpu"))
+    assert slot.data_ptr() % PAGE == 0
+    assert store.layout.bytes % PAGE == 0
+    for number, weights in enumerate(before):
+        for expert in range(8):
+            store.read(number, expert, as_bytes(slot))
+            assert torch.equal(as_tensor(slot), as_tensor(store.block(number, expert)))
+            views = store.layout.views(slot)
+            assert views.keys() == weights.keys()
+            assert all(torch.equal(views[name], weights[name][expert]) for name in weights)
+            assert all(view.data_ptr() % 64 == 0 for view in views.values())
+    store.restore()
+    store.close()
+    for layer, weights in zip(layers, before, strict=True):
+        for name, parameter in layer.experts.named_parameters(recurse=False):
+            assert torch.equal(parameter, weights[name])
+            assert parameter.is_contiguous()
+
+
+def as_tensor(block: torch.Tensor) -> torch.Tensor:
+    """The bytes of a block, padding included, of which some may be no numbers."""
+    return block.view(torch.uint8)
+
+
+def test_a_store_without_memory_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model("qwen3_moe")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    layers, calls = find_moe_layers(model), []
+
+    def scarce(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 3:
+            raise StoreError("there is no memory left")
+        return empty_blocks(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("runtime.store.empty_blocks", scarce)
+    with pytest.raises(StoreError, match="no memory left"):
+        HostStore(layers, pinned=False)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) and after[name].is_contiguous() for name in before)
+
+
+def test_more_memory_than_there_is_is_refused_in_a_sentence() -> None:
+    layout = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).layout
+    with pytest.raises(StoreError, match="GiB, which cpu has not left; ask for fewer"):
+        empty_blocks(1 << 48, layout, torch.device("cpu"))
