@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from enum import Enum, auto
 from queue import SimpleQueue
 from typing import Protocol
 
 import torch
 
 from runtime.cache import Key
+from runtime.readers import Copy, Readers
 from runtime.store import Bytes, ExpertStore, HostStore, StoreError, as_bytes, empty_blocks
 
 
@@ -57,97 +55,6 @@ class Transfers(Protocol):
         """Ends all copies and whatever makes them."""
 
 
-class State(Enum):
-    """Of one copy by a reader thread."""
-
-    WAITING = auto()
-    RUNNING = auto()
-    DONE = auto()
-
-
-class Copy:
-    """One expert on its way into one slot."""
-
-    def __init__(self, slot: int, key: Key):
-        self.slot, self.key = slot, key
-        self.state = State.WAITING
-        self.reader: threading.Thread | None = None
-        self.error: BaseException | None = None
-
-    def is_lost(self, readers: list[threading.Thread]) -> bool:
-        """Whether no thread is left that could end it: a fork, or an interpreter that ends, takes them without a word."""
-        alive = [thread for thread in readers if thread.is_alive()]
-        return not alive if self.reader is None else self.reader not in alive
-
-
-class Readers:
-    """Threads that make copies, the urgent ones first and else in order of their asking."""
-
-    def __init__(self, count: int, copy: Callable[[Copy], None]):
-        self._copy = copy
-        self._order = itertools.count()
-        self._queue: list[tuple[bool, int, Copy]] = []
-        self._closed = False
-        lock = threading.Lock()
-        self._asked, self._made = threading.Condition(lock), threading.Condition(lock)
-        self._threads = [
-            threading.Thread(target=self._run, name=f"expert-reader-{number}", daemon=True) for number in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def ask(self, copy: Copy, urgent: bool) -> None:
-        with self._asked:
-            heapq.heappush(self._queue, (not urgent, next(self._order), copy))
-            self._asked.notify()
-
-    def cancel(self, copy: Copy) -> bool:
-        """Whether the copy had not begun; then it never will."""
-        with self._asked:
-            waiting = copy.state is State.WAITING
-            if waiting:
-                copy.state = State.DONE
-            return waiting
-
-    def wait(self, copy: Copy) -> None:
-        """Returns when the copy is over. Raises `StoreError` where no thread is left to make it."""
-        with self._made:
-            while copy.state is not State.DONE:
-                if not self._made.wait(timeout=1.0) and copy.is_lost(self._threads):
-                    raise StoreError("a thread that reads experts is gone; detach the model and offload it again")
-
-    def close(self) -> None:
-        """Begins no other copy; returns when those that have begun are over."""
-        with self._asked:
-            self._closed = True
-            for _, _, copy in self._queue:
-                copy.state = State.DONE if copy.state is State.WAITING else copy.state
-            self._queue.clear()
-            self._asked.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._asked:
-                while not self._queue and not self._closed:
-                    self._asked.wait()
-                if self._closed:
-                    return
-                _, _, copy = heapq.heappop(self._queue)
-                if copy.state is not State.WAITING:  # cancelled, or asked for twice since it became urgent
-                    continue
-                copy.state, copy.reader = State.RUNNING, threading.current_thread()
-            try:
-                self._copy(copy)
-            except BaseException as error:  # whoever waits for the copy is told
-                copy.error = error
-            with self._made:
-                copy.state = State.DONE
-                self._made.notify_all()
-
-
 class ThreadTransfers:
     """Reader threads for a device that is the CPU: they read into the slots while torch computes (both release the GIL)."""
 
@@ -169,45 +76,47 @@ class ThreadTransfers:
 
     def start(self, slot: int, key: Key, urgent: bool) -> None:
         before = self._copies.get(slot)
-        if before is not None and not self._readers.cancel(before):
+        if before is not None and not before.cancel():
             self._readers.wait(before)  # it must have left the slot, whatever became of it
         self._copies[slot] = copy = Copy(slot, key)
         self._readers.ask(copy, urgent)
 
     def hurry(self, slot: int) -> None:
         copy = self._copies.get(slot)
-        if copy is not None and copy.state is State.WAITING:
+        if copy is not None and not copy.has_begun:
             self._readers.ask(copy, urgent=True)
 
     def cancel(self, slot: int) -> bool:
         copy = self._copies.get(slot)
-        if copy is None or not self._readers.cancel(copy):
+        if copy is None or not copy.cancel():
             return False
         del self._copies[slot]
         return True
 
     def copying(self, slot: int) -> bool:
         copy = self._copies.get(slot)
-        return copy is not None and copy.state is not State.DONE
+        return copy is not None and not copy.is_over
 
     def wait(self, slot: int) -> None:
         copy = self._copies.get(slot)
         if copy is None:
             return
-        if copy.state is not State.DONE:
+        if not copy.is_over:
             begun = time.perf_counter()
             self._readers.wait(copy)
             self._stalled += time.perf_counter() - begun
         del self._copies[slot]
-        if copy.error is not None:
+        if isinstance(copy.error, Exception):
             raise copy.error
+        if copy.error is not None:  # what ends a thread should not end the program
+            raise StoreError(f"a read was broken off ({type(copy.error).__name__}); run the model again") from copy.error
 
     def computed(self, slot: int) -> None:
         pass  # computation on the CPU is over when its call returns
 
     def abandon(self) -> None:
         for copy in self._copies.values():
-            if not self._readers.cancel(copy):
+            if not copy.cancel():
                 self._readers.wait(copy)
         self._copies.clear()
 

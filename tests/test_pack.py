@@ -160,7 +160,7 @@ def test_a_block_that_rotted_is_noticed(packed: Path, tmp_path: Path) -> None:
     (slot,) = empty_blocks(1, store.layout, torch.device("cpu"))
     store.read(1, 2, as_bytes(slot))
     for _ in range(2):
-        with pytest.raises(StoreError, match="expert 3 of model.layers.1.mlp.experts .* not what was packed"):
+        with pytest.raises(StoreError, match=r"expert 3 of model\.layers\.1\.mlp\.experts .* not what was packed"):
             store.read(1, 3, as_bytes(slot))
     store.close()
 

@@ -1,0 +1,195 @@
+"""`on_demand` and `prefetch` against everything resident, token for token: all model types, all ways to generate."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_offload import everything_resident, greedy, prompt
+from transformers import PreTrainedModel
+
+from data_collection.catalog import examine, moe_types, tiny_model
+from predictors.architecture import UnsupportedModelError
+from predictors.discovery import find_moe_layers
+from runtime import Eviction, offload_experts, offloaded
+from runtime.store import Bytes, HostStore
+
+POLICIES = ("on_demand", "prefetch")
+TOP_K = 2
+
+
+def supported_model(model_type: str) -> PreTrainedModel:
+    try:
+        model = tiny_model(model_type)
+        find_moe_layers(model)
+    except UnsupportedModelError as error:
+        pytest.skip(str(error))
+    except Exception:
+        support = examine(model_type)
+        if support.reason is not None:
+            pytest.skip(support.reason)
+        raise
+    return model
+
+
+@pytest.mark.parametrize("model_type", moe_types())
+def test_every_model_type_gives_the_resident_models_tokens(model_type: str) -> None:
+    """Every number of slots, batch size and prompt length occurs with each type under both policies."""
+    model = supported_model(model_type)
+    total = sum(layer.num_experts for layer in find_moe_layers(model))
+    for batch, length, slots in ((1, 600, TOP_K), (3, 1, TOP_K + 1), (3, 7, total // 2), (1, 7, total)):
+        ids = prompt(batch, length)
+        tokens = 2 if length == 600 else 4
+        with everything_resident(model), torch.no_grad():
+            expected, expected_logits = greedy(model, ids, tokens), model(ids).logits
+        for policy in POLICIES:
+            with offloaded(model, policy=policy, slots=slots, device="cpu"), torch.no_grad():
+                assert torch.equal(greedy(model, ids, tokens), expected), (policy, slots, batch, length)
+                torch.testing.assert_close(model(ids).logits, expected_logits)
+
+
+def padded(model: PreTrainedModel) -> torch.Tensor:
+    ids = prompt(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :6], mask[2, :1] = 0, 0
+    return generated(model, ids, attention_mask=mask, do_sample=False)
+
+
+def generated(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    output: torch.Tensor = model.generate(
+        ids,
+        **({"attention_mask": torch.ones_like(ids)} | arguments),
+        max_new_tokens=8,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return output
+
+
+WAYS: dict[str, Callable[[PreTrainedModel], torch.Tensor]] = {
+    "left padding": padded,
+    "beam search": lambda model: generated(model, prompt(2, 6), num_beams=3, do_sample=False),
+    "assisted": lambda model: generated(model, prompt(1, 6), assistant_model=build_model("qwen3"), do_sample=False),
+    "prompt lookup": lambda model: generated(model, prompt(1, 3).repeat(1, 5), prompt_lookup_num_tokens=3, do_sample=False),
+    "static cache": lambda model: generated(model, prompt(2, 6), cache_implementation="static", do_sample=False),
+    "chunked prefill": lambda model: generated(model, prompt(1, 50), prefill_chunk_size=20, do_sample=False),
+    "several sequences": lambda model: (
+        torch.manual_seed(5),
+        generated(model, prompt(1, 6), num_return_sequences=3, do_sample=True, temperature=2.0),
+    )[1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+def test_every_way_to_generate(build_moe: Callable[..., PreTrainedModel], architecture: str, way: str) -> None:
+    model = build_moe(architecture)
+    with everything_resident(model):
+        expected = WAYS[way](model)
+    for policy, slots in itertools.product(POLICIES, (TOP_K, 12)):
+        with offloaded(model, policy=policy, slots=slots, device="cpu"):
+            for _ in range(2):  # the second time, over what the first has left in the slots
+                assert torch.equal(WAYS[way](model), expected)
+
+
+def test_a_prompt_of_4096_tokens_through_k_slots(build_moe: Callable[..., PreTrainedModel]) -> None:
+    model = build_moe("qwen3_moe", max_position_embeddings=5000)
+    ids = prompt(1, 4096)
+    with everything_resident(model):
+        expected = greedy(model, ids, 2)
+    for policy in POLICIES:
+        with offloaded(model, policy=policy, slots=TOP_K, device="cpu"):
+            assert torch.equal(greedy(model, ids, 2), expected)
+
+
+def test_two_models_at_once(build_moe: Callable[..., PreTrainedModel]) -> None:
+    models = [build_moe("qwen3_moe"), build_moe("mixtral")]
+    alone = []
+    for model in models:
+        with everything_resident(model):
+            alone.append(greedy(model, prompt(1, 9), 6))
+        offload_experts(model, policy="prefetch", slots=3, device="cpu")
+    caches: list[Any] = [None, None]
+    tokens = [prompt(1, 9), prompt(1, 9)]
+    for _ in range(6):  # token by token, in turn
+        for i, model in enumerate(models):
+            with torch.no_grad():
+                output = model(tokens[i] if caches[i] is None else tokens[i][:, -1:], past_key_values=caches[i])
+            caches[i] = output.past_key_values
+            tokens[i] = torch.cat([tokens[i], output.logits[:, -1:].argmax(-1)], dim=1)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(tokens, alone, strict=True))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_threads_that_share_a_model_take_turns(tiny_moe: PreTrainedModel, policy: str) -> None:
+    prompts = [prompt(1 + i % 2, 3 + i) for i in range(6)]
+    with everything_resident(tiny_moe):
+        expected = [greedy(tiny_moe, ids, 12) for ids in prompts]
+    with offloaded(tiny_moe, policy=policy, slots=3, device="cpu"), ThreadPoolExecutor(3) as pool:
+        outputs = list(pool.map(lambda ids: greedy(tiny_moe, ids, 12), prompts))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, expected, strict=True))
+
+
+class AnyOrder(HostStore):
+    """A store whose reads take as long as they are told, so that they finish in any order."""
+
+    def __init__(self, layers: Any, delays: list[int]):
+        super().__init__(layers, pinned=False)
+        self._delays, self._lock = itertools.cycle(delays), threading.Lock()
+
+    def read(self, layer: int, expert: int, into: Bytes) -> None:
+        with self._lock:
+            delay = next(self._delays)
+        into[: len(into) // 2] = 0xFF  # not a number: what is read too early is seen
+        time.sleep(delay * 2e-4)
+        super().read(layer, expert, into)
+
+
+@contextmanager
+def any_order(model: PreTrainedModel, delays: list[int], **arguments: Any) -> Iterator[None]:
+    store = AnyOrder(find_moe_layers(model), delays)
+    with offloaded(model, store=store, device="cpu", **arguments):
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared_model() -> PreTrainedModel:
+    return build_model("qwen3_moe")
+
+
+@given(
+    delays=st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    slots=st.integers(TOP_K, 14),
+    readers=st.integers(1, 4),
+    policy=st.sampled_from(POLICIES),
+    batch=st.integers(1, 2),
+    eviction=st.sampled_from(list(Eviction)),
+    candidates=st.integers(TOP_K, 5),
+)
+@settings(max_examples=40)
+def test_no_order_of_arrival_changes_a_token(
+    shared_model: PreTrainedModel,
+    delays: list[int],
+    slots: int,
+    readers: int,
+    policy: str,
+    batch: int,
+    eviction: Eviction,
+    candidates: int,
+) -> None:
+    ids = prompt(batch, 5)
+    with everything_resident(shared_model):
+        expected = greedy(shared_model, ids, 5)
+    arguments = {"slots": slots, "readers": readers, "policy": policy, "eviction": eviction, "candidates": candidates}
+    with any_order(shared_model, delays, **arguments):
+        assert torch.equal(greedy(shared_model, ids, 5), expected)
