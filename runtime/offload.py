@@ -25,7 +25,7 @@ from predictors.errors import UserError
 from predictors.experts import expert_parameters
 from runtime.cache import Eviction
 from runtime.packfile import PackedStore
-from runtime.policy import Gating, Policy, RoutingControl
+from runtime.policy import Gating, Policy, RoutingControl, candidates_from_recall
 from runtime.slots import Counters, ExpertSlots
 from runtime.store import ExpertStore, HostStore
 
@@ -44,7 +44,7 @@ def offload_experts(
     gating: Gating | str = Gating.TRUE,
     device: torch.device | str | None = None,
     slots: int | None = None,
-    candidates: int | None = None,
+    candidates: int | str | None = None,
     speculated_tokens: int = SPECULATED_TOKENS,
     readers: int = 2,
     eviction: Eviction | str = Eviction.LEAST_STALE,
@@ -62,7 +62,8 @@ def offload_experts(
         device: where the model computes; by default CUDA where there is one. Everything but the experts moves there.
         slots: experts that fit on the device, over all layers, from `top_k` up; by default a quarter of them all.
         candidates: experts fetched for each speculated token, `top_k` or more; by default `top_k`, and two more under
-            gating `resident`.
+            gating `resident`. `auto` takes for each layer as many as its recall in `predictors` says are worth it
+            (`runtime.policy.candidates_from_recall`).
         speculated_tokens: a forward pass over more tokens than this is a prompt: it is executed exactly, streaming the
             experts through the slots, since it needs nearly all of them and a guess saves nothing.
         readers: copying threads, on the CPU or from a file.
@@ -90,12 +91,7 @@ def offload_experts(
         raise OffloadError(
             f"{slots} slots are asked for; this model takes from {top_k} (its top k) to {total} (all its experts)"
         )
-    if candidates is None:
-        candidates = min(top_k + 2, layers[0].num_experts) if gating is Gating.RESIDENT else top_k
-    if not top_k <= candidates <= layers[0].num_experts:
-        raise OffloadError(
-            f"{candidates} candidates are asked for; this model takes from {top_k} to {layers[0].num_experts}"
-        )
+    wanted = _candidates(candidates, layers, predictors, policy, gating)
     if readers < 1:
         raise OffloadError(f"{readers} readers are asked for; at least one must copy")
     if predictors is not None:
@@ -112,13 +108,33 @@ def offload_experts(
         gating,
         target,
         slots,
-        candidates,
+        wanted,
         speculated_tokens,
         readers,
         eviction,
     )
     vars(model)["expert_offload"] = offload
     return model
+
+
+def _candidates(
+    asked: int | str | None, layers: list[MoELayer], predictors: Predictors | None, policy: Policy, gating: Gating
+) -> dict[int, int]:
+    """The number of candidates by target layer."""
+    top_k, experts = layers[0].top_k, layers[0].num_experts
+    usual = min(top_k + 2, experts) if gating is Gating.RESIDENT else top_k
+    if asked == "auto":
+        # Exports of before recall was written have none, and neither has speculation without predictors.
+        recall: dict[int, list[float]] = getattr(predictors, "recall", None) or {}
+        return {
+            layer.index: min(candidates_from_recall(recall[layer.index], top_k, policy, gating), experts)
+            if recall.get(layer.index)
+            else usual
+            for layer in layers
+        }
+    if asked is not None and (not isinstance(asked, int) or not top_k <= asked <= experts):
+        raise OffloadError(f"{asked} candidates are asked for; this model takes from {top_k} to {experts}, or auto")
+    return {layer.index: usual if asked is None else int(asked) for layer in layers}
 
 
 def _open_store(
@@ -164,7 +180,7 @@ class ExpertOffload:
         gating: Gating,
         device: torch.device,
         slots: int,
-        candidates: int,
+        candidates: dict[int, int],
         speculated_tokens: int,
         readers: int,
         eviction: Eviction,

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,6 +39,24 @@ class Gating(StrEnum):
     SPECULATED = "speculated"
     TRUE = "true"
     RESIDENT = "resident"
+
+
+RECALL_ENOUGH = 0.99
+
+
+def candidates_from_recall(recall: list[float], top_k: int, policy: Policy, gating: Gating) -> int:
+    """How many candidates of a target layer to fetch, of `top_k` to twice that; `recall` is that of as many candidates.
+
+    Under gating `resident` the router chooses among them, so they buy quality: the fewest are taken that hold
+    `RECALL_ENOUGH` of its choice. Under `prefetch` they only buy time: one more is worth its copy while it is more often
+    right than wrong. Under the other gatings more than `top_k` are never executed.
+    """
+    if policy is Policy.PREFETCH:
+        gains = [top_k * (after - before) for before, after in pairwise(recall)]
+        return top_k + next((more for more, right in enumerate(gains) if right <= 0.5), len(gains))
+    if policy is Policy.SPECULATIVE and gating is Gating.RESIDENT:
+        return top_k + next((more for more, found in enumerate(recall) if found >= RECALL_ENOUGH), len(recall) - 1)
+    return top_k
 
 
 class RestrictedChoice(TorchFunctionMode):
@@ -70,7 +89,8 @@ class RoutingControl:
 
     It copies nothing itself: `fetch(target, candidates [tokens, m])` is called as soon as the candidates of a target
     layer are known, and `resident(target)` names the experts that are on the device besides the candidates. A forward
-    pass over more than `max_tokens` tokens is neither speculated nor restricted. Layers are named by the model's numbers.
+    pass over more than `max_tokens` tokens is neither speculated nor restricted. Layers are named by the model's numbers;
+    `num_candidates` is one number or one for each target, and nowhere less than `top_k`.
     """
 
     def __init__(
@@ -79,13 +99,15 @@ class RoutingControl:
         speculators: dict[int, Speculator],
         policy: Policy,
         gating: Gating,
-        num_candidates: int | None = None,
+        num_candidates: int | dict[int, int] | None = None,
         max_tokens: int | None = None,
         fetch: Callable[[int, torch.Tensor], None] | None = None,
         resident: Callable[[int], list[int]] | None = None,
     ):
         self.policy, self.gating = policy, gating
-        self.num_candidates = max(num_candidates or 0, layers[0].top_k)
+        by_layer = num_candidates if isinstance(num_candidates, dict) else {}
+        everywhere = num_candidates if isinstance(num_candidates, int) else 0
+        self.num_candidates = {x.index: max(by_layer.get(x.index, everywhere), x.top_k) for x in layers}
         self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
         self._speculators = speculators
         by_index = {layer.index: layer for layer in layers}
@@ -188,7 +210,7 @@ class RoutingControl:
                 speculation = self._speculators[target.index](residual, source, inner)
         finally:
             self._speculating = False
-        chosen = candidates(speculation, self.num_candidates)
+        chosen = candidates(speculation, self.num_candidates[target.index])
         self._pending[target.index] = speculation, chosen
         if self._fetch is not None:
             self._fetch(target.index, chosen)

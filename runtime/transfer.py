@@ -109,7 +109,9 @@ class ThreadTransfers:
         if isinstance(copy.error, Exception):
             raise copy.error
         if copy.error is not None:  # what ends a thread should not end the program
-            raise StoreError(f"a read was broken off ({type(copy.error).__name__}); run the model again") from copy.error
+            raise StoreError(
+                f"a read was broken off ({type(copy.error).__name__}); run the model again"
+            ) from copy.error
 
     def computed(self, slot: int) -> None:
         pass  # computation on the CPU is over when its call returns

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from predictors.architecture import moe_shape
+from predictors.checkpoint import Predictors
+from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.experts import run_experts
-from runtime import offload_experts
+from runtime import offload_experts, offloaded
 from runtime.offload import SPECULATED_TOKENS
 
 SUPPORTED = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
@@ -180,6 +184,9 @@ def test_a_pass_that_breaks_off_leaves_the_runtime_usable(tiny_moe: PreTrainedMo
         ({"policy": "magic"}, "on_demand, prefetch, speculative"),
         ({"gating": "magic"}, "speculated, true, resident"),
         ({"candidates": 9}, "9 candidates"),
+        ({"candidates": "many"}, "from 2 to 8, or auto"),
+        ({"eviction": "magic"}, "lru, least_stale"),
+        ({"store": "nowhere"}, "No such file"),
         ({"readers": 0}, "at least one"),
         ({"device": "cuda"}, "no CUDA device"),
     ],
@@ -193,6 +200,33 @@ def test_wrong_arguments_leave_the_model_alone(
     with pytest.raises(UserError, match=words):
         offload_experts(tiny_moe, **arguments)  # type: ignore[arg-type]
     assert torch.equal(tiny_moe(prompt(1, 3)).logits, before)
+
+
+def test_candidates_follow_the_recall_of_each_layer(tiny_moe: PreTrainedModel) -> None:
+    """`recall` is that of 2, 3 and 4 candidates of the 2 experts of each token."""
+    layers = find_moe_layers(tiny_moe)
+    predictors = Predictors(model={"name": "tiny"} | moe_shape(tiny_moe.config, layers))
+    recall = {0: [0.995, 1.0, 1.0], 1: [0.9, 0.995, 1.0], 2: [0.4, 0.7, 0.9]}  # of layer 3 nothing is known
+    vars(predictors)["recall"] = recall
+    expected = {
+        ("prefetch", "true"): [2, 2, 3, 2],
+        ("speculative", "true"): [2, 2, 2, 2],
+        ("speculative", "resident"): [2, 3, 4, 4],
+    }
+    for (policy, gating), numbers in expected.items():
+        found: dict[int, int] = {}
+        arguments = {"policy": policy, "gating": gating, "candidates": "auto", "slots": 20, "device": "cpu"}
+        with offloaded(tiny_moe, predictors, **arguments) as offload:
+            announce = offload._control._fetch
+            assert announce is not None
+
+            def note(index: int, chosen: torch.Tensor, seen: Any = found, then: Any = announce) -> None:
+                seen[index] = chosen.shape[-1]
+                then(index, chosen)
+
+            offload._control._fetch = note
+            greedy(tiny_moe, prompt(1, 3), 2)
+        assert [found[index] for index in range(4)] == numbers, (policy, gating)
 
 
 def test_offloading_twice_is_refused(tiny_moe: PreTrainedModel) -> None:
