@@ -42,6 +42,7 @@ class Gating(StrEnum):
 
 
 RECALL_ENOUGH = 0.99
+COUNTED_AT_ONCE = 256
 
 
 def candidates_from_recall(recall: list[float], top_k: int, policy: Policy, gating: Gating) -> int:
@@ -119,6 +120,7 @@ class RoutingControl:
         self._speculating = False
         self._hits: dict[int, torch.Tensor] = {}
         self._seen: dict[int, int] = {}
+        self._uncounted: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._attached = ExitStack()
         if policy is not Policy.ON_DEMAND:
             for layer in layers:
@@ -132,16 +134,18 @@ class RoutingControl:
 
     def hit_rates(self) -> dict[int, float]:
         """Recall of the candidates against the router's free choice, by target layer, since the last `reset`."""
+        self._settle_all()
         return {index: float(hits) / self._seen[index] for index, hits in sorted(self._hits.items())}
 
     def hit_rate(self) -> float | None:
         """The same over all layers; None where nothing was speculated."""
+        self._settle_all()
         seen = sum(self._seen.values())
         return sum(float(hits) for hits in self._hits.values()) / seen if seen else None
 
     def reset(self) -> None:
         """Forgets the counts, and whatever a forward pass that broke off has left."""
-        for state in (self._hits, self._seen, self._pending, self._stream, self._beside, self._shared):
+        for state in (self._hits, self._seen, self._uncounted, self._pending, self._stream, self._beside, self._shared):
             state.clear()
 
     # -- hooks ---------------------------------------------------------------------------------------------------
@@ -238,6 +242,20 @@ class RoutingControl:
         return routing if self.policy is Policy.PREFETCH else speculation
 
     def _count(self, index: int, chosen: torch.Tensor, experts: torch.Tensor) -> None:
-        hits = (experts.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum()
-        self._hits[index] = self._hits[index] + hits if index in self._hits else hits
-        self._seen[index] = self._seen.get(index, 0) + experts.numel()
+        # Compared by the hundred: one token at a time it would cost as much as a router.
+        counted = self._uncounted.setdefault(index, [])
+        counted.append((chosen, experts))
+        if len(counted) >= COUNTED_AT_ONCE:
+            self._settle(index)
+
+    def _settle(self, index: int) -> None:
+        decisions = self._uncounted.pop(index, [])
+        if decisions:
+            chosen, experts = (torch.cat(parts) for parts in zip(*decisions, strict=True))
+            hits = (experts.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum()
+            self._hits[index] = self._hits[index] + hits if index in self._hits else hits
+            self._seen[index] = self._seen.get(index, 0) + experts.numel()
+
+    def _settle_all(self) -> None:
+        for index in list(self._uncounted):
+            self._settle(index)
