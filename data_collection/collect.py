@@ -228,7 +228,7 @@ def _manifest(
     layers: list[MoELayer],
     recorder: Recorder,
     shards: list[ShardEntry],
-    speculation_sha256: str,
+    speculation_xxh3: str,
     sequences: int,
 ) -> Manifest:
     by_index = {layer.index: layer for layer in layers}
@@ -263,7 +263,7 @@ def _manifest(
         sequence_length=config.sequence_length,
         sequences=sequences,
         tokens=sum(shard.rows for shard in shards),
-        speculation_sha256=speculation_sha256,
+        speculation_xxh3=speculation_xxh3,
         shards=shards,
         settings=config.decides(),
         processes=group.count,
@@ -288,7 +288,7 @@ def _report(manifest: Manifest, console: Console) -> None:
         "training-free",
         "control",
         title="hit rate by layer",
-        caption=f"training-free: on about {min(SAMPLE_ROWS, manifest.tokens):,} tokens, evenly spaced; control: on all",
+        caption=f"training-free: on about {min(SAMPLE_ROWS, manifest.tokens):,} tokens, evenly spaced; control: on every eighth",
     )
     for entry in manifest.layers:
         source = "its input" if entry.source is None else str(entry.source)

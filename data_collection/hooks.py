@@ -1,8 +1,8 @@
 """The recorder: hooks on a full run of a model, from which everything that predictors learn from is read.
 
 Nothing of the model is computed a second time, with one exception: the control, which feeds each target's norm and
-router with their recorded true input again and must find the very experts that the model used. After the first pass the
-router itself is run again only where the norm's output is not what it has read.
+router with their recorded true input again and must find the very experts that the model used. It does so for all tokens
+of the first pass; after it for every eighth, and runs the router again only where the norm's output is not what it has read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from predictors.architecture import MoELayer, first_tensor, override_forward, so
 from predictors.experts import expert_parameters, run_experts
 from predictors.metrics import HitRate
 from predictors.speculation import Router, Routing
+
+CONTROL_STRIDE = 8
 
 
 class LayerRecord(NamedTuple):
@@ -76,11 +78,11 @@ class Recorder:
     def take(self) -> dict[int, LayerRecord]:
         """The records of the last forward pass, by layer index; they are handed over, not kept."""
         recomputed, used = [], []
-        first = not self._control.total
+        stride = CONTROL_STRIDE if self._control.total else 1
         for target in self.sources:
-            routing = self._taps[target].recompute(runs_router=first)
-            recomputed.append(routing.ids.cpu())
-            used.append(self._taps[target].routing.ids.cpu())
+            tap = self._taps[target]
+            recomputed.append(tap.recomputed_ids(stride).cpu())
+            used.append(tap.routing.ids[::stride].cpu())
         self._control.update(torch.stack(recomputed), torch.stack(used))
         return {index: tap.take() for index, tap in self._taps.items()}
 
@@ -176,14 +178,14 @@ class _Tap:
 
         return run_experts(self.layer.experts, x, ids, weights, on_output=add)
 
-    def recompute(self, runs_router: bool) -> Routing:
-        """The routing of norm and router on the recorded stream. Without `runs_router` the router is taken at its word
-        where it would read the very input that it has read."""
+    def recomputed_ids(self, stride: int) -> torch.Tensor:
+        """What norm and router choose on every `stride`-th recorded row of the stream, `[tokens, top_k]`. With a stride
+        above 1 the router is taken at its word where it would read the very input that it has read."""
         # Through `forward`, past the hooks: a recomputation is not to be recorded.
-        normed = self.layer.norm.forward(self.seen["norm_input"])
-        if not runs_router and torch.equal(normed.flatten(0, -2), self.seen["router_input"].flatten(0, -2)):
-            return self.routing
-        return Routing(*(self._kept(part) for part in Router.of(self.layer)(normed.flatten(0, -2))))
+        normed = self.layer.norm.forward(self._kept(self.seen["norm_input"])[::stride])
+        if stride > 1 and torch.equal(normed, self._kept(self.seen["router_input"])[::stride]):
+            return self.routing.ids[::stride]
+        return Router.of(self.layer)(normed).ids
 
     def take(self) -> LayerRecord:
         kept = {name: self._kept(tensor) for name, tensor in self.seen.items() if name != "router_input"}

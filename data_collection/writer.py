@@ -123,7 +123,7 @@ class TraceWriter:
             finally:
                 aside.unlink(missing_ok=True)  # on a full disk its room is wanted
         rows = len(next(iter(columns.values())))
-        self.shards.append(ShardEntry(file=file.name, rows=rows, bytes=file.stat().st_size, sha256=digest))
+        self.shards.append(ShardEntry(file=file.name, rows=rows, bytes=file.stat().st_size, xxh3=digest))
         if snapshot is not None:
             with disk(self.path):
                 progress = snapshot.progress.model_copy(update={"shards": list(self.shards)})

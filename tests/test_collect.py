@@ -15,7 +15,7 @@ import predict_train
 from data_collection.batches import read_batches, sample_mask
 from data_collection.collect import CollectConfig, collect
 from data_collection.hooks import Recorder
-from data_collection.trace import Trace, column_shapes
+from data_collection.trace import FORMAT_VERSION, Trace, column_shapes
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.settings import SettingsError, load_config
@@ -270,7 +270,7 @@ def test_the_command_mixes_corpora_as_the_file_does(tiny_moe_folder, text_corpus
     flags = {"model": str(tiny_moe_folder), "out": tmp_path / "u", "device": "cpu"}
     collect(load_config(CollectConfig, settings, flags), quiet())
     mine, other = (Trace.open(tmp_path / name).manifest for name in "tu")
-    assert [shard.sha256 for shard in mine.shards] == [shard.sha256 for shard in other.shards]
+    assert [shard.xxh3 for shard in mine.shards] == [shard.xxh3 for shard in other.shards]
     assert mine.corpus == f"{stones}, {rivers}@3"
     assert mine.settings == other.settings
 
@@ -386,5 +386,5 @@ def test_wrong_settings_are_named(tmp_path, text, message):
 
 def test_the_manifest_is_plain_json(collected):
     manifest = json.loads(Path(collected, "manifest.json").read_text())
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == FORMAT_VERSION
     assert manifest["layers"][0] == manifest["layers"][0] | {"layer": 0, "source": None, "control": 1.0}

@@ -126,7 +126,7 @@ def rows(folder: Path) -> dict[str, torch.Tensor]:
 def beside_the_rows(folder: Path) -> dict[str, Any]:
     """What a manifest says, but for the command and the time-independent names of files."""
     manifest = Trace.open(folder).manifest
-    return manifest.model_dump(exclude={"command", "shards", "speculation_sha256", "processes"})
+    return manifest.model_dump(exclude={"command", "shards", "speculation_xxh3", "processes"})
 
 
 def assert_same(folder: Path, whole: Path) -> None:

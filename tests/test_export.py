@@ -125,7 +125,7 @@ def test_what_can_not_be_exported_is_refused_with_nothing_written(fitted, export
         export(fitted, out, trace=tmp_path / "nowhere")
     other = shutil.copytree(collected, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
-    manifest["shards"][0]["sha256"] = "0" * 64
+    manifest["shards"][0]["xxh3"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="is not the trace that"):
         export(fitted, out, trace=other)

@@ -30,7 +30,7 @@ def export(run: Path, out: Path, dtype: Literal["float32", "bfloat16"] = "float3
         raise FitError(f"the run in {run} is not finished (no {RESULT}); go on with it by fit --resume") from error
     source = Trace.open(trace or settings["trace"]["path"])
     model = source.manifest.model
-    if [shard.sha256 for shard in source.manifest.shards] != settings["trace"]["shards"]:
+    if [shard.xxh3 for shard in source.manifest.shards] != settings["trace"]["shards"]:
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
     stack = StackedResidualMLPs(
         len(result["layers"]), model.hidden_size, model.num_experts, settings["settings"]["width"]

@@ -155,7 +155,7 @@ def _identity(trace: Trace) -> dict[str, Any]:
     return {
         "path": str(trace.path.resolve()),
         "model": manifest.model.identity(),
-        "shards": [shard.sha256 for shard in manifest.shards],
+        "shards": [shard.xxh3 for shard in manifest.shards],
         "corpus": manifest.corpus,
         "split": manifest.split,
         "tokens": manifest.tokens,

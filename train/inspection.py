@@ -204,7 +204,7 @@ def _report_trace(found: dict[str, Any], console: Console) -> None:
         "control",
         title="training-free hit rate by number of candidates",
         caption=f"on {rows['training_free']:,} rows, evenly spaced; previous: the previous token's experts as the guess, "
-        f"on {rows['previous_token']:,} rows; control: on all",
+        f"on {rows['previous_token']:,} rows; control: on every eighth",
     )
     loads = Table(
         "target",
