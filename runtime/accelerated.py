@@ -1,0 +1,42 @@
+"""The model as accelerate offloads it, which is what one would use otherwise: whole layers on the CPU or the disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from runtime.packfile import expert_modules
+
+
+@contextmanager
+def accelerated(
+    model: PreTrainedModel, checkpoint: str | Path | None, device: torch.device, expert_bytes: int
+) -> Iterator[PreTrainedModel]:
+    """Another copy of `model` with `device_map="auto"` and the memory of everything but its experts and `expert_bytes`.
+
+    On CUDA the layers for which that is too little are on the CPU, on a CPU on the disk. `checkpoint` is the model's
+    folder or Hub name; without one it is saved to a temporary folder first.
+    """
+    experts = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
+    memory = expert_bytes + sum(p.nbytes for p in model.parameters() if id(p) not in experts)
+    limits: dict[Any, Any] = {"cpu": memory}
+    if device.type == "cuda":
+        limits = {device.index or 0: memory, "cpu": "10000GiB"}
+    with tempfile.TemporaryDirectory() as folder:
+        if checkpoint is None:
+            checkpoint = Path(folder) / "model"
+            model.save_pretrained(checkpoint)
+        other: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint),
+            dtype=model.dtype,
+            device_map="auto",
+            max_memory=limits,
+            offload_folder=Path(folder) / "offload",
+        )
+        yield other.eval()

@@ -1,0 +1,346 @@
+"""Measures every way to run a model whose experts don't fit: in turn, in one process, round after round.
+
+A round of a way attaches it, runs a prompt and some tokens of warm-up, and then counts: the mean over a round's tokens is
+one figure, and a result is the median, least and most of its rounds' figures. The device is waited for at the borders of
+what is measured, and never between its tokens. All ways see the same tokens and, where one is given, the same routing.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from predictors.architecture import MoELayer
+from predictors.checkpoint import Predictors
+from predictors.discovery import find_moe_layers
+from predictors.errors import UserError
+from runtime.link import kept_store, measure_link
+from runtime.memory import peaks, reset_peaks
+from runtime.offload import ExpertOffload, offloaded
+from runtime.policy import Gating, Policy
+from runtime.routing import ReplayedRouting, replaying
+from runtime.store import ExpertStore
+from runtime.timeline import Timeline, WatchedStore, profiling, watching
+
+TIMELINE_TOKENS = 4
+
+
+class BenchError(UserError):
+    """Something that can't be measured as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run the model: `resident`, `accelerate`, or a policy, with its gating where it has one."""
+
+    policy: str
+    gating: str | None = None
+
+    def __str__(self) -> str:
+        return self.policy if self.gating is None else f"{self.policy}/{self.gating}"
+
+
+def parse_ways(text: str) -> list[Way]:
+    """The ways in a list with commas, like `resident,on_demand,speculative/true`; a bare `speculative` is all gatings.
+
+    Raises `BenchError` for one that there is not.
+    """
+    known = [Way("resident"), *(Way(p) for p in Policy if p is not Policy.SPECULATIVE)]
+    known += [*(Way(Policy.SPECULATIVE, gating) for gating in Gating), Way("accelerate")]
+    ways: list[Way] = []
+    for part in text.split(","):
+        found = [way for way in known if part.strip() in (str(way), way.policy)]
+        if not found:
+            raise BenchError(f"there is no policy {part.strip()}; give some of {', '.join(map(str, known))}")
+        ways += found
+    return list(dict.fromkeys(ways))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was measured of one way in one round. Seconds, bytes and shares are those of the counted tokens."""
+
+    seconds_to_first_token: float
+    seconds_per_token: float
+    bytes_per_token: float | None = None
+    stalled_per_token: float | None = None
+    hit_rate: float | None = None
+    """Share of the router's experts that were among the candidates."""
+    cache_hit_rate: float | None = None
+    """Share of the executed experts that were on the device, or on their way."""
+    peak_host_bytes: int | None = None
+    peak_device_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a measurement is made with."""
+
+    token_ids: torch.Tensor
+    """The prompt, `[1, length]`."""
+    device: torch.device
+    tokens: int = 64
+    """Counted in each round."""
+    warmup: int = 8
+    """Tokens before them."""
+    rounds: int = 3
+    slots: int | None = None
+    candidates: int | None = None
+    offload: dict[str, Any] | None = None
+    """Whatever else `offload_experts` takes."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `bench` returns."""
+
+    rounds: dict[Way, list[Round]]
+    skipped: dict[Way, str]
+    """Ways that can't be run here, and why."""
+    link: float
+    """Bytes per second from the store to the device while nothing computes."""
+    expert_bytes: int
+    slots: int
+
+
+def bench(
+    model: PreTrainedModel,
+    ways: list[Way],
+    settings: Settings,
+    predictors: Predictors | None = None,
+    routing: ReplayedRouting | None = None,
+    timeline: Path | None = None,
+    reference: Callable[[int], Any] | None = None,
+    on_round: Callable[[Way, Round], None] = lambda *_: None,
+) -> Measured:
+    """Measures the `ways` on `model`, which is in host memory or has its experts in a packed file, and not offloaded.
+
+    `reference(bytes)` is a context manager that yields another copy of the model, offloaded by accelerate with that
+    much memory for its experts; it is measured after all others. `timeline` names a file for a trace of a few more
+    tokens (see `runtime.timeline`; on CUDA there is one a way, with its name in the file's).
+
+    Raises `BenchError` where there is no way left that can be run, and what `offload_experts` raises.
+    """
+    layers = find_moe_layers(model)
+    store = kept_store(model, layers, settings.device)
+    slots = settings.slots or max(2 * layers[0].top_k, sum(layer.num_experts for layer in layers) // 4)
+    settings = replace(settings, slots=slots)
+    try:
+        skipped = {way: why for way in ways if (why := _hindrance(way, model, settings.device, reference))}
+        ours = [way for way in ways if way not in skipped and way.policy != "accelerate"]
+        if len(skipped) == len(ways):
+            raise BenchError(f"nothing is left to measure: {'; '.join(f'{w}: {why}' for w, why in skipped.items())}")
+        link = measure_link(store, settings.device, (settings.offload or {}).get("readers", 2))
+        rounds: dict[Way, list[Round]] = {way: [] for way in ways if way not in skipped}
+
+        def measure(way: Way, subject: PreTrainedModel, its_layers: list[MoELayer]) -> None:
+            gc.collect()  # else what was detached before may still hold its slots, and count to this round's peak
+            with _running(way, subject, its_layers, store, settings, predictors, routing) as offload:
+                measured = _round(subject, offload, settings)
+            rounds[way].append(measured)
+            on_round(way, measured)
+
+        for number in range(settings.rounds):
+            start = number % len(ours) if ours else 0
+            for way in ours[start:] + ours[:start]:  # whatever else the machine does meets all of them
+                measure(way, model, layers)
+        if timeline is not None and ours:
+            _record(timeline, ours, model, layers, store, settings, predictors, routing)
+    finally:
+        store.release()
+    if Way("accelerate") in rounds and reference is not None:
+        with reference(slots * store.layout.bytes) as other:
+            its_layers = find_moe_layers(other)
+            for _ in range(settings.rounds):
+                measure(Way("accelerate"), other, its_layers)
+    return Measured(rounds, skipped, link, store.layout.bytes, slots)
+
+
+def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference: Any) -> str | None:
+    """Why a way can't be run, or None."""
+    if way.policy == "accelerate" and reference is None:
+        return "there is no checkpoint that accelerate could load"
+    if way.policy != "resident":
+        return None
+    if any(p.is_meta for p in model.parameters()):
+        return "the experts are in a packed file"
+    size = sum(p.nbytes for p in model.parameters())
+    if device.type == "cuda" and size > 0.9 * torch.cuda.mem_get_info(device)[0]:
+        return f"its {size / 2**30:.1f} GiB do not fit the device"
+    return None
+
+
+@contextmanager
+def _running(
+    way: Way,
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    store: ExpertStore,
+    settings: Settings,
+    predictors: Predictors | None,
+    routing: ReplayedRouting | None,
+) -> Iterator[ExpertOffload | None]:
+    """The model, run in this way."""
+    with ExitStack() as stack:
+        if way.policy == "resident":
+            stack.enter_context(_moved(model, settings.device))
+        if routing is not None:
+            stack.enter_context(replaying(layers, routing))
+        if way.policy in ("resident", "accelerate"):
+            yield None
+            return
+        gating = {} if way.gating is None else {"gating": way.gating}
+        arguments = {"policy": way.policy, "device": settings.device, "slots": settings.slots, "store": store}
+        arguments |= gating | {"candidates": settings.candidates} | (settings.offload or {})
+        yield stack.enter_context(offloaded(model, predictors, **arguments))
+
+
+@contextmanager
+def _moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """The whole model on the device; afterwards its tensors are what they were."""
+    tensors = [t for t in [*model.parameters(), *model.buffers()] if t.device != device]
+    before = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device)
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+@torch.inference_mode()
+def _decode(model: PreTrainedModel, settings: Settings, tokens: int, counted: Any) -> tuple[float, float]:
+    """Greedy decoding: seconds to the first token, and seconds of the `tokens` tokens that run within `counted`."""
+    ids = settings.token_ids.to(next(model.get_input_embeddings().parameters()).device)
+    _synchronize(settings.device)
+    begun = time.perf_counter()
+    output = model(input_ids=ids, use_cache=True)
+    ids = output.logits[:, -1:].argmax(-1)
+    _synchronize(settings.device)
+    first = time.perf_counter() - begun
+    for _ in range(settings.warmup):
+        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+        ids = output.logits[:, -1:].argmax(-1)
+    _synchronize(settings.device)
+    with counted:
+        begun = time.perf_counter()
+        for _ in range(tokens):
+            output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+            ids = output.logits[:, -1:].argmax(-1)
+        _synchronize(settings.device)
+        return first, time.perf_counter() - begun
+
+
+def _round(model: PreTrainedModel, offload: ExpertOffload | None, settings: Settings) -> Round:
+    reset_peaks(settings.device)
+
+    @contextmanager
+    def counted() -> Iterator[None]:
+        if offload is not None:
+            offload.reset()
+        yield
+
+    first, seconds = _decode(model, settings, settings.tokens, counted())
+    host, device = peaks(settings.device)
+    tokens = settings.tokens
+    measured = Round(first, seconds / tokens, peak_host_bytes=host, peak_device_bytes=device)
+    if offload is None:
+        return measured
+    counters = offload.counters
+    return replace(
+        measured,
+        bytes_per_token=counters.bytes_copied / tokens,
+        stalled_per_token=counters.stalled_seconds / tokens,
+        hit_rate=counters.speculation_hit_rate,
+        cache_hit_rate=counters.hits / (counters.hits + counters.misses),
+    )
+
+
+def _record(
+    file: Path,
+    ways: list[Way],
+    model: PreTrainedModel,
+    layers: list[MoELayer],
+    store: ExpertStore,
+    settings: Settings,
+    predictors: Predictors | None,
+    routing: ReplayedRouting | None,
+) -> None:
+    """Writes the trace of a few tokens of each way."""
+    timeline = Timeline()
+    on_cpu = settings.device.type == "cpu"
+    for way in ways:
+        watched = WatchedStore(store, timeline) if on_cpu else store
+        with _running(way, model, layers, watched, settings, predictors, routing) as offload:
+            if not on_cpu:
+                name = f"{file.stem}.{str(way).replace('/', '-')}{file.suffix}"
+                _decode(model, settings, TIMELINE_TOKENS, profiling(file.with_name(name)))
+                continue
+
+            @contextmanager
+            def counted(name: str = str(way)) -> Iterator[None]:
+                timeline.begin(name)
+                yield
+                timeline.end()
+
+            with watching(timeline, layers, offload):
+                _decode(model, settings, TIMELINE_TOKENS, counted())
+    if on_cpu:
+        timeline.save(file)
+
+
+def results(measured: Measured) -> list[dict[str, Any]]:
+    """A row a way as it stands in the JSON, times in milliseconds.
+
+    The limit is `max(compute, bytes / link)`. Compute is the least time per token, without stalls, of all the ways.
+    """
+    every = [r for rounds in measured.rounds.values() for r in rounds if r.stalled_per_token is not None]
+    plain = [r for way, rounds in measured.rounds.items() if way.policy == "resident" for r in rounds]
+    work = [r.seconds_per_token - (r.stalled_per_token or 0.0) for r in [*every, *plain]]
+    rows = []
+    for way, rounds in measured.rounds.items():
+        times = [1000 * r.seconds_per_token for r in rounds]
+        copied = _median([r.bytes_per_token for r in rounds])
+        limit = 1000 * max(min(work), (copied or 0.0) / measured.link) if work and way.policy != "accelerate" else None
+        stall = _median([r.stalled_per_token for r in rounds])
+        rows.append(
+            {
+                "policy": way.policy,
+                "gating": way.gating,
+                "time_per_output_token_ms": {
+                    "median": statistics.median(times),
+                    "min": min(times),
+                    "max": max(times),
+                },
+                "time_to_first_token_ms": 1000 * statistics.median(r.seconds_to_first_token for r in rounds),
+                "hit_rate": _median([r.hit_rate for r in rounds]),
+                "cache_hit_rate": _median([r.cache_hit_rate for r in rounds]),
+                "bytes_per_token": copied,
+                "stall_ms_per_token": None if stall is None else 1000 * stall,
+                "limit_ms_per_token": limit,
+                "overlap_efficiency": None if limit is None else limit / statistics.median(times),
+                "peak_host_bytes": max((r.peak_host_bytes for r in rounds if r.peak_host_bytes), default=None),
+                "peak_device_bytes": max((r.peak_device_bytes for r in rounds if r.peak_device_bytes), default=None),
+            }
+        )
+    return rows
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,198 @@
+"""What a model would take on some hardware: its shape from a config, the cost of each step, and the simulation over both."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from predictors.architecture import UnsupportedModelError, override_forward, skeleton
+from predictors.errors import UserError
+from runtime.cache import Eviction
+from runtime.packfile import expert_modules
+from runtime.policy import Gating, Policy
+from runtime.routing import ReplayedRouting
+from runtime.simulation import Costs, Simulated, simulate
+
+KERNELS = {"layer": 30, "expert": 5, "speculation": 15, "rest": 10}
+"""Operations that transformers starts one by one for each of these in a decode step, counted on Qwen3-MoE; they cost
+their `launch` wherever they are too small to cost more."""
+
+
+class PlanError(UserError):
+    """Hardware that a model can't be planned on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides its speed at batch size 1. Bytes are of weights."""
+
+    layers: int
+    """MoE layers."""
+    num_experts: int
+    top_k: int
+    expert_bytes: int
+    layer_bytes: int
+    """Of an MoE layer without its routed experts, in the mean."""
+    rest_bytes: int
+    """Of all else that a token reads: dense layers, norm and head. An embedding is looked up, not read."""
+    resident_bytes: int
+    """Of everything but the routed experts."""
+    router_bytes: int
+    """Of one layer's router, which a speculation reads again."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a device does. Bytes, bytes per second, and seconds."""
+
+    memory_bandwidth: float
+    """Of the device's own memory: at batch size 1 a computation takes what reading its weights takes."""
+    link: float
+    """From where the experts are to the device."""
+    latency: float = 10e-6
+    """Of one copy, beside its bytes."""
+    launch: float = 10e-6
+    """Of one operation, from Python through torch to the device."""
+    is_cuda: bool = True
+    """Copies are enqueued on a stream and can't be taken back."""
+
+
+def read_shape(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Shape:
+    """The shape of a model of any mixture-of-experts type, from its config, without memory for its weights.
+
+    `dtype` is by default the config's own, or else bfloat16. Raises `UnsupportedModelError` for a model without experts
+    that are stacked in one module.
+    """
+    model = skeleton(config).eval()
+    dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
+    modules = expert_modules(model)
+    top_ks: dict[str, int] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name, experts in modules.items():
+
+            def forward(x: torch.Tensor, ids: torch.Tensor, *_: Any, name: str = name, **__: Any) -> torch.Tensor:
+                top_ks[name] = ids.shape[-1]
+                return x
+
+            stack.enter_context(override_forward(experts, forward))
+        if modules:
+            try:
+                model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"), use_cache=True)
+            except (RuntimeError, NotImplementedError) as error:
+                raise UnsupportedModelError(
+                    f"the experts of {config.model_type} can't be counted, since what it computes depends on values "
+                    f"({str(error).splitlines()[0]}); bench can still measure it"
+                ) from error
+    if not top_ks:
+        raise UnsupportedModelError(
+            f"{config.model_type} is not a mixture-of-experts model whose experts are stacked in one module; only such can be planned"
+        )
+    name = next(iter(top_ks))
+    count = next(p.shape[0] for p in modules[name].parameters(recurse=False))
+    sizes = {n: p.numel() * dtype.itemsize for n, p in model.named_parameters()}
+    experts = sum(size for n, size in sizes.items() if n.rpartition(".")[0] in top_ks)
+    decoders = {_decoder(name) for name in top_ks}
+    layers = sum(size for n, size in sizes.items() if n.rpartition(".")[0] not in top_ks and _decoder(n) in decoders)
+    resident = sum(sizes.values()) - experts
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    looked_up = 0 if tied else embedding.numel() * dtype.itemsize
+    hidden = config.get_text_config().hidden_size
+    return Shape(
+        layers=len(top_ks),
+        num_experts=count,
+        top_k=top_ks[name],
+        expert_bytes=experts // (len(top_ks) * count),
+        layer_bytes=layers // len(top_ks),
+        rest_bytes=resident - layers - looked_up,
+        resident_bytes=resident,
+        router_bytes=count * hidden * dtype.itemsize,
+    )
+
+
+def _decoder(name: str) -> str:
+    """The decoder layer that something of this dotted name is in: the name up to its first number."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[: number + 1])
+
+
+def costs_of(shape: Shape, hardware: Hardware, predictor_bytes: int = 0) -> Costs:
+    """What each part of a decode step takes; `predictor_bytes` are those of one layer's predictor."""
+
+    def reading(size: int, kernels: int) -> float:
+        return max(size / hardware.memory_bandwidth, kernels * hardware.launch)
+
+    return Costs(
+        layer=reading(shape.layer_bytes, KERNELS["layer"]),
+        expert=reading(shape.expert_bytes, KERNELS["expert"]),
+        copy=hardware.latency + shape.expert_bytes / hardware.link,
+        rest=reading(shape.rest_bytes, KERNELS["rest"]),
+        speculation=reading(shape.router_bytes + predictor_bytes, KERNELS["speculation"]),
+    )
+
+
+def slots_that_fit(shape: Shape, memory: int, reserve: int) -> int:
+    """How many experts fit a device beside all else and `reserve` bytes (activations, cache of keys and values).
+
+    Raises `PlanError` where those of one layer don't.
+    """
+    slots = min((memory - shape.resident_bytes - reserve) // shape.expert_bytes, shape.layers * shape.num_experts)
+    if slots < shape.top_k:
+        least = shape.resident_bytes + reserve + shape.top_k * shape.expert_bytes
+        raise PlanError(
+            f"the device holds {memory / 2**30:.1f} GiB, and this model needs {least / 2**30:.1f} GiB for everything but its "
+            "experts and one layer's choice of them; take a larger device, a smaller dtype or a smaller reserve"
+        )
+    return slots
+
+
+def plan(
+    costs: Costs,
+    routing: ReplayedRouting,
+    shape: Shape,
+    slots: int,
+    *,
+    is_cuda: bool = True,
+    candidates: int | None = None,
+    eviction: Eviction | str = Eviction.LEAST_STALE,
+) -> list[dict[str, Any]]:
+    """A row of plain values for each policy and gating: what a token takes there, and what bounds it."""
+    ways: list[tuple[Policy, Gating | None]] = [(Policy.ON_DEMAND, None), (Policy.PREFETCH, None)]
+    ways += [(Policy.SPECULATIVE, gating) for gating in (Gating.TRUE, Gating.RESIDENT)]
+    rows: list[dict[str, Any]] = []
+    first: Simulated | None = None
+    for policy, gating in ways:
+        result = simulate(
+            costs,
+            routing,
+            slots=slots,
+            policy=policy,
+            gating=gating or Gating.TRUE,
+            candidates=candidates,
+            eviction=eviction,
+            queue=is_cuda,
+        )
+        first = first or result
+        rows.append(
+            {
+                "policy": str(policy),
+                "gating": None if gating is None else str(gating),
+                "time_per_output_token_ms": 1000 * result.seconds,
+                "limit_ms_per_token": 1000 * result.limit,
+                "compute_ms_per_token": 1000 * result.computing,
+                "copy_ms_per_token": 1000 * result.copying,
+                "stall_ms_per_token": 1000 * result.stalled,
+                "copies_share": result.copying / result.seconds,
+                "bytes_per_token": result.copies * shape.expert_bytes,
+                "cache_hit_rate": result.cache_hit_rate,
+                "gain_over_on_demand": 1 - result.seconds / first.seconds,
+                "bound": result.bound,
+            }
+        )
+    return rows
