@@ -15,7 +15,8 @@ from test_offload import everything_resident, greedy, prompt
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from predictors.errors import UserError
-from runtime import load_experts, load_offloaded, offload_experts, pack_random
+from runtime import load_experts, load_offloaded, offload_experts
+from runtime.pack import pack_random
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -120,7 +121,8 @@ import json, resource, sys
 import torch
 torch.set_num_threads(1)
 import transformers, runtime
-from runtime import load_offloaded, pack
+from runtime import load_offloaded
+from runtime.pack import pack
 from predictors.discovery import find_moe_layers
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 folder, out, kind = sys.argv[1:]

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
-from runtime import offload_experts, pack, pack_random
+from runtime import offload_experts
+from runtime.pack import pack, pack_random
 from runtime.packfile import PackedStore, read_header
 from runtime.store import PAGE, StoreError, as_bytes, empty_blocks
 
