@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from predictors.errors import UserError
+from runtime import commands as runtime_commands
 
 if TYPE_CHECKING:
     import torch
@@ -423,6 +424,10 @@ def _time_policies(
         milliseconds[name] = 1000 * (result.seconds_per_output_token or 0.0)
         text = prompt + result.text
     return milliseconds, text
+
+
+for command in (runtime_commands.bench, runtime_commands.plan, runtime_commands.pack):
+    app.command()(command)
 
 
 def main() -> None:
