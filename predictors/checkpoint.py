@@ -49,6 +49,9 @@ class Predictors:
     """By source layer: `[experts, hidden]`, fp32."""
     hit_rates: dict[int, dict[str, float]] = field(default_factory=dict)
     """By target layer: `training_free` and `predictor`, on validation sequences."""
+    recall: dict[int, list[float]] = field(default_factory=dict)
+    """By target layer: the predictor's recall at k, k + 1, ..., 2k candidates, on validation sequences; empty in an
+    export of before it was written."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Command, versions and trace."""
 
@@ -110,7 +113,12 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
         "format_version": FORMAT_VERSION,
         "model": predictors.model,
         "layers": [
-            {"layer": target, "width": mlp.width, "hit_rate": predictors.hit_rates.get(target, {})}
+            {
+                "layer": target,
+                "width": mlp.width,
+                "hit_rate": predictors.hit_rates.get(target, {}),
+                "recall": predictors.recall.get(target, []),
+            }
             for target, mlp in sorted(predictors.mlps.items())
         ],
         "default_vectors": sorted(predictors.default_vectors),
@@ -147,6 +155,7 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
         mlp.load_state_dict(state)
         predictors.mlps[target] = mlp.requires_grad_(False)
         predictors.hit_rates[target] = entry.get("hit_rate", {})
+        predictors.recall[target] = entry.get("recall", [])
     for source in config["default_vectors"]:
         predictors.default_vectors[source] = _take(
             tensors, f"default_vectors.{source}", (experts, hidden), weights
@@ -194,6 +203,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             and isinstance(config["model"]["model_type"], str)
             and all(isinstance(e["layer"], int) and _is_count(e["width"]) for e in config["layers"])
             and all(isinstance(source, int) for source in config["default_vectors"])
+            and all(_is_curve(e.get("recall", [])) for e in config["layers"])
         )
     except (KeyError, TypeError):
         well_formed = False
@@ -205,6 +215,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
+
+
+def _is_curve(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, float) and 0 <= value <= 1 for value in values)
 
 
 def _take(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], file: Path) -> torch.Tensor:

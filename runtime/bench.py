@@ -144,8 +144,8 @@ def bench(
 
         def measure(way: Way, subject: PreTrainedModel, its_layers: list[MoELayer]) -> None:
             gc.collect()  # else what was detached before may still hold its slots, and count to this round's peak
-            with _running(way, subject, its_layers, store, settings, predictors, routing) as offload:
-                measured = _round(subject, offload, settings)
+            with running(way, subject, its_layers, store, settings, predictors, routing) as offload:
+                measured = measure_round(subject, offload, settings)
             rounds[way].append(measured)
             on_round(way, measured)
 
@@ -180,7 +180,7 @@ def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference
 
 
 @contextmanager
-def _running(
+def running(
     way: Way,
     model: PreTrainedModel,
     layers: list[MoELayer],
@@ -241,7 +241,8 @@ def _decode(model: PreTrainedModel, settings: Settings, tokens: int, counted: An
         return first, time.perf_counter() - begun
 
 
-def _round(model: PreTrainedModel, offload: ExpertOffload | None, settings: Settings) -> Round:
+def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, settings: Settings) -> Round:
+    """One round of a model that is run in whatever way it is; `offload` is what it is run by, if it is ours."""
     reset_peaks(settings.device)
 
     @contextmanager
@@ -281,7 +282,7 @@ def _record(
     on_cpu = settings.device.type == "cpu"
     for way in ways:
         watched = WatchedStore(store, timeline) if on_cpu else store
-        with _running(way, model, layers, watched, settings, predictors, routing) as offload:
+        with running(way, model, layers, watched, settings, predictors, routing) as offload:
             if not on_cpu:
                 name = f"{file.stem}.{str(way).replace('/', '-')}{file.suffix}"
                 _decode(model, settings, TIMELINE_TOKENS, profiling(file.with_name(name)))

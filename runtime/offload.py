@@ -125,7 +125,7 @@ def _candidates(
     usual = min(top_k + 2, experts) if gating is Gating.RESIDENT else top_k
     if asked == "auto":
         # Exports of before recall was written have none, and neither has speculation without predictors.
-        recall: dict[int, list[float]] = getattr(predictors, "recall", None) or {}
+        recall = {} if predictors is None else predictors.recall
         return {
             layer.index: min(candidates_from_recall(recall[layer.index], top_k, policy, gating), experts)
             if recall.get(layer.index)

@@ -77,6 +77,12 @@ def test_an_export_is_what_was_trained(exported, fitted, collected):
     for source, vectors in trace.default_vectors().items():
         assert torch.equal(vectors, predictors.default_vectors[source])
     assert predictors.hit_rates[2]["predictor"] == result["layers"][2]["predictor"]["recall@k"]
+    top_k = predictors.model["top_k"]
+    for entry in result["layers"]:
+        curve = predictors.recall[entry["layer"]]
+        assert len(curve) == top_k + 1
+        assert curve == sorted(curve)
+        assert (curve[0], curve[-1]) == (entry["predictor"]["recall@k"], entry["predictor"]["recall@2k"])
     assert predictors.hit_rates[2]["training_free"] == result["layers"][2]["training_free"]["recall@k"]
 
 

@@ -45,6 +45,7 @@ def export(run: Path, out: Path, dtype: Literal["float32", "bfloat16"] = "float3
             entry["layer"]: {kind: entry[kind]["recall@k"] for kind in ("training_free", "predictor")}
             for entry in result["layers"]
         },
+        recall={entry["layer"]: entry.get("recall", []) for entry in result["layers"]},
         provenance={
             "commands": {
                 "collect": source.manifest.command,

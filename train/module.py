@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from data_collection.trace import Batch, Columns, Trace, make_batch
-from predictors.metrics import HitRate
+from predictors.metrics import HitRate, RecallCurve
 from predictors.mlp import StackedResidualMLPs
 from predictors.speculation import Routing, candidates
 
-MEASURES = ("recall@k", "recall@2k", "exact")
 MEAN_HIT_RATE = "hit_rate/mean"
 WARM_UP = 0.1
 
@@ -35,10 +34,13 @@ class PredictorTraining(lightning.LightningModule):
         # In a plain dict, so that the frozen parts are neither parameters of this module nor in its checkpoints.
         self.speculators = trace.speculators()
         # In plain lists for the same reason; they count on the CPU.
-        self.measures = {
-            kind: [HitRate(len(self.sources), exact=measure == "exact") for measure in MEASURES]
-            for kind in ("training_free", "predictor")
+        self.twice = min(2 * self.top_k, model.num_experts)
+        self.curves = {
+            kind: RecallCurve(len(self.sources), self.top_k, self.twice) for kind in ("training_free", "predictor")
         }
+        self.exact = {kind: HitRate(len(self.sources), exact=True) for kind in self.curves}
+        self.recall: dict[int, list[float]] = {}
+        """Of the last validation: target layer -> the predictor's recall at k, k + 1, ..., 2k candidates."""
         self.results: dict[int, dict[str, dict[str, float]]] = {}
         """Of the last validation: target layer -> `training_free` or `predictor` -> measure -> value."""
 
@@ -78,20 +80,23 @@ class PredictorTraining(lightning.LightningModule):
         corrected = self.route(self.mlps(batch.quasi, batch.normed, batch.mixture))
         rows = batch.ids.shape[1]
         self.log("loss/validation", self.loss(batch, corrected), batch_size=rows)
-        twice, ids = min(2 * self.top_k, batch.logits.shape[-1]), batch.ids.cpu()
+        ids = batch.ids.cpu()
         for kind, routings in (("training_free", self.route(batch.quasi)), ("predictor", corrected)):
-            found = torch.stack([candidates(routing, twice) for routing in routings]).cpu()
-            for metric, m in zip(self.measures[kind], (self.top_k, twice, self.top_k), strict=True):
-                metric.update(found[..., :m], ids)
+            found = torch.stack([candidates(routing, self.twice) for routing in routings]).cpu()
+            self.curves[kind].update(found, ids)
+            self.exact[kind].update(found[..., : self.top_k], ids)
 
     def on_validation_epoch_end(self) -> None:
         self.results = {target: {} for target in self.sources}
-        for kind, metrics in self.measures.items():
-            columns = [metric.rates() for metric in metrics]
-            for target, *values in zip(self.sources, *columns, strict=True):
-                self.results[target][kind] = dict(zip(MEASURES, values, strict=True))
-            for metric in metrics:
-                metric.reset()
+        for kind, metric in self.curves.items():
+            # torchmetrics makes a vector of what `compute` returns for one layer.
+            curves = metric.compute().reshape(len(self.sources), -1).tolist()
+            for target, curve, exact in zip(self.sources, curves, self.exact[kind].rates(), strict=True):
+                self.results[target][kind] = {"recall@k": curve[0], "recall@2k": curve[-1], "exact": exact}
+                if kind == "predictor":
+                    self.recall[target] = curve
+            metric.reset()
+            self.exact[kind].reset()
         for target, result in self.results.items():
             layer = f"layer_{target:02d}"
             self.log(f"hit_rate/{layer}", result["predictor"]["recall@k"])
