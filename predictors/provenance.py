@@ -19,14 +19,19 @@ def command() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on; those not installed are left out."""
+    """Versions of Python and of the packages that figures depend on; those not installed are left out.
+
+    Torch's names its build (`+cpu`, `+cu130`), which the version of its package may not.
+    """
+    import torch
+
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": str(torch.__version__)}
 
 
 def hardware() -> dict[str, Any]:
