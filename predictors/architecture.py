@@ -149,19 +149,32 @@ def first_tensor(values: Any) -> torch.Tensor:
     return next(x for x in values if isinstance(x, torch.Tensor))
 
 
-def sources(layers: list[MoELayer]) -> dict[int, int | None]:
+def sources(layers: list[MoELayer], horizon: int = 1) -> dict[int, int | None]:
     """The source layer of each target layer, by layer index.
 
     It is the layer before, where that is an MoE layer. Where it is dense, all of its output is known, so the target
     reads its own input (None), as the first MoE layer does; unless nothing runs between that and the router, which
     would leave no time to copy: then it is the MoE layer before.
+
+    With a `horizon` of 2 it is the source's own source: the guess is made, and its copies may begin, an MoE layer earlier. A
+    target whose source has none keeps that source.
     """
-    found: dict[int, int | None] = {}
+    nearest: dict[int, int | None] = {}
     before: MoELayer | None = None
     for layer in layers:
         near = before is not None and (before.index == layer.index - 1 or not layer.attends)
-        found[layer.index] = before.index if before is not None and near else None
+        nearest[layer.index] = before.index if before is not None and near else None
         before = layer
+    return farther(nearest, horizon)
+
+
+def farther(nearest: dict[int, int | None], horizon: int) -> dict[int, int | None]:
+    """The source of each target `horizon` MoE layers before it, or as far as the chain of `nearest` sources reaches."""
+    found = dict(nearest)
+    for _ in range(horizon - 1):
+        for target, source in found.items():
+            beyond = None if source is None else nearest.get(source)
+            found[target] = source if beyond is None else beyond
     return found
 
 

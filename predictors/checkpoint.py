@@ -29,7 +29,9 @@ from predictors.errors import UserError
 from predictors.mlp import ResidualMLP
 from predictors.speculation import Router, Speculator
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, FORMAT_VERSION)
+"""Version 2 had no `source`: every source was the nearest."""
 WEIGHTS, CONFIG, CARD = "predictors.safetensors", "config.json", "README.md"
 
 
@@ -44,13 +46,16 @@ class Predictors:
     model: dict[str, Any]
     """`name` and the facts of `architecture.moe_shape` of the model they belong to."""
     mlps: dict[int, ResidualMLP] = field(default_factory=dict)
-    """By target layer."""
+    """By target layer; of one without, speculation is training-free."""
+    sources: dict[int, int | None] = field(default_factory=dict)
+    """By target layer: the source layer whose residual it reads, None for its own input. Of a target that is not here, what
+    `architecture.sources` says."""
     default_vectors: dict[int, torch.Tensor] = field(default_factory=dict)
     """By source layer: `[experts, hidden]`, fp32."""
     hit_rates: dict[int, dict[str, float]] = field(default_factory=dict)
     """By target layer: `training_free` and `predictor`, on validation sequences."""
     recall: dict[int, list[float]] = field(default_factory=dict)
-    """By target layer: the predictor's recall at k, k + 1, ..., 2k candidates, on validation sequences; empty in an
+    """By target layer: the speculation's recall at k, k + 1, ..., 2k candidates, on validation sequences; empty in an
     export of before it was written."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Command, versions and trace."""
@@ -64,20 +69,29 @@ class Predictors:
                 f"{describe_shape(shape)}; give the predictors that were made for it"
             )
 
+    def sources_of(self, layers: list[MoELayer]) -> dict[int, int | None]:
+        """The source of every one of a model's MoE `layers`, by target layer."""
+        return {target: self.sources.get(target, source) for target, source in sources(layers).items()}
+
 
 def make_speculators(
-    model: PreTrainedModel, predictors: Predictors | None = None, layers: list[MoELayer] | None = None
+    model: PreTrainedModel,
+    predictors: Predictors | None = None,
+    layers: list[MoELayer] | None = None,
+    horizon: int = 1,
 ) -> dict[int, Speculator]:
     """A speculator for every MoE layer of `model`, by target layer index, on the model's devices.
 
-    Where there is no predictor the speculation is training-free; without `predictors` it has no default vectors either.
+    Where there is no predictor the speculation is training-free; without `predictors` it has no default vectors either,
+    and `horizon` says which source each target has (see `architecture.sources`); else `Predictors.sources_of` does.
     Raises `PredictorsError` where the predictors belong to another model.
     """
     layers = find_moe_layers(model) if layers is None else layers
     if predictors is not None:
         predictors.check(model, layers)
     speculators, by_index = {}, {layer.index: layer for layer in layers}
-    for layer, source in zip(layers, sources(layers).values(), strict=True):
+    before = sources(layers, horizon) if predictors is None else predictors.sources_of(layers)
+    for layer, source in zip(layers, before.values(), strict=True):
         vectors = predictors.default_vectors.get(source) if predictors is not None and source is not None else None
         mlp = predictors.mlps.get(layer.index) if predictors is not None else None
         weight = next(layer.router.parameters())
@@ -115,11 +129,12 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
         "layers": [
             {
                 "layer": target,
-                "width": mlp.width,
+                **({"source": predictors.sources[target]} if target in predictors.sources else {}),
+                "width": predictors.mlps[target].width if target in predictors.mlps else 0,
                 "hit_rate": predictors.hit_rates.get(target, {}),
                 "recall": predictors.recall.get(target, []),
             }
-            for target, mlp in sorted(predictors.mlps.items())
+            for target in sorted(predictors.mlps.keys() | predictors.sources.keys())
         ],
         "default_vectors": sorted(predictors.default_vectors),
         "provenance": predictors.provenance,
@@ -148,14 +163,18 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     hidden, experts = config["model"]["hidden_size"], config["model"]["num_experts"]
     for entry in config["layers"]:
         target, width = entry["layer"], entry["width"]
+        if "source" in entry:
+            predictors.sources[target] = entry["source"]
+        predictors.hit_rates[target] = entry.get("hit_rate", {})
+        predictors.recall[target] = entry.get("recall", [])
+        if not width:  # no predictor was better than none
+            continue
         mlp = ResidualMLP(hidden, experts, width)
         state = {}
         for name, parameter in mlp.named_parameters():
             state[name] = _take(tensors, f"layers.{target}.{name}", tuple(parameter.shape), weights)
         mlp.load_state_dict(state)
         predictors.mlps[target] = mlp.requires_grad_(False)
-        predictors.hit_rates[target] = entry.get("hit_rate", {})
-        predictors.recall[target] = entry.get("recall", [])
     for source in config["default_vectors"]:
         predictors.default_vectors[source] = _take(
             tensors, f"default_vectors.{source}", (experts, hidden), weights
@@ -192,16 +211,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise PredictorsError(
             f"{folder} holds no predictors ({CONFIG} is missing or not ours); give a folder that export wrote"
         ) from error
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise PredictorsError(
-            f"{file} has format version {version}, and this release reads {FORMAT_VERSION}; update predict-train"
+            f"{file} has format version {version}, and this release reads {' and '.join(map(str, READABLE))}; update predict-train"
         )
     counts = ("hidden_size", "num_experts", "top_k", "num_hidden_layers")
     try:
         well_formed = (
             all(_is_count(config["model"][key]) for key in counts)
             and isinstance(config["model"]["model_type"], str)
-            and all(isinstance(e["layer"], int) and _is_count(e["width"]) for e in config["layers"])
+            and all(isinstance(e["layer"], int) and _is_width(e["width"]) for e in config["layers"])
+            and all(isinstance(e.get("source"), int | None) for e in config["layers"])
             and all(isinstance(source, int) for source in config["default_vectors"])
             and all(_is_curve(e.get("recall", [])) for e in config["layers"])
         )
@@ -215,6 +235,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
+
+
+def _is_width(value: Any) -> bool:
+    return _is_count(value) or (value == 0 and isinstance(value, int) and not isinstance(value, bool))
 
 
 def _is_curve(values: Any) -> bool:

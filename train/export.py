@@ -40,6 +40,7 @@ def export(run: Path, out: Path, dtype: Literal["float32", "bfloat16"] = "float3
     predictors = Predictors(
         model=model.identity(),
         mlps={target: stack.layer(number).to(DTYPES[dtype]) for number, target in enumerate(targets)},
+        sources={entry["layer"]: entry["source"] for entry in result["layers"]},
         default_vectors=source.default_vectors(),
         hit_rates={
             entry["layer"]: {kind: entry[kind]["recall@k"] for kind in ("training_free", "predictor")}
