@@ -82,6 +82,9 @@ def collect(
     threshold: Annotated[
         float | None, typer.Option(help="Training-free hit rate below which auto takes a layer [default: 0.9].")
     ] = None,
+    inputs: Annotated[
+        bool | None, typer.Option("--inputs", help="Record each target's own input too, for fit --source layer_input.")
+    ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="The most tokens of a sequence [default: 256].")] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Full sequences of a forward pass; more of shorter ones [default: 16].")

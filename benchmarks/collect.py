@@ -13,7 +13,7 @@ Four ways to run the same batches through the same model:
 
 Plain has no head, which nobody needs here and which would hide what recording costs. The ways take turns, in another
 order each round, and a ratio is the median over rounds of the ratio within a round: what else the machine does in the
-meantime meets all of them. Beside it stands the same ratio of CPU seconds, those of the writing thread included: on a busy
+meantime meets all of them. All of them run with the memory settings of a collection (`data_collection.memory`). Beside it stands the same ratio of CPU seconds, those of the writing thread included: on a busy
 machine it is the steadier one, but it counts what overlaps.
 """
 
@@ -181,6 +181,9 @@ def batches_of(tokens: int, batch_size: int) -> Batches:
 
 def compare(name: str, dtype: str, tokens: int, rounds: int, batch_size: int, scratch: Path) -> dict[str, Any]:
     """Seconds of each way in each round, tokens per second (median) and ratios to the plain forward (median)."""
+    from data_collection.memory import keep_freed_memory
+
+    keep_freed_memory()
     model, batches = load(name, dtype), batches_of(tokens, batch_size)
     tokens = sum(batch.tokens for batch in batches)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_collection.batches import TokenBatch, read_batches
 from data_collection.hooks import Recorder
+from data_collection.memory import keep_freed_memory
 from data_collection.passes import most_rows, run_batch
 from data_collection.pilot import make_plan, speculation_state
 from data_collection.processes import Group, joined
@@ -55,6 +56,7 @@ def collect(config: CollectConfig, console: Console | None = None) -> Path:
     Raises a `UserError` for whatever is wrong with the settings, the model, the corpus or the disk: with nothing left
     behind where no batch has been run, else with a trace that can be resumed.
     """
+    keep_freed_memory()
     with joined(resolve_device(config.device)) as group:
         console = console or Console(quiet=not group.is_first)
         try:
@@ -98,7 +100,7 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
     if before is None:
         before = Snapshot(
             Progress(settings=config.decides(), processes=group.count, plan=plan),
-            Recorder(layers, plan.targets).state(),
+            Recorder(layers, plan.targets, config.inputs).state(),
         )
         with disk(config.out):
             save_progress(config.out, group.rank, before)
@@ -138,7 +140,7 @@ def _record(
     most = None
     if config.max_bytes is not None:
         most = plan.most_rows(config.max_bytes, config.shard_bytes, group.count)
-    recorder, digest, done, stopped = Recorder(layers, plan.targets), Digest(), start, False
+    recorder, digest, done, stopped = Recorder(layers, plan.targets, config.inputs), Digest(), start, False
     recorder.add_state(before.sums)
     watched = None if group.is_first else True
     progress = tqdm(total=config.tokens, unit=" tokens", desc="collect", leave=False, disable=watched)
@@ -196,7 +198,7 @@ def _finish(config: CollectConfig, group: Group, model: PreTrainedModel, layers:
         part = load_progress(config.out, rank)
         if part is None:
             raise CollectError(f"process {rank} left nothing in {config.out}; all must write to one shared folder")
-        recorder = recorder or Recorder(layers, part.progress.plan.targets)
+        recorder = recorder or Recorder(layers, part.progress.plan.targets, config.inputs)
         recorder.add_state(part.sums)
         shards += part.progress.shards
         sequences = max(sequences, part.progress.sequences)
@@ -249,6 +251,7 @@ def _manifest(
                 router=by_index[target].names["router"],
                 router_arguments=by_index[target].names["router_arguments"],
                 router_ndim=by_index[target].router_ndim,
+                has_input=source is None or config.inputs,
                 **({} if source is None else _joined(by_index[source])),
                 training_free=0.0,
                 control=control[target],

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from predictors.architecture import MoELayer, first_tensor, override_forward, sources
-from predictors.experts import expert_parameters, run_experts
+from predictors.experts import Groups, expert_parameters, run_experts
 from predictors.metrics import HitRate
 from predictors.speculation import Router, Routing
 
@@ -30,7 +30,7 @@ class LayerRecord(NamedTuple):
     routing: Routing
     """As the model itself used it."""
     input: torch.Tensor | None
-    """`[tokens, hidden]`: the decoder layer's own input, where the layer is a target without a source; else None."""
+    """`[tokens, hidden]`: the decoder layer's own input, of a target without a source or where inputs are asked for."""
     inner: torch.Tensor | None
     """`[tokens, hidden]`: what the layer norms together with its experts' sum, where it does; else None."""
 
@@ -38,11 +38,11 @@ class LayerRecord(NamedTuple):
 class Recorder:
     """Records the forward passes of a model between `__enter__` and `__exit__`, which restores the model exactly.
 
-    `targets` are indices of MoE layers among `layers`; each target's source layer is recorded with it. A model whose
-    experts can't be run one by one raises `UnsupportedModelError` on entering.
+    `targets` are indices of MoE layers among `layers`; each target's source layer is recorded with it, and with `inputs`
+    every target's own input. A model whose experts can't be run one by one raises `UnsupportedModelError` on entering.
     """
 
-    def __init__(self, layers: list[MoELayer], targets: Iterable[int]):
+    def __init__(self, layers: list[MoELayer], targets: Iterable[int], inputs: bool = False):
         before = sources(layers)
         self.sources: dict[int, int | None] = {target: before[target] for target in sorted(targets)}
         """The source layer of each target."""
@@ -51,7 +51,7 @@ class Recorder:
             layer.index: _Tap(
                 layer,
                 is_source=layer.index in used_as_source,
-                keeps_input=layer.index in self.sources and self.sources[layer.index] is None,
+                keeps_input=layer.index in self.sources and (inputs or self.sources[layer.index] is None),
             )
             for layer in layers
             if layer.index in used_as_source or layer.index in self.sources
@@ -170,13 +170,18 @@ class _Tap:
         x, ids, weights = (*args, *kwargs.values())
         self.sums = self.sums.to(x.device)
 
-        def add(expert: int, tokens: torch.Tensor, output: torch.Tensor) -> None:
+        def add(groups: Groups, outputs: torch.Tensor) -> None:
+            sizes = groups.sizes
             if self.keep is not None:
-                output = output[self.keep[tokens]]
-            self.sums[expert] += self.layer.join.in_stream(output.sum(0, dtype=torch.float32))
-            self.counts[expert] += output.shape[0]
+                kept = self.keep[groups.order // ids.shape[-1]]
+                outputs = outputs[kept]
+                sizes = [int(part.sum()) for part in kept.cpu().split(sizes)]
+            sums = torch.stack([part.sum(0, dtype=torch.float32) for part in outputs.split(sizes)])
+            self.sums[torch.tensor(groups.experts, device=x.device)] += self.layer.join.in_stream(sums)
+            for expert, size in zip(groups.experts, sizes, strict=True):
+                self.counts[expert] += size
 
-        return run_experts(self.layer.experts, x, ids, weights, on_output=add)
+        return run_experts(self.layer.experts, x, ids, weights, on_outputs=add)
 
     def recomputed_ids(self, stride: int) -> torch.Tensor:
         """What norm and router choose on every `stride`-th recorded row of the stream, `[tokens, top_k]`. With a stride

@@ -77,7 +77,7 @@ def _estimate(
     if config.phase == "decode":
         tokens = min(tokens, config.batch_size * new_tokens)
     times, rows, size = [], [], 0
-    with torch.inference_mode(), Recorder(layers, targets) as recorder:
+    with torch.inference_mode(), Recorder(layers, targets, config.inputs) as recorder:
         for batch in read_batches(short, tokenizer, tokens):
             started = time.perf_counter()
             columns = run_batch(model, recorder, batch, short)

@@ -50,6 +50,9 @@ class CollectConfig(Settings):
     """Target layers: `all`, a list of them, or `auto`: those whose training-free hit rate is below `threshold`."""
     threshold: float = Field(0.9, gt=0, le=1)
     """The training-free hit rate below which `auto` takes a layer."""
+    inputs: bool = False
+    """Record every target's own input as well, which `fit --source layer_input` reads; else only that of a target without
+    a source."""
     sequence_length: Count = 256
     """The most tokens of a sequence; a longer document is cut into several, each beginning at position 0."""
     batch_size: Count = 16

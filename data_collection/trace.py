@@ -7,7 +7,7 @@
     shard-NNNNN.safetensors  one row a token (shard-RRRR-NNNNN of process RRRR, where many shared the collection):
         layers.<l>.residual        [rows, hidden]   bf16    of every source layer
         layers.<l>.inner           [rows, hidden]   bf16    of a source that norms its shared expert with its experts
-        layers.<l>.input           [rows, hidden]   bf16    of a target that has no source
+        layers.<l>.input           [rows, hidden]   bf16    of a target that has no source; with `--inputs` of each
         layers.<l>.expert_ids      [rows, top_k]    int16   of every recorded layer
         layers.<l>.expert_weights  [rows, top_k]    bf16    of every recorded layer
         layers.<l>.router_logits   [rows, experts]  bf16    of every target
@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,6 +94,8 @@ class LayerEntry(_Entry):
     """Factor of what that norm puts out."""
     has_inner: bool = False
     """Whether the source layer's shared expert goes through that norm as well, and is recorded as `inner`."""
+    has_input: bool = False
+    """Whether the layer's own input is recorded; of a target without a source it always is."""
     training_free: float = Field(ge=0, le=1)
     """Hit rate without a predictor, over a sample of the rows."""
     control: float = Field(ge=0, le=1)
@@ -156,9 +158,9 @@ def column_shapes(manifest: Manifest) -> dict[str, tuple[torch.dtype, int | None
     model = manifest.model
     shapes: dict[str, tuple[torch.dtype, int | None]] = dict.fromkeys(ROW_COLUMNS, (torch.int32, None))
     for entry in manifest.layers:
-        if entry.source is None:
+        if entry.source is None or entry.has_input:
             shapes[f"layers.{entry.layer}.input"] = (torch.bfloat16, model.hidden_size)
-        else:
+        if entry.source is not None:
             shapes[f"layers.{entry.source}.residual"] = (torch.bfloat16, model.hidden_size)
             if entry.has_inner:
                 shapes[f"layers.{entry.source}.inner"] = (torch.bfloat16, model.hidden_size)
@@ -271,16 +273,28 @@ class Trace:
         tensor: torch.Tensor = self._map(shard).get_tensor(name)
         return tensor
 
-    def read(self, shard: int, rows: torch.Tensor) -> Columns:
-        """The given rows `[n]` (int64, counted from the shard's start) of all columns but the token's own."""
-        names = [name for name in column_shapes(self.manifest) if name not in ROW_COLUMNS]
+    def read(self, shard: int, rows: torch.Tensor, names: Iterable[str] | None = None) -> Columns:
+        """The given rows `[n]` (int64, counted from the shard's start) of the columns `names`, by default of all but the
+        token's own."""
+        if names is None:
+            names = [name for name in column_shapes(self.manifest) if name not in ROW_COLUMNS]
         return {name: self.column(shard, name).index_select(0, rows) for name in names}
 
-    def sample(self, rows: int) -> Iterator[Columns]:
-        """About `rows` rows in all, evenly spaced over the whole trace, shard by shard."""
+    def columns_for(self, sources: dict[int, int | None]) -> list[str]:
+        """The columns that `make_batch` reads where each target reads what `sources` says."""
+        recorded = column_shapes(self.manifest)
+        names: dict[str, None] = {}
+        for target, source in sources.items():
+            names |= dict.fromkeys(f"layers.{target}.{column}" for column in ("expert_ids", "router_logits"))
+            read = ["input"] if source is None else ["residual", "inner", "expert_ids", "expert_weights"]
+            names |= dict.fromkeys(f"layers.{target if source is None else source}.{column}" for column in read)
+        return [name for name in names if name in recorded]
+
+    def sample(self, rows: int, names: Iterable[str] | None = None) -> Iterator[Columns]:
+        """About `rows` rows in all, evenly spaced over the whole trace, shard by shard; columns as in `read`."""
         step = max(1, self.rows // rows)
         for number, shard in enumerate(self.manifest.shards):
-            yield self.read(number, torch.arange(0, shard.rows, step))
+            yield self.read(number, torch.arange(0, shard.rows, step), names)
             self._mapped.pop(number, None)  # or in the end the whole trace would count as this process's memory
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
@@ -288,32 +302,43 @@ class Trace:
         state = self._speculation()
         return {s: state[f"default_vectors.{s}"] for s in sorted({s for s in self.sources.values() if s is not None})}
 
-    def speculators(self, device: torch.device | str = "cpu") -> dict[int, Speculator]:
-        """A training-free speculator for each target layer, in fp32, frozen, made without the model's weights."""
+    def speculators(
+        self, device: torch.device | str = "cpu", sources: dict[int, int | None] | None = None
+    ) -> dict[int, Speculator]:
+        """A training-free speculator for each target layer, in fp32, frozen, made without the model's weights.
+
+        With `sources`, those of their targets, each reading what it says; by default the nearest source.
+        """
         try:
             bones = skeleton(AutoConfig.from_pretrained(self.path))
             state = self._speculation()
+            by_layer = {entry.layer: entry for entry in self.manifest.layers}
+            # How a source's experts join its output stands with the target that it is the nearest source of.
+            by_source = {entry.source: entry for entry in self.manifest.layers if entry.source is not None}
+
+            def rebuilt(name: str, stored: str) -> nn.Module:
+                module = bones.get_submodule(name) if name else nn.Identity()
+                module.to_empty(device=device)
+                for part, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                    tensor.data = state[f"{stored}.{part}"].to(device)
+                return module.float().requires_grad_(False).eval()
+
             speculators = {}
-            for entry in self.manifest.layers:
-                parts = {
-                    part: bones.get_submodule(name) if name else nn.Identity()
-                    for part, name in (("norm", entry.norm), ("router", entry.router), ("post_norm", entry.post_norm))
-                }
-                for part, module in parts.items():
-                    module.to_empty(device=device)
-                    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                        tensor.data = state[f"layers.{entry.layer}.{part}.{name}"].to(device)
-                    module.float().requires_grad_(False).eval()
+            for target, source in (self.sources if sources is None else sources).items():
+                entry, joined = by_layer[target], None if source is None else by_source.get(source)
+                post_norm = None
+                if joined is not None and joined.post_norm:
+                    post_norm = rebuilt(joined.post_norm, f"layers.{joined.layer}.post_norm")
                 arguments = [
-                    state[f"layers.{entry.layer}.router_arguments.{number}"].to(device).float()
+                    state[f"layers.{target}.router_arguments.{number}"].to(device).float()
                     for number in range(len(entry.router_arguments))
                 ]
-                speculators[entry.layer] = Speculator(
-                    parts["norm"],
-                    Router(parts["router"], tuple(arguments), entry.router_ndim),
-                    None if entry.source is None else state[f"default_vectors.{entry.source}"],
-                    post_norm=parts["post_norm"] if entry.post_norm else None,
-                    post_scale=entry.post_scale,
+                speculators[target] = Speculator(
+                    rebuilt(entry.norm, f"layers.{target}.norm"),
+                    Router(rebuilt(entry.router, f"layers.{target}.router"), tuple(arguments), entry.router_ndim),
+                    None if source is None else state[f"default_vectors.{source}"],
+                    post_norm=post_norm,
+                    post_scale=1.0 if joined is None else joined.post_scale,
                 ).to(device)
         except (KeyError, AttributeError, ValueError, RuntimeError, OSError) as error:
             raise TraceError(

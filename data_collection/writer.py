@@ -1,16 +1,21 @@
-"""Writes a trace's shards from a thread of its own, so that the disk works while the model computes."""
+"""Writes a trace's shards from a thread of its own, so that the disk works while the model computes.
+
+Memory for the rows of two shards is made once, one being filled while the other is written: rows that waited one by one
+would be new memory from the system batch after batch, and touching that for the first time costs more than copying.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -26,6 +31,47 @@ from data_collection.trace import (
     checksum,
     write_durably,
 )
+
+DTYPES = {torch.bfloat16: "BF16", torch.int16: "I16", torch.int32: "I32"}
+"""Of a shard's columns, as safetensors names them."""
+
+
+class Rows:
+    """Columns that grow row by row in memory of their own, which is kept when they are emptied."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.bytes = 0
+        self._memory: Columns = {}
+        self._capacity = 0
+
+    def append(self, columns: Columns, expected: int) -> None:
+        """Copies rows; `expected` is how many bytes all of them may come to."""
+        count = len(next(iter(columns.values())))
+        if not count:
+            return
+        end = self.count + count
+        if end > self._capacity:
+            row_bytes = sum(tensor.nbytes for tensor in columns.values()) // count
+            self._grow(columns, max(end + count, expected // row_bytes + 2 * count))
+        for name, tensor in columns.items():
+            self._memory[name][self.count : end] = tensor
+            self.bytes += tensor.nbytes
+        self.count = end
+
+    def _grow(self, columns: Columns, capacity: int) -> None:
+        before, self._memory, self._capacity = self._memory, {}, capacity
+        for name, tensor in columns.items():
+            self._memory[name] = tensor.new_empty(capacity, *tensor.shape[1:])
+            if self.count:
+                self._memory[name][: self.count] = before[name][: self.count]
+
+    def columns(self) -> Columns:
+        """The rows, as views of the memory."""
+        return {name: memory[: self.count] for name, memory in self._memory.items()}
+
+    def clear(self) -> None:
+        self.count = self.bytes = 0
 
 
 class TraceWriter:
@@ -48,10 +94,11 @@ class TraceWriter:
         self.path, self.shard_bytes, self.rank, self.prefix = path, shard_bytes, rank, prefix
         self.shards: list[ShardEntry] = list(shards or [])
         """Of those written so far; complete after `flush`."""
-        self._waiting: list[Columns] = []
-        self._waiting_bytes = 0
-        # One shard waits while one is written: enough to overlap, and memory stays bounded.
-        self._queue: queue.Queue[tuple[list[Columns], Snapshot | None] | None] = queue.Queue(maxsize=1)
+        self._filling: Rows | None = None
+        self._free: queue.SimpleQueue[Rows] = queue.SimpleQueue()
+        for _ in range(2):
+            self._free.put(Rows())
+        self._queue: queue.SimpleQueue[tuple[Rows, Snapshot | None] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
 
@@ -69,27 +116,30 @@ class TraceWriter:
         self._stop()
 
     def append(self, columns: Columns, snapshot: Callable[[], Snapshot] | None = None) -> None:
-        """Takes rows: CPU tensors of one length, by column name, that the caller does not change any more.
+        """Copies rows: CPU tensors of one length, by column name.
 
         Where they fill a shard, `snapshot` is asked for the progress at its end.
         """
         self._raise()
-        self._waiting.append(columns)
-        self._waiting_bytes += sum(tensor.nbytes for tensor in columns.values())
-        if self._waiting_bytes >= self.shard_bytes:
+        if self._filling is None:
+            self._filling = self._free.get()  # waits while both are on their way to the disk
+            self._raise()
+        self._filling.append(columns, self.shard_bytes)
+        if self._filling.bytes >= self.shard_bytes:
             self._hand_over(snapshot)
 
     def flush(self) -> list[ShardEntry]:
         """Waits until all rows are on disk; returns the shards. No rows can be appended after it."""
-        if self._waiting_bytes:
+        if self._filling is not None and self._filling.count:
             self._hand_over(None)
         self._stop()
         self._raise()
         return self.shards
 
     def _hand_over(self, snapshot: Callable[[], Snapshot] | None) -> None:
-        self._queue.put((self._waiting, None if snapshot is None else snapshot()))
-        self._waiting, self._waiting_bytes = [], 0
+        assert self._filling is not None
+        self._queue.put((self._filling, None if snapshot is None else snapshot()))
+        self._filling = None
 
     def _stop(self) -> None:
         if self._thread.is_alive():
@@ -102,39 +152,61 @@ class TraceWriter:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # the queue is emptied all the same, or the main thread would wait for ever
+            rows, snapshot = item
             try:
-                self._write_shard(*item)
+                if (
+                    self._error is None
+                ):  # else the queue is emptied all the same, or the main thread would wait for ever
+                    self._write_shard(rows, snapshot)
             except Exception as error:  # raised again in the main thread
                 self._error = error
+            finally:
+                rows.clear()
+                self._free.put(rows)
 
-    def _write_shard(self, parts: list[Columns], snapshot: Snapshot | None) -> None:
-        columns = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+    def _write_shard(self, rows: Rows, snapshot: Snapshot | None) -> None:
         file = self.path / f"{self.prefix}-{len(self.shards):05d}.safetensors"
         aside = file.with_name(file.name + ".partial")
         with disk(file):
             try:
-                save_file(columns, aside)
+                digest = write_columns(aside, rows.columns())
                 sync(aside)
-                digest = checksum(aside)
                 os.replace(aside, file)
                 sync(self.path)
             finally:
                 aside.unlink(missing_ok=True)  # on a full disk its room is wanted
-        rows = len(next(iter(columns.values())))
-        self.shards.append(ShardEntry(file=file.name, rows=rows, bytes=file.stat().st_size, xxh3=digest))
+        entry = ShardEntry(file=file.name, rows=rows.count, bytes=file.stat().st_size, xxh3=digest)
+        self.shards.append(entry)
         if snapshot is not None:
             with disk(self.path):
                 progress = snapshot.progress.model_copy(update={"shards": list(self.shards)})
                 save_progress(self.path, self.rank, Snapshot(progress, snapshot.sums))
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat`, by numpy: in a second thread, torch would start a second team of threads and the model would wait for
-    cores that this one holds."""
-    as_bytes = [part.contiguous().view(torch.uint8).numpy() for part in parts]
-    return torch.from_numpy(np.concatenate(as_bytes)).view(parts[0].dtype)
+def write_columns(file: Path, columns: Columns) -> str:
+    """Writes a safetensors file and returns its checksum, taken of what is written on its way.
+
+    By hand, and not by safetensors' `save_file`, which copies every tensor once more. The widest dtypes come first, so
+    that all are aligned.
+    """
+    ordered = sorted(columns.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header, end = {}, 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_128()
+    with file.open("wb") as out:
+        parts = [memoryview(len(text).to_bytes(8, "little") + text), *(_bytes(tensor) for _, tensor in ordered)]
+        for part in parts:
+            out.write(part)
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 def write_speculation(folder: Path, tensors: Columns, config_json: str) -> str:

@@ -22,8 +22,9 @@ from transformers.utils import logging as transformers_logging
 
 from predictors.architecture import skeleton
 from predictors.discovery import find_moe_layers
+from predictors.experts import expert_modules, is_experts
 from predictors.loading import load_model
-from runtime.packfile import PackWriter, expert_modules, is_experts
+from runtime.packfile import PackWriter
 from runtime.store import StoreError
 
 Take = Callable[[nn.Module, str, torch.Tensor], None]

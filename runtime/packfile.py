@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from predictors.architecture import MoELayer, describe_shape, moe_shape
+from predictors.experts import expert_modules
 from runtime.store import PAGE, BlockLayout, Bytes, StoreError, as_bytes, block_layout, empty_blocks
 
 FORMAT_VERSION = 1
@@ -82,16 +83,6 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
             digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
             digest.update(parameter.detach().flatten()[:1024].cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that transformers dispatches experts through, by name."""
-    return {name: module for name, module in model.named_modules() if is_experts(module)}
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module is one that transformers dispatches experts through: it says how its weights lie."""
-    return all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed"))
 
 
 class PackWriter:

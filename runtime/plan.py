@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from predictors.architecture import UnsupportedModelError, override_forward, skeleton
 from predictors.errors import UserError
 from runtime.cache import Eviction
-from runtime.packfile import expert_modules
+from predictors.experts import expert_modules
 from runtime.policy import Gating, Policy
 from runtime.routing import ReplayedRouting
 from runtime.simulation import Costs, Simulated, simulate

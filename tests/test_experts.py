@@ -78,12 +78,20 @@ def test_ungated_experts_with_a_norm(build_moe, has_bias, is_transposed):
         torch.testing.assert_close(run_experts(experts, x, ids, weights), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_on_output_sees_each_experts_own_output(tiny_moe):
+def test_on_outputs_sees_each_experts_own_output(tiny_moe):
     layer = find_moe_layers(tiny_moe)[0]
     x, ids, weights = routed_batch(layer)
     seen = {}
     with torch.no_grad():
-        run_experts(layer.experts, x, ids, weights, on_output=lambda expert, _, output: seen.update({expert: output}))
+        run_experts(
+            layer.experts,
+            x,
+            ids,
+            weights,
+            on_outputs=lambda groups, outputs: seen.update(
+                zip(groups.experts, outputs.split(groups.sizes), strict=True)
+            ),
+        )
         assert sorted(seen) == sorted(set(ids.flatten().tolist()))
         for expert, output in seen.items():
             routed = x[(ids == expert).any(-1)]

@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_sentence_with_a_way_on(tmp_path, monkeypatch, batche
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer_module, "save_file", full)
+    monkeypatch.setattr(writer_module, "write_columns", full)
     with pytest.raises(TraceError, match=r"can't be written .*No space left.*--resume"):
         write(tmp_path / "trace", batches)
     assert not list((tmp_path / "trace").iterdir())
