@@ -35,6 +35,11 @@ class ResidualMLP(nn.Module):
     def width(self) -> int:
         return self.b1.shape[0]
 
+    @staticmethod
+    def count(hidden_size: int, num_experts: int, width: int) -> int:
+        """How many parameters a predictor of that width has."""
+        return width * (2 * hidden_size + num_experts + 1) + hidden_size
+
     def forward(self, quasi: torch.Tensor, normed: torch.Tensor, mixture: torch.Tensor | None) -> torch.Tensor:
         """The corrected state, `[tokens, hidden]`, from `q`, `a` and `m`; without a source layer there is no `m`."""
         hidden = F.linear(normed, self.w1, self.b1)
@@ -44,7 +49,11 @@ class ResidualMLP(nn.Module):
 
 
 class StackedResidualMLPs(nn.Module):
-    """The predictors of all target layers as one batched computation, for training; weights are `[layers, ...]`."""
+    """The predictors of all target layers as one batched computation, for training; weights are `[layers, ...]`.
+
+    A predictor that is narrower than the widest has zeros in its last units. They stay zeros: such a unit puts out
+    silu(0) = 0 and passes nothing on, so no gradient reaches its weights, and weight decay keeps zero zero.
+    """
 
     w1: nn.Parameter
     v: nn.Parameter
@@ -52,9 +61,13 @@ class StackedResidualMLPs(nn.Module):
     w2: nn.Parameter
     b2: nn.Parameter
 
-    def __init__(self, num_layers: int, hidden_size: int, num_experts: int, width: int):
+    def __init__(self, widths: list[int], hidden_size: int, num_experts: int):
         super().__init__()
-        single = [ResidualMLP(hidden_size, num_experts, width) for _ in range(num_layers)]
+        self.widths = list(widths)
+        single = [ResidualMLP(hidden_size, num_experts, max(widths)) for _ in widths]
+        for mlp, width in zip(single, widths, strict=True):
+            mlp.w1.data[width:] = 0
+            mlp.v.data[width:] = 0
         for name, _ in single[0].named_parameters():
             self.register_parameter(name, nn.Parameter(torch.stack([getattr(mlp, name).detach() for mlp in single])))
 
@@ -65,6 +78,9 @@ class StackedResidualMLPs(nn.Module):
 
     def layer(self, number: int) -> ResidualMLP:
         """A copy of one layer's predictor; `number` counts the stack, not the model's layers."""
-        mlp = ResidualMLP(self.w1.shape[2], self.v.shape[2], self.w1.shape[1])
-        mlp.load_state_dict({name: p.detach()[number].clone() for name, p in self.named_parameters()})
+        width = self.widths[number]
+        mlp = ResidualMLP(self.w1.shape[2], self.v.shape[2], width)
+        own = {name: p.detach()[number].clone() for name, p in self.named_parameters()}
+        cut = {"w1": own["w1"][:width], "v": own["v"][:width], "b1": own["b1"][:width], "w2": own["w2"][:, :width]}
+        mlp.load_state_dict(own | cut)
         return mlp

@@ -18,6 +18,7 @@ from predictors.errors import UserError
 from predictors.speculation import Routing
 from train.export import export
 from train.module import PredictorTraining
+from train.targets import Target
 
 
 @pytest.fixture
@@ -63,7 +64,8 @@ def test_an_export_speculates_the_same_in_a_new_process(exported, tiny_moe, tiny
 def test_an_export_is_what_was_trained(exported, fitted, collected):
     result = json.loads((fitted / "result.json").read_text())
     trace = Trace.open(collected)
-    module = PredictorTraining(trace, width=32, learning_rate=1e-3, weight_decay=0.0)
+    targets = [Target(layer, source, 32, 0.0) for layer, source in trace.sources.items()]
+    module = PredictorTraining(trace, targets, "kl", learning_rate=1e-3, weight_decay=0.0)
     module.load_state_dict(torch.load(fitted / result["checkpoint"], weights_only=True)["state_dict"])
     predictors = load_predictors(exported)
     state, layer = torch.randn(2, 4, 10, 32), None

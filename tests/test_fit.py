@@ -20,6 +20,7 @@ from train import fit as job
 from train.data import FitError, TraceBatches, TraceData, held_out_sequences, plan_batches
 from train.fit import FitConfig, fit
 from train.module import PredictorTraining
+from train.targets import Target
 
 
 @pytest.fixture
@@ -42,6 +43,11 @@ def config(collected: Path, tmp_path: Path) -> Callable[..., FitConfig]:
 
 def quiet() -> Console:
     return Console(quiet=True)
+
+
+def training(trace: Trace, width: int, loss: str = "kl") -> PredictorTraining:
+    targets = [Target(layer, source, width, 0.0) for layer, source in trace.sources.items()]
+    return PredictorTraining(trace, targets, loss, learning_rate=1e-3, weight_decay=0.0)
 
 
 def curves(run: Path) -> dict[str, list[float]]:
@@ -159,7 +165,7 @@ def test_a_plan_holds_each_row_once(sizes, batch_size, shuffled):
 
 def test_validation_is_by_whole_sequences_and_training_is_mixed(collected):
     trace = Trace.open(collected)
-    data = TraceData(trace, batch_size=500, validation=0.1, seed=0, workers=0)
+    data = TraceData(trace, trace.sources, batch_size=500, validation=0.1, seed=0, workers=0)
 
     def sequences(rows: list[torch.Tensor]) -> set[int]:
         return {i for shard, r in enumerate(rows) for i in trace.column(shard, "sequence")[r].tolist()}
@@ -170,32 +176,34 @@ def test_validation_is_by_whole_sequences_and_training_is_mixed(collected):
     plan = data.train_dataloader().dataset.plan
     first = {i for shard, rows in plan[0] for i in trace.column(shard, "sequence")[rows].tolist()}
     assert len(first) > 30
-    batches = TraceBatches(trace, plan)
-    assert sum(len(batches[i]["layers.0.expert_ids"]) for i in range(len(batches))) == 7200
+    batches = TraceBatches(trace, plan, data.names)
+    assert sum(len(batches[i].columns["layers.0.expert_ids"]) for i in range(len(batches))) == 7200
 
 
 def test_reading_in_processes_gives_the_same_batches(collected):
     alone, shared = (
-        TraceData(Trace.open(collected), batch_size=2000, validation=0.1, seed=0, workers=workers) for workers in (0, 2)
+        TraceData(trace, trace.sources, batch_size=2000, validation=0.1, seed=0, workers=workers)
+        for trace, workers in ((Trace.open(collected), 0), (Trace.open(collected), 2))
     )
     pairs = list(zip(alone.train_dataloader(), shared.train_dataloader(), strict=True))
     assert len(pairs) > 2
     for a, b in pairs:
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert a.in_all == b.in_all
+        assert a.columns.keys() == b.columns.keys()
+        assert all(torch.equal(a.columns[name], b.columns[name]) for name in a.columns)
 
 
 def test_the_loss_is_the_divergence_from_the_true_routing(collected):
     trace = Trace.open(collected)
-    module = PredictorTraining(trace, width=8, learning_rate=1e-3, weight_decay=0.0)
+    module = training(trace, width=8)
     batch = make_batch(trace.read(0, torch.arange(50)), trace.sources, module.speculators)
     routings = module.route(batch.quasi)
     expected = sum(
         (logits.softmax(-1) * (logits.log_softmax(-1) - routing.logits.log_softmax(-1))).sum(-1).mean()
         for logits, routing in zip(batch.logits, routings, strict=True)
     )
-    torch.testing.assert_close(module.loss(batch, routings), expected, rtol=1e-4, atol=1e-5)
-    module.loss(batch, module.route(module.mlps(batch.quasi, batch.normed, batch.mixture))).backward()
+    torch.testing.assert_close(module.loss(batch, routings, 50), expected, rtol=1e-4, atol=1e-5)
+    module.loss(batch, module.corrected(batch), 50).backward()
     for layer in range(4):
         assert module.mlps.w2.grad is not None
         assert module.mlps.w2.grad[layer].abs().sum() > 0

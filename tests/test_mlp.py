@@ -14,10 +14,21 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
             parameter.normal_(generator=generator)
 
 
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
-def test_a_layer_of_the_stack_is_its_slice(layers, hidden, experts, width, rows):
-    stack = StackedResidualMLPs(layers, hidden, experts, width)
-    randomise(stack, seed=1)
+def training_steps(stack: StackedResidualMLPs, steps: int) -> None:
+    layers, hidden, experts = stack.w1.shape[0], stack.w1.shape[2], stack.v.shape[2]
+    optimizer = torch.optim.AdamW(stack.parameters(), 1e-2, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        inputs = torch.randn(layers, 7, hidden), torch.randn(layers, 7, hidden), torch.randn(layers, 7, experts)
+        (stack(*inputs) - 1).square().sum().backward()
+        optimizer.step()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
+def test_a_layer_of_the_stack_is_its_slice_whatever_its_width(widths, hidden, experts, rows):
+    layers, stack = len(widths), StackedResidualMLPs(widths, hidden, experts)
+    training_steps(stack, 3)
+    assert [stack.layer(number).width for number in range(layers)] == widths
     quasi, normed = torch.randn(2, layers, rows, hidden)
     mixture = torch.randn(layers, rows, experts)
     mixture[0] = 0  # as of a layer without a source
@@ -30,12 +41,12 @@ def test_a_layer_of_the_stack_is_its_slice(layers, hidden, experts, width, rows)
 def test_an_untrained_predictor_changes_nothing():
     quasi, normed = torch.randn(2, 3, 5, 8)
     mixture = torch.randn(3, 5, 4)
-    assert torch.equal(StackedResidualMLPs(3, 8, 4, 16)(quasi, normed, mixture), quasi)
+    assert torch.equal(StackedResidualMLPs([16] * 3, 8, 4)(quasi, normed, mixture), quasi)
     assert torch.equal(ResidualMLP(8, 4, 16)(quasi[0], normed[0], mixture[0]), quasi[0])
 
 
 def test_an_untrained_predictor_can_learn_and_its_copy_is_one():
-    stack = StackedResidualMLPs(2, 8, 4, 16)
+    stack = StackedResidualMLPs([16] * 2, 8, 4)
     quasi, normed = torch.randn(2, 2, 5, 8)
     stack(quasi, normed, torch.randn(2, 5, 4)).square().sum().backward()
     assert stack.w2.grad is not None

@@ -6,6 +6,8 @@ larger than memory, and there is one gather a column, not one item a row.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -60,28 +62,51 @@ def plan_batches(rows: list[torch.Tensor], batch_size: int, generator: torch.Gen
     return batches
 
 
-class TraceBatches(Dataset[Columns]):
-    """Item `i` is the whole batch `i` of a plan: columns of some thousand rows."""
+class Rows(NamedTuple):
+    """What one process has of a step."""
 
-    def __init__(self, trace: Trace, plan: list[list[Piece]]):
-        self.trace, self.plan = trace, plan
+    columns: Columns
+    in_all: int
+    """Rows of the step, over all processes."""
+
+
+class TraceBatches(Dataset[Rows]):
+    """Item `i` is the whole batch `i` of a plan: columns of some hundred rows. Of `world` processes that train together,
+    each reads every so-many-th row of each batch, so that they make the steps that one would, each row once."""
+
+    def __init__(self, trace: Trace, plan: list[list[Piece]], names: list[str], rank: int = 0, world: int = 1):
+        self.trace, self.plan, self.names, self.rank, self.world = trace, plan, names, rank, world
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, number: int) -> Columns:
-        parts = [self.trace.read(shard, rows) for shard, rows in self.plan[number]]
+    def __getitem__(self, number: int) -> Rows:
+        batch, in_all, parts = self.plan[number], 0, []
+        for shard, rows in batch:
+            own = rows[(self.rank - in_all) % self.world :: self.world]
+            parts.append(self.trace.read(shard, own, self.names))
+            in_all += len(rows)
         if len(parts) == 1:
-            return parts[0]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            return Rows(parts[0], in_all)
+        return Rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, in_all)
 
 
 class TraceData(lightning.LightningDataModule):
-    """Training and validation batches of one trace; the training order is another in each epoch."""
+    """Training and validation batches of one trace, as `make_batch` reads them for `sources`; the training order is another
+    in each epoch."""
 
-    def __init__(self, trace: Trace, batch_size: int, validation: float, seed: int, workers: int):
+    def __init__(
+        self,
+        trace: Trace,
+        sources: dict[int, int | None],
+        batch_size: int,
+        validation: float,
+        seed: int,
+        workers: int,
+    ):
         super().__init__()
         self.trace, self.batch_size, self.seed, self.workers = trace, batch_size, seed, workers
+        self.names = trace.columns_for(sources)
         held_out = held_out_sequences(trace.manifest.sequences, validation, seed)
         self.train_rows: list[torch.Tensor] = []
         self.validation_rows: list[torch.Tensor] = []
@@ -90,14 +115,15 @@ class TraceData(lightning.LightningDataModule):
             self.train_rows.append((~is_held_out).nonzero().flatten())
             self.validation_rows.append(is_held_out.nonzero().flatten())
 
-    def train_dataloader(self) -> DataLoader[Columns]:
+    def train_dataloader(self) -> DataLoader[Rows]:
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return self._loader(plan_batches(self.train_rows, self.batch_size, generator))
 
-    def val_dataloader(self) -> DataLoader[Columns]:
+    def val_dataloader(self) -> DataLoader[Rows]:
         return self._loader(plan_batches(self.validation_rows, self.batch_size, None))
 
-    def _loader(self, plan: list[list[Piece]]) -> DataLoader[Columns]:
-        batches = TraceBatches(self.trace, plan)
+    def _loader(self, plan: list[list[Piece]]) -> DataLoader[Rows]:
+        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        batches = TraceBatches(self.trace, plan, self.names, rank, world)
         return DataLoader(batches, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available())

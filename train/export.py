@@ -32,9 +32,8 @@ def export(run: Path, out: Path, dtype: Literal["float32", "bfloat16"] = "float3
     model = source.manifest.model
     if [shard.xxh3 for shard in source.manifest.shards] != settings["trace"]["shards"]:
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
-    stack = StackedResidualMLPs(
-        len(result["layers"]), model.hidden_size, model.num_experts, settings["settings"]["width"]
-    )
+    widths = [entry["width"] for entry in result["layers"]]
+    stack = StackedResidualMLPs(widths, model.hidden_size, model.num_experts)
     stack.load_state_dict(_learned(run / result["checkpoint"]))
     targets = [entry["layer"] for entry in result["layers"]]
     predictors = Predictors(
@@ -46,7 +45,7 @@ def export(run: Path, out: Path, dtype: Literal["float32", "bfloat16"] = "float3
             entry["layer"]: {kind: entry[kind]["recall@k"] for kind in ("training_free", "predictor")}
             for entry in result["layers"]
         },
-        recall={entry["layer"]: entry.get("recall", []) for entry in result["layers"]},
+        recall={entry["layer"]: entry["predictor"]["recall"] for entry in result["layers"]},
         provenance={
             "commands": {
                 "collect": source.manifest.command,

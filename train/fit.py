@@ -16,13 +16,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from pydantic import Field
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -33,9 +35,10 @@ from predictors.provenance import command, versions
 from predictors.settings import Settings
 from train.data import FitError, TraceData
 from train.module import MEAN_HIT_RATE, PredictorTraining, mean_of
+from train.targets import Source, choose_targets
 
 CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
-WHERE_AND_HOW = {"trace", "out", "resume", "device", "workers"}
+WHERE_AND_HOW = {"trace", "out", "resume", "device", "workers", "devices", "num_nodes", "strategy"}
 """Settings that may differ between a run and its resumption; the others decide what is learned."""
 
 Count = Annotated[int, Field(gt=0)]
@@ -50,10 +53,27 @@ class FitConfig(Settings):
     """The run's folder; it must not exist, unless the run is resumed."""
     resume: bool = False
     """Go on with the run in `out` from its last whole epoch."""
+    layers: Literal["all", "auto"] | list[int] = "all"
+    """Target layers to train: `all` of the trace, a list of them, or `auto`: those whose training-free hit rate is below
+    `threshold`."""
+    threshold: float = Field(0.9, gt=0, le=1)
+    """The training-free hit rate below which `auto` takes a layer."""
+    source: Source = "quasi_hidden"
+    """What is corrected: the `quasi_hidden` state of the source layer, or the target's own `layer_input`, which is known
+    later and says more."""
+    horizon: Annotated[int, Field(ge=1, le=2)] = 1
+    """How many MoE layers ahead of its target the source is."""
     width: Count = 320
     """Hidden width of each predictor."""
+    budget: str | None = None
+    """In the place of a width: what all predictors may take in bfloat16, like `2MB`, or like `1%` of the weights of the model
+    without its routed experts. Layers that are hard to guess get more of it."""
+    loss: Literal["kl", "bce", "ranking"] = "kl"
+    """What is minimised; see `train.losses`."""
     epochs: Count = 5
-    """How often each row is seen."""
+    """How often each row is seen at the most."""
+    patience: Count = 3
+    """Training ends early after so many epochs in a row without a better mean hit rate on validation."""
     batch_size: Count = 512
     """Rows of a step; every row trains all layers."""
     learning_rate: float = Field(5e-3, gt=0)
@@ -66,58 +86,80 @@ class FitConfig(Settings):
     """Of the split, the order and the initial weights."""
     device: str = "auto"
     """`auto` (CUDA where there is one), `cpu` or `cuda`."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    """`bf16-mixed` computes the predictors in bfloat16, and all else, weights included, in fp32; `auto` does so where the device
+    has instructions for it."""
+    devices: Count = 1
+    """Processes that train together on each node, one a device."""
+    num_nodes: Count = 1
+    """Nodes that train together, each started with the same command (by torchrun or SLURM)."""
+    strategy: str = "auto"
+    """Lightning's name of how they do."""
     workers: int = Field(0, ge=0)
     """Processes that read the trace; 0 reads it in this one, which is enough beside a CPU."""
 
 
 def fit(config: FitConfig, console: Console | None = None) -> Path:
     """Trains and returns the run's folder. Raises a `UserError` before anything is written where it can't."""
-    console = console or Console()
+    console = console or Console(quiet=not is_first())
     device = resolve_device(config.device)
-    last = _check_folder(config)
+    last = config.out / CHECKPOINTS / "last.ckpt"
+    if is_first():
+        _check_folder(config)
     trace = Trace.open(config.trace)
-    trace.verify()
-    data = TraceData(trace, config.batch_size, config.validation, config.seed, config.workers)
+    if is_first():
+        trace.verify()
+    targets = choose_targets(
+        trace, config.layers, config.threshold, config.source, config.horizon, config.width, config.budget
+    )
+    sources = {target.layer: target.source for target in targets}
+    data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers)
     torch.manual_seed(config.seed)
-    module = PredictorTraining(trace, config.width, config.learning_rate, config.weight_decay)
-    _write_config(config, trace)
+    module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay)
+    if is_first():
+        _write_config(config, trace)
 
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
+    stopping = EarlyStopping(MEAN_HIT_RATE, patience=config.patience, mode="max", check_on_train_epoch_end=False)
     logger = TensorBoardLogger(config.out, name="", version="", default_hp_metric=False)
     logger.log_hyperparams(config.model_dump(mode="json"))
     watched = sys.stderr.isatty()  # in a log file a progress bar is thousands of lines
-    with _quiet():
-        trainer = lightning.Trainer(
-            max_epochs=config.epochs,
-            callbacks=[best, *([TQDMProgressBar(leave=False)] if watched else [])],
+    with quiet():
+        trainer = lightning_trainer(
+            config,
+            device,
+            callbacks=[best, stopping, *([TQDMProgressBar(leave=False)] if watched else [])],
             enable_progress_bar=watched,
             logger=logger,
-            log_every_n_steps=10,
-            num_sanity_val_steps=0,
-            reload_dataloaders_every_n_epochs=1,  # the order is another in each epoch
-            **_on(device),
         )
         started = time.perf_counter()
-        trainer.fit(module, data, ckpt_path=last, weights_only=True)
+        trainer.fit(module, data, ckpt_path=last if config.resume and last.exists() else None, weights_only=True)
         seconds = time.perf_counter() - started
-        check = lightning.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, **_on(device))
-        check.validate(module, data, ckpt_path=best.best_model_path, verbose=False, weights_only=True)
+    if not is_first():
+        return config.out
+    results = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["results"]
     result: dict[str, Any] = {
         "checkpoint": f"{CHECKPOINTS}/{Path(best.best_model_path).name}",
         "layers": [
-            {"layer": target, "source": trace.sources[target], **kinds, "recall": module.recall[target]}
-            for target, kinds in module.results.items()
+            {"layer": target.layer, "source": target.source, "width": target.width, **results[target.layer]}
+            for target in targets
         ],
-        "mean": {kind: mean_of(module.results, kind) for kind in ("training_free", "predictor")},
+        "mean": {kind: mean_of(results, kind) for kind in ("training_free", "predictor")},
+        "epochs": trainer.current_epoch,
     }
     write_durably(config.out / RESULT, json.dumps(result, indent=2) + "\n")
-    _report(module, console)
+    _report(result["layers"], console)
     console.print(
-        f"{config.out}: {len(trace.sources)} predictors, {seconds:,.0f} s; "
+        f"{config.out}: {len(targets)} predictors, {trainer.current_epoch} epochs, {seconds:,.0f} s; "
         f"mean hit rate {result['mean']['training_free']:.3f} -> {result['mean']['predictor']:.3f}",
         highlight=False,
     )
     return config.out
+
+
+def is_first() -> bool:
+    """Whether this is the first, or the only one, of the processes that train together: it writes for all of them."""
+    return (_get_rank() or 0) == 0
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -131,24 +173,22 @@ def read_run(run: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_folder(config: FitConfig) -> Path | None:
-    """The checkpoint to resume from, if any; raises unless `out` is new, or holds this very run."""
+def _check_folder(config: FitConfig) -> None:
+    """Raises `FitError` unless `out` is new, or holds this very run and it is to be resumed."""
     if not config.resume:
         if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
             raise FitError(f"{config.out} exists already; name a new folder, or give --resume to go on with that run")
-        return None
+        return
     before = read_run(config.out)
     now = config.model_dump(mode="json")
     for name in FitConfig.model_fields.keys() - WHERE_AND_HOW:
-        if before["settings"][name] != now[name]:
+        if before["settings"].get(name) != now[name]:
             raise FitError(
-                f"the run in {config.out} was started with {name} {before['settings'][name]}, not {now[name]}; "
+                f"the run in {config.out} was started with {name} {before['settings'].get(name)}, not {now[name]}; "
                 "resume it with the same settings, or start another"
             )
     if before["trace"]["shards"] != _identity(Trace.open(config.trace))["shards"]:
         raise FitError(f"the run in {config.out} was started on another trace than {config.trace}; give that one")
-    last = config.out / CHECKPOINTS / "last.ckpt"
-    return last if last.exists() else None
 
 
 def _identity(trace: Trace) -> dict[str, Any]:
@@ -175,15 +215,36 @@ def _write_config(config: FitConfig, trace: Trace) -> None:
     write_durably(config.out / CONFIG, json.dumps(content, indent=2) + "\n")
 
 
-def _on(device: torch.device) -> dict[str, Any]:
-    quiet = {"enable_model_summary": False}
+def lightning_trainer(config: FitConfig, device: torch.device, **arguments: Any) -> lightning.Trainer:
+    is_cuda = device.type == "cuda"
+    alone = config.devices == config.num_nodes == 1
+    return lightning.Trainer(
+        max_epochs=config.epochs,
+        accelerator="gpu" if is_cuda else "cpu",
+        devices=[device.index or 0] if is_cuda and alone else config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=precision_of(config.precision, device),
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,  # the order is another in each epoch
+        use_distributed_sampler=False,  # the batches share themselves out
+        enable_model_summary=False,
+        **arguments,
+    )
+
+
+def precision_of(asked: str, device: torch.device) -> Any:
+    """Lightning's name of the precision: what is `asked`, or of `auto` the fastest that the device has instructions for."""
+    if asked != "auto":
+        return asked
     if device.type == "cuda":
-        return quiet | {"accelerator": "gpu", "devices": [device.index or 0]}
-    return quiet | {"accelerator": "cpu", "devices": 1}
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    return "32-true"
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps Lightning's remarks on devices, workers and folders from the user, who can't act on them."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
@@ -198,9 +259,11 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _report(module: PredictorTraining, console: Console) -> None:
+def _report(layers: list[dict[str, Any]], console: Console) -> None:
     table = Table(
         "target",
+        "source",
+        "width",
         "training-free",
         "predictor",
         "gap closed",
@@ -208,11 +271,13 @@ def _report(module: PredictorTraining, console: Console) -> None:
         "exact",
         title="hit rate on validation sequences",
         caption="at 2k: with twice as many candidates; exact: all experts found",
+        box=box.SIMPLE_HEAD,  # eight columns within 80
+        padding=(0, 1),
     )
-    for target, kinds in module.results.items():
-        before, after = kinds["training_free"]["recall@k"], kinds["predictor"]
-        closed = gap_closed(before, after["recall@k"])
-        rates = [before, after["recall@k"], after["recall@2k"], after["exact"]]
-        row = [f"{rate:.3f}" for rate in rates]
-        table.add_row(str(target), *row[:2], f"{closed:.0%}", *row[2:])
+    for entry in layers:
+        before, after = entry["training_free"]["recall@k"], entry["predictor"]
+        rates = [f"{rate:.3f}" for rate in (before, after["recall@k"], after["recall@2k"], after["exact"])]
+        closed = f"{gap_closed(before, after['recall@k']):.0%}"
+        source = "input" if entry["source"] is None else str(entry["source"])
+        table.add_row(str(entry["layer"]), source, str(entry["width"]), *rates[:2], closed, *rates[2:])
     console.print(table)

@@ -7,12 +7,14 @@ from typing import Any
 
 import lightning
 import torch
-import torch.nn.functional as F
 
-from data_collection.trace import Batch, Columns, Trace, make_batch
-from predictors.metrics import HitRate, RecallCurve
+from data_collection.trace import Batch, Trace, make_batch
 from predictors.mlp import StackedResidualMLPs
-from predictors.speculation import Routing, candidates
+from predictors.speculation import Routing
+from train.data import Rows
+from train.losses import LOSSES
+from train.measures import Kind, Measured, Measures
+from train.targets import Target
 
 MEAN_HIT_RATE = "hit_rate/mean"
 WARM_UP = 0.1
@@ -24,25 +26,22 @@ class PredictorTraining(lightning.LightningModule):
     Only `mlps` is learned and saved; norms, routers and default vectors come from the trace.
     """
 
-    def __init__(self, trace: Trace, width: int, learning_rate: float, weight_decay: float):
+    def __init__(self, trace: Trace, targets: list[Target], loss: str, learning_rate: float, weight_decay: float):
         super().__init__()
-        self.sources = trace.sources
+        self.sources = {target.layer: target.source for target in targets}
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.row_losses = LOSSES[loss]
         self.top_k = trace.manifest.model.top_k
         model = trace.manifest.model
-        self.mlps = StackedResidualMLPs(len(self.sources), model.hidden_size, model.num_experts, width)
+        self.mlps = StackedResidualMLPs([target.width for target in targets], model.hidden_size, model.num_experts)
         # In a plain dict, so that the frozen parts are neither parameters of this module nor in its checkpoints.
-        self.speculators = trace.speculators()
-        # In plain lists for the same reason; they count on the CPU.
-        self.twice = min(2 * self.top_k, model.num_experts)
-        self.curves = {
-            kind: RecallCurve(len(self.sources), self.top_k, self.twice) for kind in ("training_free", "predictor")
-        }
-        self.exact = {kind: HitRate(len(self.sources), exact=True) for kind in self.curves}
-        self.recall: dict[int, list[float]] = {}
-        """Of the last validation: target layer -> the predictor's recall at k, k + 1, ..., 2k candidates."""
-        self.results: dict[int, dict[str, dict[str, float]]] = {}
-        """Of the last validation: target layer -> `training_free` or `predictor` -> measure -> value."""
+        self.speculators = trace.speculators(sources=self.sources)
+        self.measures = Measures(len(self.sources), self.top_k, model.num_experts)
+        self.measured: dict[Kind, Measured] = {}
+        """Of the last validation: all that was measured."""
+        self.results: dict[int, dict[str, dict[str, Any]]] = {}
+        """Of the last validation: target layer -> `training_free` or `predictor` -> measure -> value; `recall` is the list
+        of those at k, k + 1, ..., 2k candidates."""
 
     def on_fit_start(self) -> None:
         self._follow()
@@ -61,42 +60,46 @@ class PredictorTraining(lightning.LightningModule):
         """Each target layer's own router on its states, `[layers, rows, hidden]`."""
         return [speculator.router(state) for speculator, state in zip(self.speculators.values(), states, strict=True)]
 
-    def loss(self, batch: Batch, routings: list[Routing]) -> torch.Tensor:
-        """KL divergence from the true router distribution to the speculated one, nats a row, summed over layers."""
-        total = torch.zeros((), device=self.device)
-        for logits, routing in zip(batch.logits, routings, strict=True):
-            speculated, true = F.log_softmax(routing.logits.float(), -1), F.log_softmax(logits, -1)
-            total = total + F.kl_div(speculated, true, log_target=True, reduction="batchmean")
-        return total
+    def loss(self, batch: Batch, routings: list[Routing], in_all: int) -> torch.Tensor:
+        """The loss of a step, summed over layers, the mean over its rows; `in_all` of them are with all processes."""
+        speculated = torch.stack([routing.logits for routing in routings]).float()
+        rows = self.row_losses(speculated, batch.logits, batch.ids)
+        # Processes average their gradients, so each counts its rows as if all had as many.
+        return rows.sum() * (self.trainer.world_size if self._trainer is not None else 1) / in_all
 
-    def training_step(self, columns: Columns, _: int) -> torch.Tensor:
-        batch = make_batch(columns, self.sources, self.speculators)
-        loss = self.loss(batch, self.route(self.mlps(batch.quasi, batch.normed, batch.mixture)))
-        self.log("loss/train", loss, prog_bar=True, batch_size=batch.ids.shape[1])
+    def corrected(self, batch: Batch) -> list[Routing]:
+        """The routing of each target as its predictor speculates it."""
+        states = self.mlps(batch.quasi, batch.normed, batch.mixture)
+        # Only the predictors compute in mixed precision: a router's choice is made in fp32, as at inference.
+        with torch.autocast(self.device.type, enabled=False):
+            return self.route(states.float())
+
+    def read(self, rows: Rows) -> Batch:
+        """A step's rows as the predictors see them."""
+        with torch.autocast(self.device.type, enabled=False):
+            return make_batch(rows.columns, self.sources, self.speculators)
+
+    def training_step(self, rows: Rows, _: int) -> torch.Tensor:
+        batch = self.read(rows)
+        loss = self.loss(batch, self.corrected(batch), rows.in_all)
+        self.log("loss/train", loss, prog_bar=True, batch_size=rows.in_all)
         return loss
 
-    def validation_step(self, columns: Columns, _: int) -> None:
-        batch = make_batch(columns, self.sources, self.speculators)
-        corrected = self.route(self.mlps(batch.quasi, batch.normed, batch.mixture))
-        rows = batch.ids.shape[1]
-        self.log("loss/validation", self.loss(batch, corrected), batch_size=rows)
-        ids = batch.ids.cpu()
-        for kind, routings in (("training_free", self.route(batch.quasi)), ("predictor", corrected)):
-            found = torch.stack([candidates(routing, self.twice) for routing in routings]).cpu()
-            self.curves[kind].update(found, ids)
-            self.exact[kind].update(found[..., : self.top_k], ids)
+    def validation_step(self, rows: Rows, _: int) -> None:
+        batch = self.read(rows)
+        corrected = self.corrected(batch)
+        loss = self.loss(batch, corrected, rows.in_all)
+        self.log("loss/validation", loss, batch_size=rows.in_all, sync_dist=True)
+        self.measures.update("training_free", self.route(batch.quasi), batch.ids)
+        self.measures.update("predictor", corrected, batch.ids)
 
     def on_validation_epoch_end(self) -> None:
-        self.results = {target: {} for target in self.sources}
-        for kind, metric in self.curves.items():
-            # torchmetrics makes a vector of what `compute` returns for one layer.
-            curves = metric.compute().reshape(len(self.sources), -1).tolist()
-            for target, curve, exact in zip(self.sources, curves, self.exact[kind].rates(), strict=True):
-                self.results[target][kind] = {"recall@k": curve[0], "recall@2k": curve[-1], "exact": exact}
-                if kind == "predictor":
-                    self.recall[target] = curve
-            metric.reset()
-            self.exact[kind].reset()
+        self.measured = self.measures.compute()
+        self.measures.reset()
+        self.results = {
+            target: {kind: measured.summary(number) for kind, measured in self.measured.items()}
+            for number, target in enumerate(self.sources)
+        }
         for target, result in self.results.items():
             layer = f"layer_{target:02d}"
             self.log(f"hit_rate/{layer}", result["predictor"]["recall@k"])
@@ -105,6 +108,9 @@ class PredictorTraining(lightning.LightningModule):
             self.log(f"exact/{layer}", result["predictor"]["exact"])
         self.log(MEAN_HIT_RATE, mean_of(self.results, "predictor"), prog_bar=True)
         self.log("training_free/mean", mean_of(self.results, "training_free"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["results"] = self.results
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.mlps.parameters(), self.learning_rate, weight_decay=self.weight_decay)
@@ -123,6 +129,6 @@ def one_cycle(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP))))
 
 
-def mean_of(results: dict[int, dict[str, dict[str, float]]], kind: str, measure: str = "recall@k") -> float:
+def mean_of(results: dict[int, dict[str, dict[str, Any]]], kind: str, measure: str = "recall@k") -> float:
     """The mean of a measure over the target layers."""
     return sum(result[kind][measure] for result in results.values()) / len(results)

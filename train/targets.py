@@ -1,0 +1,141 @@
+"""Which layers a run trains, what each of them reads, and how wide its predictor is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from transformers import AutoConfig
+
+from data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
+from data_collection.trace import Trace
+from predictors.architecture import farther, skeleton
+from predictors.experts import expert_modules
+from predictors.mlp import ResidualMLP
+from train.data import FitError
+
+Source = Literal["quasi_hidden", "layer_input"]
+WIDTH_STEP = 16
+"""Widths are multiples of it: vector units and matrix tiles are."""
+BYTES_OF_A_PARAMETER = 2
+"""In bfloat16, as `export --dtype bfloat16` writes them."""
+
+
+class Target(NamedTuple):
+    """A layer whose routing is to be guessed."""
+
+    layer: int
+    source: int | None
+    """The layer whose residual and routing the guess is made of; None for the target's own input."""
+    width: int
+    """Of its predictor."""
+    training_free: float
+    """Hit rate without a predictor, on a sample of the trace."""
+
+
+def sources_in(trace: Trace, source: Source, horizon: int) -> dict[int, int | None]:
+    """What each target of the trace is to read, by layer.
+
+    Raises `FitError` where the trace does not hold it.
+    """
+    if source == "layer_input":
+        if horizon != 1:
+            raise FitError("a layer's own input is known at its beginning only; leave --horizon out, or --source")
+        lacking = next((e.layer for e in trace.manifest.layers if e.source is not None and not e.has_input), None)
+        if lacking is not None:
+            raise FitError(f"{trace.path} lacks the input of layer {lacking}; collect it again with --inputs")
+        return dict.fromkeys(trace.sources, None)
+    found = farther(trace.sources, horizon)
+    first, recorded = trace.manifest.model.moe_layers[0], set(trace.sources)
+    for target, nearest in trace.sources.items():
+        if horizon > 1 and nearest is not None and nearest != first and nearest not in recorded:
+            raise FitError(
+                f"{trace.path} lacks what layer {target} would read at horizon {horizon}; collect it with --layers all"
+            )
+    return found
+
+
+def choose_targets(
+    trace: Trace,
+    layers: Literal["all", "auto"] | Iterable[int],
+    threshold: float,
+    source: Source,
+    horizon: int,
+    width: int,
+    budget: str | None,
+) -> list[Target]:
+    """The targets of a run. `budget` is bytes like `2MB`, or a share like `1%` of the model's weights without its experts.
+
+    Raises `FitError` where there are none, or the budget is too small.
+    """
+    sources = sources_in(trace, source, horizon)
+    named = sources.keys() if isinstance(layers, str) else set(layers)
+    if unknown := sorted(named - sources.keys()):
+        raise FitError(f"layer {unknown[0]} is no target of {trace.path}; it has {', '.join(map(str, sources))}")
+    sources = {target: sources[target] for target in sources if target in named}
+    if not sources:
+        raise FitError("no layer is named; give --layers all, auto, or layer numbers like 0,1,5")
+    rates = hit_rates_of(trace, sources)
+    if layers == "auto":
+        below = {target: source for target, source in sources.items() if rates[target] < threshold}
+        if not below:
+            raise FitError(
+                f"no layer's training-free hit rate is below the threshold of {threshold} (the lowest is "
+                f"{min(rates.values()):.3f}); raise --threshold or give --layers all"
+            )
+        sources = below
+    widths = dict.fromkeys(sources, width)
+    if budget is not None:
+        widths = share_out(trace, {target: 1 - rates[target] for target in sources}, budget)
+    return [Target(target, source, widths[target], rates[target]) for target, source in sources.items()]
+
+
+def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, float]:
+    """Training-free hit rate of each target with such `sources`, on a sample of the trace."""
+    parts = trace.sample(SAMPLE_ROWS, trace.columns_for(sources))
+    [rates] = training_free_hit_rates(parts, sources, trace.speculators(sources=sources), [trace.manifest.model.top_k])
+    return rates
+
+
+def share_out(trace: Trace, gaps: dict[int, float], budget: str) -> dict[int, int]:
+    """The width of each target's predictor for all of them to take `budget` at most, in bfloat16.
+
+    What a predictor closes of its layer's gap to 1 grows about with the logarithm of its width (docs/predictors.md), so
+    what the last unit of width is worth is the layer's gap over the width: the best widths are as the gaps are.
+    """
+    model = trace.manifest.model
+    fixed, one = (ResidualMLP.count(model.hidden_size, model.num_experts, width) for width in (0, 1))
+    steps = (parameters_in(trace, budget) - fixed * len(gaps)) // (WIDTH_STEP * (one - fixed))
+    if steps < len(gaps):
+        least = (fixed + WIDTH_STEP * (one - fixed)) * len(gaps) * BYTES_OF_A_PARAMETER
+        raise FitError(
+            f"a budget of {budget} is too small for {len(gaps)} predictors, which take {least:,} bytes at the least; give "
+            "a larger --budget or fewer --layers"
+        )
+    shares = dict.fromkeys(gaps, 1)
+    for _ in range(steps - len(gaps)):  # each step to where it is worth most
+        best = max(gaps, key=lambda target: gaps[target] / shares[target])
+        shares[best] += 1
+    return {target: WIDTH_STEP * share for target, share in shares.items()}
+
+
+def parameters_in(trace: Trace, budget: str) -> int:
+    """How many parameters a budget allows. Raises `FitError` where it is neither bytes nor a share."""
+    text = budget.strip()
+    try:
+        if not text.endswith("%"):
+            return int(TypeAdapter(ByteSize).validate_python(text)) // BYTES_OF_A_PARAMETER
+        share = float(text[:-1]) / 100
+    except (ValidationError, ValueError) as error:
+        raise FitError(f"a budget can't be {budget}; give bytes like 2MB, or a share like 1%") from error
+    if not 0 < share <= 1:
+        raise FitError(f"a budget can't be {budget}; give a share between 0 and 100%")
+    return int(share * parameters_beside_experts(trace))
+
+
+def parameters_beside_experts(trace: Trace) -> int:
+    """Parameters of the recorded model without its routed experts, counted on its config."""
+    model = skeleton(AutoConfig.from_pretrained(trace.path))
+    experts = {id(p) for module in expert_modules(model).values() for p in module.parameters(recurse=False)}
+    return sum(p.numel() for p in model.parameters() if id(p) not in experts)
