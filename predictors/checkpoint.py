@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from predictors.architecture import MoELayer, describe_shape, moe_shape, sources
@@ -139,7 +139,8 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        # save_file would make a file that its owner alone can read.
+        (aside / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (aside / CONFIG).write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2) + "\n")
         (aside / CARD).write_text(card, encoding="utf-8")
         if folder.exists():

@@ -46,7 +46,7 @@ class ModelEntry(_Entry):
     model_type: Line
     hidden_size: Count
     num_hidden_layers: Count
-    moe_layers: list[Index] = Field(min_length=1)
+    moe_layers: list[Index] = Field(min_length=1, max_length=4096)
     num_experts: Count
     top_k: Count
     fingerprint: str
