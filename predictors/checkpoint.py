@@ -219,7 +219,7 @@ def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
                 dtype, found = entry.get_dtype(), entry.get_shape()
                 if dtype not in FLOATS or tuple(found) != shape:
                     raise PredictorsError(
-                        f"{file}: {name} is {dtype} of shape {shown(found)}, and should be {', '.join(FLOATS)} of shape "
+                        f"{file}: {name} is {dtype} of shape {shown(found)}, and should be {', '.join(FLOATS[:-1])} or {FLOATS[-1]} of shape "
                         f"{list(shape)}; export the predictors again"
                     )
             tensors = {name: opened.get_tensor(name).to(torch.float32, copy=True) for name in shapes}

@@ -25,7 +25,7 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
-_SHORT = reprlib.Repr()
+_SHORT = reprlib.Repr()  # which does not follow a value as deep or as far as `repr` would
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
@@ -65,7 +65,8 @@ def describe(error: ValidationError) -> str:
 
 def shown(value: Any) -> str:
     """A value as a sentence shows it: on one line, and cut where it is long."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
