@@ -108,14 +108,19 @@ def make_speculators(
     return speculators
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raises `PredictorsError` where something is that predictors would be written over."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PredictorsError(f"{folder} exists already; name a new folder or remove it")
+
+
 def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Path:
     """Writes the folder whole or not at all; floats keep their dtype.
 
     Raises `PredictorsError` where it exists already, where it can't be written, and for predictors that could not be loaded.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PredictorsError(f"{folder} exists already; name a new folder or remove it")
+    refuse_existing(folder)
     targets = sorted(predictors.mlps.keys() | predictors.sources.keys())
     config = make_config(
         model=predictors.model,

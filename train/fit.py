@@ -105,7 +105,11 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     result: dict[str, Any] = {
         "checkpoint": f"{CHECKPOINTS}/{Path(best.best_model_path).name}",
         "layers": [
-            {"layer": target, "source": trace.sources[target], **kinds, "recall": module.recall[target]}
+            {
+                "layer": target,
+                "source": trace.sources[target],
+                **{kind: rates | {"recall": module.recall[kind][target]} for kind, rates in kinds.items()},
+            }
             for target, kinds in module.results.items()
         ],
         "mean": {kind: mean_of(module.results, kind) for kind in ("training_free", "predictor")},

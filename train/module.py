@@ -39,8 +39,8 @@ class PredictorTraining(lightning.LightningModule):
             kind: RecallCurve(len(self.sources), self.top_k, self.twice) for kind in ("training_free", "predictor")
         }
         self.exact = {kind: HitRate(len(self.sources), exact=True) for kind in self.curves}
-        self.recall: dict[int, list[float]] = {}
-        """Of the last validation: target layer -> the predictor's recall at k, k + 1, ..., 2k candidates."""
+        self.recall: dict[str, dict[int, list[float]]] = {kind: {} for kind in self.curves}
+        """Of the last validation: `training_free` or `predictor` -> target layer -> recall at k, k + 1, ..., 2k candidates."""
         self.results: dict[int, dict[str, dict[str, float]]] = {}
         """Of the last validation: target layer -> `training_free` or `predictor` -> measure -> value."""
 
@@ -93,8 +93,7 @@ class PredictorTraining(lightning.LightningModule):
             curves = metric.compute().reshape(len(self.sources), -1).tolist()
             for target, curve, exact in zip(self.sources, curves, self.exact[kind].rates(), strict=True):
                 self.results[target][kind] = {"recall@k": curve[0], "recall@2k": curve[-1], "exact": exact}
-                if kind == "predictor":
-                    self.recall[target] = curve
+                self.recall[kind][target] = curve
             metric.reset()
             self.exact[kind].reset()
         for target, result in self.results.items():
