@@ -34,8 +34,8 @@ def layer_table(
     top_k, experts = predictors.model["top_k"], predictors.model["num_experts"]
     most = min(2 * top_k, experts)
     sizes = sorted({min(top_k + 2, most), most} - {top_k})
-    headers = ["layer", "reads", "width", "bytes", "training-free", "predictor", "gap closed"]
-    headers += [f"top {size}" for size in sizes] + ([f"by {rounding.dtype}"] if rounding else [])
+    headers = ["layer", "source", "width", "bytes", "training-free", "predictor", "gap closed"]
+    headers += [f"top {size}" for size in sizes] + (["by rounding"] if rounding else [])
     rows, rates = [], []
     for target, entry in entries.items():
         source, mlp = predictors.sources[target], predictors.mlps.get(target)
@@ -43,7 +43,7 @@ def layer_table(
         curve = predictors.recall[target]
         row = [
             str(target),
-            "its own input" if source is None else f"layer {source}",
+            "its input" if source is None else str(source),
             str(mlp.width if mlp else 0),
             f"{_bytes(predictors, target):,}",
             f"{before:.3f}",
@@ -111,9 +111,8 @@ def model_card(predictors: Predictors, entries: dict[int, Any], rounding: Roundi
         "",
         f"# Expert predictors for {name}",
         "",
-        "They guess which experts the next mixture-of-experts layer will use, one layer ahead, so that the experts can be",
-        "copied while the current layer computes. With predict-train, which loads them and the model with its experts in host",
-        "memory:",
+        "They guess which experts a mixture-of-experts layer will use while an earlier one still computes, so that the experts",
+        "are copied in time from host memory to the device. predict-train runs the model with them:",
         "",
         "```python",
         "from transformers import AutoTokenizer",
@@ -131,11 +130,12 @@ def model_card(predictors: Predictors, entries: dict[int, Any], rounding: Roundi
         "",
         f"On validation sequences: the share of the router's true {top_k} experts that are among the top {top_k} of the",
         "speculation, training-free and with the predictor; and, of the speculation as it is here, among the top of more",
-        "candidates. config.json has it for every number of candidates in between.",
+        "candidates. config.json has it for every number of candidates in between. Source is the layer whose residual and routing",
+        "the speculation reads.",
         "",
         *_markdown(*layer_table(predictors, entries, rounding)),
         "",
-        *remarks(predictors, entries, rounding),
+        *(f"- {sentence}" for sentence in remarks(predictors, entries, rounding)),
         "",
         "## How it was made",
         "",
