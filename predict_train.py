@@ -164,8 +164,7 @@ def export(
 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype can't be {dtype}; give float32 or bfloat16")
-    folder = job(run, out, dtype, trace)  # type: ignore[arg-type]
-    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
+    job(run, out, dtype, trace)  # type: ignore[arg-type]
 
 
 @app.command()
@@ -386,8 +385,7 @@ def demo(
     console.rule("2. fit: a small predictor for every layer")
     run = run_fit(FitConfig(trace=trace, out=out / "run"), console)
     console.rule("3. export: a folder that the runtime loads")
-    folder = run_export(run, out / "predictors")
-    console.print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    folder = run_export(run, out / "predictors", console=console)
     console.rule("4. evaluate and generate, on text that neither the model nor the predictors have seen")
     loaded, tokenizer, _ = _load(model, "cpu", None)
     predictors = _load_predictors(str(folder), loaded)

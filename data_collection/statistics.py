@@ -7,13 +7,14 @@ of rows; loads and previous tokens need the expert ids only, and are exact over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from data_collection.trace import Columns, Trace, make_batch
 from predictors.metrics import HitRate
+from predictors.mlp import ResidualMLP
 from predictors.speculation import Speculator, candidates
 
 CHUNK_ROWS = 2048
@@ -80,19 +81,33 @@ def _training_free(trace: Trace, sample_rows: int) -> tuple[dict[str, list[float
 
 
 def training_free_hit_rates(
-    batches: Iterator[Columns], sources: dict[int, int | None], speculators: dict[int, Speculator], sizes: list[int]
+    batches: Iterable[Columns], sources: dict[int, int | None], speculators: dict[int, Speculator], sizes: list[int]
 ) -> list[dict[int, float]]:
-    """For each number of candidates in `sizes`, by target: recall of the router on the quasi-hidden state.
+    """`hit_rates` of the router on the quasi-hidden state, without predictors."""
+    return hit_rates(batches, sources, speculators, sizes, {})
 
-    Over the rows of `batches`; the `speculators` are fp32, as a trace's are.
+
+def hit_rates(
+    batches: Iterable[Columns],
+    sources: dict[int, int | None],
+    speculators: dict[int, Speculator],
+    sizes: list[int],
+    mlps: dict[int, ResidualMLP],
+) -> list[dict[int, float]]:
+    """For each number of candidates in `sizes`, by target: recall of the router on the state that its MLP corrected.
+
+    Over the rows of `batches`; a target that has no MLP in `mlps` is speculated on without one. The `speculators`, which are
+    asked for norms, routers and default vectors alone, and the MLPs are fp32, as a trace's are.
     """
     metrics = [HitRate(len(sources)) for _ in sizes]
-    for columns in batches:
-        batch = make_batch(columns, sources, speculators)
-        routings = [speculators[target].router(quasi) for target, quasi in zip(sources, batch.quasi, strict=True)]
-        found = torch.stack([candidates(routing, max(sizes)) for routing in routings])
-        for metric, size in zip(metrics, sizes, strict=True):
-            metric.update(found[..., :size], batch.ids)
+    with torch.no_grad():
+        for columns in batches:
+            batch, found = make_batch(columns, sources, speculators), []
+            for target, *states in zip(sources, batch.quasi, batch.normed, batch.mixture, strict=True):
+                state = mlps[target](*states) if target in mlps else states[0]
+                found.append(candidates(speculators[target].router(state), max(sizes)))
+            for metric, size in zip(metrics, sizes, strict=True):
+                metric.update(torch.stack(found)[..., :size], batch.ids)
     return [dict(zip(sources, metric.own_rates(), strict=True)) for metric in metrics]
 
 

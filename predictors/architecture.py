@@ -189,8 +189,17 @@ def moe_shape(config: PretrainedConfig, layers: list[MoELayer]) -> dict[str, Any
         "num_experts": layers[0].num_experts,
         "top_k": layers[0].top_k,
     }
-    shape["fingerprint"] = hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+    shape["fingerprint"] = fingerprint(shape)
     return shape
+
+
+FACTS = ("model_type", "hidden_size", "num_hidden_layers", "moe_layers", "num_experts", "top_k")
+
+
+def fingerprint(shape: dict[str, Any]) -> str:
+    """sha256 of the facts in a `moe_shape`: models that share it can share predictors."""
+    facts = {name: shape[name] for name in FACTS}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def describe_shape(shape: dict[str, Any]) -> str:

@@ -4,7 +4,8 @@
     config.json              format version, the model they belong to, per layer source, width and hit rates
     README.md                a model card
 
-Nothing is ever unpickled. Every way in which such a folder can be wrong ends in one `PredictorsError`.
+Nothing is ever unpickled, and nothing is allocated by what config.json says before the weights' header agrees. Every way in which
+such a folder can be wrong ends in one `PredictorsError`.
 """
 
 from __future__ import annotations
@@ -18,25 +19,21 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from predictors.architecture import MoELayer, describe_shape, moe_shape, sources
+from predictors.config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
 from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
 from predictors.mlp import ResidualMLP
+from predictors.settings import shown
 from predictors.speculation import Router, Speculator
 
-FORMAT_VERSION = 3
-READABLE = (2, FORMAT_VERSION)
-"""Version 2 had no `source`: every source was the nearest."""
-WEIGHTS, CONFIG, CARD = "predictors.safetensors", "config.json", "README.md"
-
-
-class PredictorsError(UserError):
-    """A predictors folder that can't be used; the message says what is wrong and what to do."""
+WEIGHTS, CARD = "predictors.safetensors", "README.md"
+FLOATS = ("F32", "BF16", "F16")
+"""The dtypes that weights may have, by safetensors' names."""
 
 
 @dataclass
@@ -46,14 +43,14 @@ class Predictors:
     model: dict[str, Any]
     """`name` and the facts of `architecture.moe_shape` of the model they belong to."""
     mlps: dict[int, ResidualMLP] = field(default_factory=dict)
-    """By target layer; of one without, speculation is training-free."""
+    """By target layer, fp32 when loaded; of one without, speculation is training-free."""
     sources: dict[int, int | None] = field(default_factory=dict)
     """By target layer: the source layer whose residual it reads, None for its own input. Of a target that is not here, what
     `architecture.sources` says."""
     default_vectors: dict[int, torch.Tensor] = field(default_factory=dict)
     """By source layer: `[experts, hidden]`, fp32."""
     hit_rates: dict[int, dict[str, float]] = field(default_factory=dict)
-    """By target layer: `training_free` and `predictor`, on validation sequences."""
+    """By target layer: `training_free` and, where there is one, `predictor`; on validation sequences."""
     recall: dict[int, list[float]] = field(default_factory=dict)
     """By target layer: the speculation's recall at k, k + 1, ..., 2k candidates, on validation sequences; empty in an
     export of before it was written."""
@@ -111,22 +108,23 @@ def make_speculators(
     return speculators
 
 
-def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Path:
-    """Writes the folder whole or not at all. Raises `PredictorsError` where it exists already."""
-    folder = Path(folder)
+def refuse_existing(folder: Path) -> None:
+    """Raises `PredictorsError` where something is that predictors would be written over."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PredictorsError(f"{folder} exists already; name a new folder or remove it")
-    aside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    tensors = {f"default_vectors.{source}": d.contiguous() for source, d in predictors.default_vectors.items()}
-    for target, mlp in predictors.mlps.items():
-        tensors |= {f"layers.{target}.{name}": p.detach().contiguous() for name, p in mlp.named_parameters()}
-    save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
-    config = {
-        "format_version": FORMAT_VERSION,
-        "model": predictors.model,
-        "layers": [
+
+
+def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Path:
+    """Writes the folder whole or not at all; floats keep their dtype.
+
+    Raises `PredictorsError` where it exists already, where it can't be written, and for predictors that could not be loaded.
+    """
+    folder = Path(folder)
+    refuse_existing(folder)
+    targets = sorted(predictors.mlps.keys() | predictors.sources.keys())
+    config = make_config(
+        model=predictors.model,
+        layers=[
             {
                 "layer": target,
                 **({"source": predictors.sources[target]} if target in predictors.sources else {}),
@@ -134,16 +132,28 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
                 "hit_rate": predictors.hit_rates.get(target, {}),
                 "recall": predictors.recall.get(target, []),
             }
-            for target in sorted(predictors.mlps.keys() | predictors.sources.keys())
+            for target in targets
         ],
-        "default_vectors": sorted(predictors.default_vectors),
-        "provenance": predictors.provenance,
-    }
-    (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    (aside / CARD).write_text(card)
-    if folder.exists():
-        folder.rmdir()
-    os.replace(aside, folder)
+        default_vectors=sorted(predictors.default_vectors),
+        provenance=predictors.provenance,
+    )
+    tensors = {f"default_vectors.{source}": d.contiguous() for source, d in predictors.default_vectors.items()}
+    for target, mlp in predictors.mlps.items():
+        tensors |= {f"layers.{target}.{name}": p.detach().contiguous() for name, p in mlp.named_parameters()}
+    aside = folder.absolute().with_name(folder.absolute().name + ".partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        # save_file would make a file that its owner alone can read.
+        (aside / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        (aside / CONFIG).write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2) + "\n")
+        (aside / CARD).write_text(card, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(aside, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise PredictorsError(f"{folder} can't be written ({error}); name a folder that can") from error
     return folder
 
 
@@ -153,36 +163,29 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     Raises `PredictorsError` with one sentence for whatever is missing, broken or of another model.
     """
     folder = _local_folder(str(path_or_id))
-    config = _read_config(folder)
-    weights = folder / WEIGHTS
-    try:
-        tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise PredictorsError(f"{weights} is missing or broken ({error}); export the predictors again") from error
-    predictors = Predictors(model=config["model"], provenance=config.get("provenance", {}))
-    hidden, experts = config["model"]["hidden_size"], config["model"]["num_experts"]
-    for entry in config["layers"]:
-        target, width = entry["layer"], entry["width"]
-        if "source" in entry:
-            predictors.sources[target] = entry["source"]
-        predictors.hit_rates[target] = entry.get("hit_rate", {})
-        predictors.recall[target] = entry.get("recall", [])
-        if not width:  # no predictor was better than none
-            continue
-        mlp = ResidualMLP(hidden, experts, width)
-        state = {}
-        for name, parameter in mlp.named_parameters():
-            state[name] = _take(tensors, f"layers.{target}.{name}", tuple(parameter.shape), weights)
-        mlp.load_state_dict(state)
-        predictors.mlps[target] = mlp.requires_grad_(False)
-    for source in config["default_vectors"]:
-        predictors.default_vectors[source] = _take(
-            tensors, f"default_vectors.{source}", (experts, hidden), weights
-        ).float()
-    if tensors:
-        raise PredictorsError(
-            f"{weights} holds the tensor {min(tensors)}, which {CONFIG} does not name; export it again"
-        )
+    config = read_config(folder)
+    hidden, experts = config.model.hidden_size, config.model.num_experts
+    with torch.device("meta"):  # shapes only: no memory is taken until the file has them too
+        mlps = {entry.layer: ResidualMLP(hidden, experts, entry.width) for entry in config.layers if entry.width}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"default_vectors.{source}": (experts, hidden) for source in config.default_vectors
+    }
+    for target, mlp in mlps.items():
+        shapes |= {f"layers.{target}.{name}": tuple(p.shape) for name, p in mlp.named_parameters()}
+    tensors = _read_tensors(folder / WEIGHTS, shapes)
+    for target, mlp in mlps.items():
+        state = {name: tensors[f"layers.{target}.{name}"] for name, _ in mlp.named_parameters()}
+        mlp.load_state_dict(state, assign=True)
+        mlp.requires_grad_(False)
+    predictors = Predictors(
+        model=config.model.model_dump(),
+        mlps=mlps,
+        sources={entry.layer: entry.source for entry in config.layers if "source" in entry.model_fields_set},
+        default_vectors={source: tensors[f"default_vectors.{source}"] for source in config.default_vectors},
+        hit_rates={entry.layer: {str(kind): rate for kind, rate in entry.hit_rate.items()} for entry in config.layers},
+        recall={entry.layer: entry.recall for entry in config.layers},
+        provenance=config.provenance.model_dump(exclude_unset=True),
+    )
     if model is not None:
         predictors.check(model, find_moe_layers(model))
     return predictors
@@ -190,69 +193,56 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
 
 def _local_folder(path_or_id: str) -> Path:
     folder = Path(path_or_id)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise PredictorsError(f"{folder} is a file; give the folder that export wrote")
     try:
+        if folder.is_dir():
+            return folder
+        if folder.exists():
+            raise PredictorsError(f"{folder} is a file; give the folder that export wrote")
         return Path(snapshot_download(path_or_id, allow_patterns=[WEIGHTS, CONFIG, CARD]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except PredictorsError:
+        raise
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no name can be so
         raise PredictorsError(
             f"there are no predictors at {path_or_id}: no such folder, and no such repository in reach"
         ) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
+def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The tensors of `file`, fp32 in memory of their own; it must hold those of `shapes`, finite floats, and no others."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        version = config["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        _check_header_length(file)
+        with safe_open(file, "pt") as opened:
+            names = set(opened.keys())
+            if missing := shapes.keys() - names:
+                raise PredictorsError(f"{file} lacks the tensor {min(missing)}; export the predictors again")
+            if extra := names - shapes.keys():
+                raise PredictorsError(
+                    f"{file} holds the tensor {shown(min(extra))}, which {CONFIG} does not name; export it again"
+                )
+            for name, shape in shapes.items():
+                entry = opened.get_slice(name)
+                dtype, found = entry.get_dtype(), entry.get_shape()
+                if dtype not in FLOATS or tuple(found) != shape:
+                    raise PredictorsError(
+                        f"{file}: {name} is {dtype} of shape {shown(found)}, and should be {', '.join(FLOATS[:-1])} or {FLOATS[-1]} of shape "
+                        f"{list(shape)}; export the predictors again"
+                    )
+            tensors = {name: opened.get_tensor(name).to(torch.float32, copy=True) for name in shapes}
+    except (OSError, SafetensorError) as error:
         raise PredictorsError(
-            f"{folder} holds no predictors ({CONFIG} is missing or not ours); give a folder that export wrote"
+            f"{file} is missing or broken ({shown(str(error))}); export the predictors again"
         ) from error
-    if version not in READABLE:
-        raise PredictorsError(
-            f"{file} has format version {version}, and this release reads {' and '.join(map(str, READABLE))}; update predict-train"
-        )
-    counts = ("hidden_size", "num_experts", "top_k", "num_hidden_layers")
-    try:
-        well_formed = (
-            all(_is_count(config["model"][key]) for key in counts)
-            and isinstance(config["model"]["model_type"], str)
-            and all(isinstance(e["layer"], int) and _is_width(e["width"]) for e in config["layers"])
-            and all(isinstance(e.get("source"), int | None) for e in config["layers"])
-            and all(isinstance(source, int) for source in config["default_vectors"])
-            and all(_is_curve(e.get("recall", [])) for e in config["layers"])
-        )
-    except (KeyError, TypeError):
-        well_formed = False
-    if not well_formed:
-        raise PredictorsError(f"{file} lacks a field or has one of a wrong type; export the predictors again")
-    assert isinstance(config, dict)
-    return config
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PredictorsError(f"{file}: {name} holds values that are not finite; train and export again")
+    return tensors
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
-
-
-def _is_width(value: Any) -> bool:
-    return _is_count(value) or (value == 0 and isinstance(value, int) and not isinstance(value, bool))
-
-
-def _is_curve(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, float) and 0 <= value <= 1 for value in values)
-
-
-def _take(tensors: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], file: Path) -> torch.Tensor:
-    tensor = tensors.pop(name, None)
-    if tensor is None:
-        raise PredictorsError(f"{file} lacks the tensor {name}; export the predictors again")
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-        raise PredictorsError(
-            f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, and should be floats of shape {list(shape)}"
-        )
-    if not torch.isfinite(tensor).all():
-        raise PredictorsError(f"{file}: {name} holds values that are not finite; train and export again")
-    return tensor
+def _check_header_length(file: Path) -> None:
+    """Refuses a header that would be long to read; safetensors checks all else of it."""
+    if not file.is_file():
+        raise FileNotFoundError("no such file")
+    with file.open("rb") as data:
+        length = int.from_bytes(data.read(8), "little")
+    if length > MOST_BYTES:
+        raise PredictorsError(f"{file} says that its header has {length:,} bytes, as no export has; export it again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
+_SHORT = reprlib.Repr()  # which does not follow a value as deep or as far as `repr` would
+_SHORT.maxstring = _SHORT.maxother = 200
+
 
 def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
     """Settings of `kind` from `flags`, which beat the YAML `file`, which beats the defaults.
@@ -41,18 +45,28 @@ def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
     try:
         return kind(**values)
     except ValidationError as error:
-        raise SettingsError(describe(error)) from error
+        advice = "; give it as a flag or in the file" if error.errors()[0]["type"] == "missing" else ""
+        raise SettingsError(describe(error) + advice) from error
 
 
 def describe(error: ValidationError) -> str:
     """The first of a validation's errors as one sentence that names the field."""
     first = error.errors()[0]
     # Of a union, pydantic also names the kind that it tried, like `list[int]`.
-    field = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "value"
+    field = ".".join(shown(str(part))[1:-1] for part in first["loc"] if "[" not in str(part))
     if first["type"] == "missing":
-        return f"{field} is missing; give it as a flag or in the file"
+        return f"{field} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{field}: {message[:1].lower()}{message[1:]}, but it is {first['input']!r}"
+    # A whole entry is too long to show.
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        return f"{field}: {message}" if field else message
+    return f"{field or 'value'}: {message[:1].lower()}{message[1:]}, but it is {shown(first['input'])}"
+
+
+def shown(value: Any) -> str:
+    """A value as a sentence shows it: on one line, and cut where it is long."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -4,19 +4,26 @@ import json
 import shutil
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import yaml
+from huggingface_hub import CommitOperationAdd, ModelCard
+from rich.console import Console
 from safetensors.torch import load_file
 
-from data_collection.trace import Trace
+from data_collection.trace import Trace, make_batch
 from predictors.checkpoint import load_predictors, make_speculators
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
+from predictors.metrics import HitRate
 from predictors.speculation import Routing
+from train.data import held_out_sequences
 from train.export import export
+from train.fit import FitConfig, fit
+from train.inspection import inspect, report
 from train.module import PredictorTraining
 from train.targets import Target
 
@@ -89,14 +96,135 @@ def test_an_export_is_what_was_trained(exported, fitted, collected):
 
 
 def test_the_model_card_has_front_matter_and_the_figures(exported, fitted):
-    card = (exported / "README.md").read_text()
-    _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "predict-train"
-    for entry in json.loads((fitted / "result.json").read_text())["layers"]:
-        assert f"| {entry['training_free']['recall@k']:.3f} | {entry['predictor']['recall@k']:.3f} |" in body
-    provenance = json.loads((exported / "config.json").read_text())["provenance"]
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.library_name == "predict-train"
+    assert card.data.base_model is None  # the model is a folder here, and the Hub takes names only
+    config = json.loads((exported / "config.json").read_text())
+    tensors = load_file(exported / "predictors.safetensors")
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in card.text.splitlines() if line.startswith("| ")
+    ]
+    assert table[0] == [
+        "layer", "source", "width", "bytes", "training-free", "predictor", "gap closed", "top 4",
+    ]  # fmt: skip
+    for entry, row in zip(json.loads((fitted / "result.json").read_text())["layers"], table[2:-1], strict=True):
+        before, after = entry["training_free"]["recall@k"], entry["predictor"]["recall@k"]
+        size = sum(w.nbytes for name, w in tensors.items() if name.startswith(f"layers.{entry['layer']}."))
+        source = "its input" if entry["source"] is None else str(entry["source"])
+        closed = f"{(after - before) / (1 - before):.0%}"
+        expected = [source, "32", f"{size:,}", f"{before:.3f}", f"{after:.3f}", closed]
+        assert row == [str(entry["layer"]), *expected, f"{entry['predictor']['recall'][-1]:.3f}"]
+    total = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("layers."))
+    assert table[-1][:4] == ["all", "", "", f"{total:,}"]
+    assert f"another {sum(w.nbytes for w in tensors.values()) - total:,} bytes" in card.text
+    provenance = config["provenance"]
     assert provenance["commands"].keys() == {"collect", "fit", "export"}
-    assert "torch" in provenance["versions"]
+    assert all(command in card.text for command in provenance["commands"].values())
+    assert all(f"{name} {version}" in card.text for name, version in provenance["versions"].items())
+
+
+def test_a_model_of_the_hub_is_named_as_the_base(fitted, collected, tmp_path):
+    trace = shutil.copytree(collected, tmp_path / "trace")
+    manifest = json.loads((trace / "manifest.json").read_text())
+    manifest["model"]["name"] = "Qwen/Qwen3-30B-A3B"
+    (trace / "manifest.json").write_text(json.dumps(manifest))
+    folder = export(fitted, tmp_path / "out", trace=trace)
+    assert ModelCard.load(folder / "README.md").data.base_model == "Qwen/Qwen3-30B-A3B"
+
+
+def test_the_code_in_the_model_card_runs(exported, capsys):
+    code = (exported / "README.md").read_text().split("```python")[1].split("```")[0]
+    assert "FOLDER_OR_HUB_NAME" in code
+    names: dict[str, Any] = {}
+    exec(code.replace("FOLDER_OR_HUB_NAME", str(exported)), names)
+    names["model"].expert_offload.detach()
+    assert "The three laws are" in capsys.readouterr().out
+
+
+def test_the_folder_can_be_uploaded_as_it_is(exported):
+    files = sorted(exported.iterdir())
+    assert [file.name for file in files] == ["README.md", "config.json", "predictors.safetensors"]
+    for file in files:
+        addition = CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file)
+        assert addition.upload_info.size == file.stat().st_size > 0
+        assert file.stat().st_mode & 0o044 == (exported / "README.md").stat().st_mode & 0o044
+
+
+def test_a_predictor_that_is_no_better_than_none_is_dropped(fitted, tiny_moe, tmp_path):
+    """Of layer 1 it is worse than training-free speculation, of layer 3 as good."""
+    run = shutil.copytree(fitted, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    worse, same = (result["layers"][target] for target in (1, 3))
+    worse["predictor"]["recall"] = [rate / 2 for rate in worse["training_free"]["recall"]]
+    worse["predictor"]["recall@k"] = worse["predictor"]["recall"][0]
+    same["predictor"] = same["training_free"]
+    (run / "result.json").write_text(json.dumps(result))
+    console = Console(record=True, quiet=False, file=StringIO(), width=120)
+    folder = export(run, tmp_path / "out", console=console)
+    told, card = console.export_text(), (folder / "README.md").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "predictors.safetensors")
+    assert [entry["width"] for entry in config["layers"]] == [32, 0, 32, 0]
+    assert {name.split(".")[1] for name in tensors if name.startswith("layers.")} == {"0", "2"}
+    for entry, kept in zip(result["layers"], (True, False, True, False), strict=True):
+        written = config["layers"][entry["layer"]]
+        assert written["source"] == entry["source"]
+        assert written["recall"] == entry["predictor" if kept else "training_free"]["recall"]
+        assert written["hit_rate"].keys() == ({"training_free", "predictor"} if kept else {"training_free"})
+        figure = f"{entry['predictor']['recall@k']:.3f}{'' if kept else ', dropped'}"
+        assert f"| {figure} |" in card
+        assert figure in told
+    for text in (card, told):
+        assert "the predictors of layers 1, 3" in text
+    loaded = load_predictors(folder, tiny_moe)
+    assert {target: s.mlp is not None for target, s in make_speculators(tiny_moe, loaded).items()} == {
+        0: True, 1: False, 2: True, 3: False,
+    }  # fmt: skip
+    assert "none" in told_of(folder)
+
+
+def told_of(folder: Path) -> str:
+    console = Console(record=True, quiet=False, file=StringIO(), width=120)
+    report(inspect(folder), console)
+    return console.export_text()
+
+
+def test_a_run_that_learned_nothing_is_exported_without_predictors(collected, tiny_moe, tmp_path):
+    idle = FitConfig(trace=collected, out=tmp_path / "run", width=8, epochs=1, learning_rate=1e-20, device="cpu")
+    run = fit(idle, Console(quiet=True))
+    for dtype in ("float32", "bfloat16"):
+        loaded = load_predictors(export(run, tmp_path / dtype, dtype=dtype), tiny_moe)
+        assert loaded.mlps == {}
+        assert loaded.default_vectors.keys() == {0, 1, 2}
+        assert [list(rates) for rates in loaded.hit_rates.values()] == [["training_free"]] * 4
+
+
+def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, tmp_path):
+    console = Console(record=True, quiet=False, file=StringIO(), width=200)
+    folder = export(fitted, tmp_path / "small", dtype="bfloat16", console=console)
+    trace, mlps = Trace.open(collected), load_predictors(folder).mlps
+    chosen = json.loads((fitted / "config.json").read_text())["settings"]
+    held_out = held_out_sequences(trace.manifest.sequences, chosen["validation"], chosen["seed"])
+    metric, speculators, rows = HitRate(4), trace.speculators(), 0
+    for shard in range(len(trace.manifest.shards)):
+        own = held_out[trace.column(shard, "sequence").long()].nonzero().flatten()
+        batch = make_batch(trace.read(shard, own), trace.sources, speculators)
+        with torch.no_grad():
+            ids = [
+                speculators[target].router(mlps[target](batch.quasi[n], batch.normed[n], batch.mixture[n])).ids
+                for n, target in enumerate(trace.sources)
+            ]
+        metric.update(torch.stack(ids), batch.ids)
+        rows += len(own)
+    result = [entry["predictor"]["recall@k"] for entry in json.loads((fitted / "result.json").read_text())["layers"]]
+    before, after = sum(result) / 4, sum(metric.rates()) / 4
+    sentence = f"hit rate from {before:.5f} to {after:.5f} ({after - before:+.5f})"
+    differences = [f"{now - then:+.4f}" for now, then in zip(metric.rates(), result, strict=True)]
+    for text in (console.export_text(), (folder / "README.md").read_text()):
+        assert sentence in text
+        assert f"on {rows:,} validation rows" in text
+        assert all(difference in text for difference in differences)
+    assert "Rounding" not in (export(fitted, tmp_path / "whole") / "README.md").read_text()
 
 
 def test_bfloat16_halves_the_file_and_loads(fitted, exported, tmp_path, tiny_moe):

@@ -1,51 +1,75 @@
-"""The job `export`: the best epoch of a run as a predictors folder, shaped like a Hub repository."""
+"""The job `export`: the best epoch of a run as a predictors folder, shaped like a Hub repository.
+
+A predictor that does not find more on validation than training-free speculation does is left out: it would cost its bytes and its
+time for nothing.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
+from data_collection.statistics import CHUNK_ROWS, hit_rates
 from data_collection.trace import Trace
-from predictors.checkpoint import Predictors, save_predictors
+from predictors.checkpoint import Predictors, refuse_existing, save_predictors
 from predictors.loading import DTYPES
-from predictors.mlp import StackedResidualMLPs
+from predictors.mlp import ResidualMLP, StackedResidualMLPs
 from predictors.provenance import command, versions
-from train.data import FitError
+from train.card import Rounding, layer_table, model_card, remarks
+from train.data import FitError, held_out_sequences
 from train.fit import RESULT, read_run
 
+ROUNDING_ROWS = 20_000
+"""Validation rows that the cost of rounding is measured on, at the most."""
 
-def export(run: Path, out: Path, dtype: Literal["float32", "bfloat16"] = "float32", trace: Path | None = None) -> Path:
+
+def export(
+    run: Path,
+    out: Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    trace: Path | None = None,
+    console: Console | None = None,
+) -> Path:
     """Writes the predictors of the best epoch of `run` to the new folder `out` and returns it.
 
-    `dtype` is that of the predictors' weights in the file; default vectors are fp32. `trace` says where the trace is,
-    if it was moved since. Raises a `UserError` for a run that is not finished or was changed, and where `out` exists.
+    `dtype` is that of the predictors' weights in the file; default vectors are fp32. Where it rounds, what that costs in hit
+    rate is measured on validation rows. `trace` says where the trace is, if it was moved since. Raises a `UserError` for a
+    run that is not finished or was changed, and where `out` exists.
     """
     settings = read_run(run)
+    refuse_existing(out)
     try:
         result = json.loads((run / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FitError(f"the run in {run} is not finished (no {RESULT}); go on with it by fit --resume") from error
     source = Trace.open(trace or settings["trace"]["path"])
-    model = source.manifest.model
     if [shard.xxh3 for shard in source.manifest.shards] != settings["trace"]["shards"]:
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
-    widths = [entry["width"] for entry in result["layers"]]
-    stack = StackedResidualMLPs(widths, model.hidden_size, model.num_experts)
-    stack.load_state_dict(_learned(run / result["checkpoint"]))
-    targets = [entry["layer"] for entry in result["layers"]]
+    entries = {entry["layer"]: entry for entry in result["layers"]}
+    kinds = {  # the last of them is what speculates
+        target: ["training_free", "predictor"]
+        if entry["predictor"]["recall@k"] > entry["training_free"]["recall@k"]
+        else ["training_free"]
+        for target, entry in entries.items()
+    }
+    trained = _trained(run / result["checkpoint"], {t: entry["width"] for t, entry in entries.items()}, source)
+    mlps = {target: mlp for target, mlp in trained.items() if "predictor" in kinds[target]}
+    rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
+    sources = {target: entry["source"] for target, entry in entries.items()}
+    rounding = _rounding(mlps, DTYPES[dtype], source, sources, rows)
     predictors = Predictors(
-        model=model.identity(),
-        mlps={target: stack.layer(number).to(DTYPES[dtype]) for number, target in enumerate(targets)},
-        sources={entry["layer"]: entry["source"] for entry in result["layers"]},
+        model=source.manifest.model.identity(),
+        mlps={target: _cast(mlp, DTYPES[dtype]) for target, mlp in mlps.items()},
+        sources=sources,
         default_vectors=source.default_vectors(),
-        hit_rates={
-            entry["layer"]: {kind: entry[kind]["recall@k"] for kind in ("training_free", "predictor")}
-            for entry in result["layers"]
-        },
-        recall={entry["layer"]: entry["predictor"]["recall"] for entry in result["layers"]},
+        hit_rates={target: {kind: entries[target][kind]["recall@k"] for kind in kinds[target]} for target in entries},
+        recall={target: entries[target][kinds[target][-1]]["recall"] for target in entries},
         provenance={
             "commands": {
                 "collect": source.manifest.command,
@@ -57,67 +81,67 @@ def export(run: Path, out: Path, dtype: Literal["float32", "bfloat16"] = "float3
             "settings": {name: value for name, value in settings["settings"].items() if name not in ("trace", "out")},
         },
     )
-    return save_predictors(out, predictors, model_card(predictors, result))
+    folder = save_predictors(out, predictors, model_card(predictors, entries, rounding))
+    _report(folder, predictors, entries, rounding, console or Console())
+    return folder
 
 
-def _learned(checkpoint: Path) -> dict[str, torch.Tensor]:
+def _trained(checkpoint: Path, widths: dict[int, int], trace: Trace) -> dict[int, ResidualMLP]:
+    """The predictors of a checkpoint by target layer, fp32; `widths` are theirs."""
+    model = trace.manifest.model
+    stack = StackedResidualMLPs(list(widths.values()), model.hidden_size, model.num_experts)
     try:
         # weights_only: whatever a checkpoint holds, none of it is run.
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # torch.load raises what it meets: zip, pickle, key and file errors
         raise FitError(f"{checkpoint} is missing or broken; train the run again") from error
-    return {name.removeprefix("mlps."): tensor for name, tensor in state.items() if name.startswith("mlps.")}
+    stack.load_state_dict({n.removeprefix("mlps."): tensor for n, tensor in state.items() if n.startswith("mlps.")})
+    return {target: stack.layer(number) for number, target in enumerate(widths)}
 
 
-def model_card(predictors: Predictors, result: dict[str, Any]) -> str:
-    """README.md of an export: front matter for the Hub, hit rates before and after, and how it was made."""
-    rows = []
-    for entry in result["layers"]:
-        before, after = entry["training_free"], entry["predictor"]
-        reads = "its own input" if entry["source"] is None else f"layer {entry['source']}"
-        rows.append(
-            f"| {entry['layer']} | {reads} | {before['recall@k']:.3f} | {after['recall@k']:.3f} | {after['recall@2k']:.3f} "
-            f"| {after['exact']:.3f} |"
-        )
-    name, commands = predictors.model["name"], predictors.provenance["commands"]
-    lines = [
-        "---",
-        "library_name: predict-train",
-        # The Hub takes a repository's name here and refuses a path.
-        *([] if Path(name).exists() else [f"base_model: {json.dumps(name)}"]),
-        "tags:",
-        "- mixture-of-experts",
-        "- expert-speculation",
-        "---",
-        "",
-        f"# Expert predictors for {name}",
-        "",
-        "They guess which experts the next mixture-of-experts layer will use, one layer ahead, so that the experts can be",
-        "copied while the current layer computes. Load them with predict-train:",
-        "",
-        "```python",
-        "from predictors.checkpoint import load_predictors",
-        "",
-        "predictors = load_predictors(PATH_OR_HUB_NAME, model)",
-        "```",
-        "",
-        "## Hit rates",
-        "",
-        f"On validation sequences: the share of the router's true {predictors.model['top_k']} experts that are among as many",
-        "guesses (at 2k: among twice as many; exact: all of them).",
-        "",
-        "| layer | reads | training-free | predictor | at 2k | exact |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *rows,
-        "",
-        "## How it was made",
-        "",
-        "```",
-        *commands.values(),
-        "```",
-        "",
-        f"Trace: {predictors.provenance['trace']['tokens']:,} tokens of the corpus {predictors.provenance['trace']['corpus']}"
-        f" ({predictors.provenance['trace']['split']}).",
-        "Versions: " + ", ".join(f"{package} {version}" for package, version in versions().items()) + ".",
-    ]
-    return "\n".join(lines) + "\n"
+def _validation_rows(trace: Trace, share: float, seed: int) -> list[torch.Tensor]:
+    """Rows of each shard that `fit` kept for validation, evenly spaced, `ROUNDING_ROWS` in all at the most."""
+    held_out = held_out_sequences(trace.manifest.sequences, share, seed)
+    shards = range(len(trace.manifest.shards))
+    rows = [held_out[trace.column(shard, "sequence").long()].nonzero().flatten() for shard in shards]
+    step = -(-sum(map(len, rows)) // ROUNDING_ROWS)
+    return [some[::step] for some in rows]
+
+
+def _rounding(
+    mlps: dict[int, ResidualMLP],
+    dtype: torch.dtype,
+    trace: Trace,
+    sources: dict[int, int | None],
+    rows: list[torch.Tensor],
+) -> Rounding | None:
+    """What rounding the predictors to `dtype` costs on the given rows of each shard; None where nothing is rounded."""
+    if dtype == torch.float32 or not mlps:
+        return None
+    sources = {target: sources[target] for target in mlps}
+    speculators, names = trace.speculators(sources=sources), trace.columns_for(sources)
+
+    def measure(some: dict[int, ResidualMLP]) -> dict[int, float]:
+        pieces = [(shard, piece) for shard, own in enumerate(rows) for piece in own.split(CHUNK_ROWS) if len(piece)]
+        batches = (trace.read(shard, piece, names) for shard, piece in pieces)
+        return hit_rates(batches, sources, speculators, [trace.manifest.model.top_k], some)[0]
+
+    rounded = {target: _cast(_cast(mlp, dtype), torch.float32) for target, mlp in mlps.items()}
+    return Rounding(str(dtype).removeprefix("torch."), sum(map(len, rows)), measure(mlps), measure(rounded))
+
+
+def _cast(mlp: ResidualMLP, dtype: torch.dtype) -> ResidualMLP:
+    return copy.deepcopy(mlp).to(dtype)
+
+
+def _report(
+    folder: Path, predictors: Predictors, entries: dict[int, Any], rounding: Rounding | None, console: Console
+) -> None:
+    headers, rows = layer_table(predictors, entries, rounding)
+    table = Table(*headers, title="hit rate on validation sequences")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    for line in (*remarks(predictors, entries, rounding), f"{folder}: {size:,} bytes"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -272,7 +272,8 @@ def _report(layers: list[dict[str, Any]], console: Console) -> None:
         title="hit rate on validation sequences",
         caption="at 2k: with twice as many candidates; exact: all experts found",
         box=box.SIMPLE_HEAD,  # eight columns within 80
-        padding=(0, 1),
+        padding=0,
+        pad_edge=False,
     )
     for entry in layers:
         before, after = entry["training_free"]["recall@k"], entry["predictor"]

@@ -52,12 +52,14 @@ def _kind(path: Path) -> str:
         raise InspectError(f"{path} {what}; give the folder that collect, fit or export wrote")
     if (path / "manifest.json").exists() or any(path.glob("shard-*")):
         return "trace"
+    if (path / "predictors.safetensors").exists():
+        return "predictors"
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         config = None
     keys = set(config) if isinstance(config, dict) else set()
-    if (path / "predictors.safetensors").exists() or {"format_version", "default_vectors"} <= keys:
+    if {"format_version", "default_vectors"} <= keys:
         return "predictors"
     if {"settings", "trace"} <= keys:
         return "run"
@@ -126,26 +128,31 @@ def _epochs(path: Path) -> list[dict[str, float]]:
 
 
 def _predictors(path: Path) -> dict[str, Any]:
-    from predictors.checkpoint import CONFIG, WEIGHTS, load_predictors
+    from safetensors.torch import load_file
+
+    from predictors.checkpoint import WEIGHTS, load_predictors
+    from predictors.config import read_config
 
     predictors = load_predictors(path)
-    layers = []
-    for target, mlp in sorted(predictors.mlps.items()):
-        weights = list(mlp.parameters())
-        layers.append(
-            {
-                "layer": target,
-                "width": mlp.width,
-                "hit_rate": predictors.hit_rates.get(target, {}),
-                "bytes": sum(p.numel() * p.element_size() for p in weights),
-            }
-        )
+    config, weights = read_config(path), load_file(path / WEIGHTS)
+    layers = [
+        {
+            "layer": entry.layer,
+            # A file of version 2 does not say.
+            "source": entry.source if "source" in entry.model_fields_set else "nearest",
+            "width": entry.width,
+            "bytes": sum(w.nbytes for name, w in weights.items() if name.startswith(f"layers.{entry.layer}.")),
+            "hit_rate": dict(entry.hit_rate),
+            "recall": entry.recall,
+        }
+        for entry in config.layers
+    ]
     return {
         "kind": "predictors",
         "path": str(path),
         "bytes": _size(path),
         "bytes_of_weights": (path / WEIGHTS).stat().st_size,
-        "format_version": json.loads((path / CONFIG).read_text(encoding="utf-8"))["format_version"],
+        "format_version": config.format_version,
         "model": predictors.model,
         "default_vectors": sorted(predictors.default_vectors),
         "provenance": predictors.provenance,
@@ -178,7 +185,7 @@ def _model(model: dict[str, Any]) -> str:
     return f"{model['name']}: {describe_shape(model)}"
 
 
-def _source(source: int | None) -> str:
+def _source(source: int | str | None) -> str:
     return "its input" if source is None else str(source)
 
 
@@ -279,11 +286,25 @@ def _report_predictors(found: dict[str, Any], console: Console) -> None:
         **commands,
     }
     _facts(console, f"predictors {found['path']}", facts)
-    table = Table("target", "width", "bytes", "training-free", "predictor", "gap closed", title="hit rate by layer")
+    k, experts = found["model"]["top_k"], found["model"]["num_experts"]
+    sizes = {name: min(size, 2 * k, experts) for name, size in zip(SIZES, (k, k + 2, 2 * k), strict=True)}
+    table = Table(
+        *("target", "source", "width", "bytes", "training-free", "predictor", "gap closed"),
+        *(f"top {size}" for size in sizes.values()),
+        title="hit rate by layer, on validation sequences",
+        caption="top: of the speculation, with so many candidates; without a predictor it is training-free",
+    )
     for entry in found["layers"]:
         before, after = entry["hit_rate"].get("training_free"), entry["hit_rate"].get("predictor")
-        figures = [_rate(before), _rate(after), _closed(before, after)]
-        table.add_row(str(entry["layer"]), str(entry["width"]), f"{entry['bytes']:,}", *figures)
+        curve = entry["recall"]
+        table.add_row(
+            str(entry["layer"]),
+            _source(entry["source"]),
+            str(entry["width"] or "none"),
+            f"{entry['bytes']:,}",
+            *(_rate(before), _rate(after), _closed(before, after)),
+            *(_rate(curve[size - k]) if curve else "" for size in sizes.values()),
+        )
     console.print(table)
 
 

@@ -1,0 +1,162 @@
+"""config.json of a predictors folder: what it says, and whether that can be so.
+
+The file may come from anywhere, so nothing in it is believed: sizes are bounded, strings are never used as paths, and what it
+says of its layers must go with what it says of its model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from predictors.architecture import fingerprint
+from predictors.errors import UserError
+from predictors.settings import describe, shown
+
+FORMAT_VERSION = 3
+READABLE = (2, FORMAT_VERSION)
+"""Version 2 had no `source`: every source was the nearest."""
+CONFIG = "config.json"
+MOST_BYTES = 4 << 20
+"""Of config.json, and of the header of the weights: a hundred times what an export of a large model takes."""
+
+Count = Annotated[int, Field(gt=0, le=1 << 20)]
+Index = Annotated[int, Field(ge=0, lt=1 << 20)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+# What is printed on a terminal must not steer it: no control characters, but for the line ends of a command.
+Line = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
+Text = Annotated[str, Field(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
+
+
+class PredictorsError(UserError):
+    """A predictors folder that can't be used; the message says what is wrong and what to do."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelEntry(_Entry):
+    """The model that the predictors belong to: its name and the facts of `architecture.moe_shape`."""
+
+    name: Line
+    model_type: Line
+    hidden_size: Count
+    num_hidden_layers: Count
+    moe_layers: list[Index] = Field(min_length=1, max_length=4096)
+    num_experts: Count
+    top_k: Count
+    fingerprint: str
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ModelEntry:
+        if self.moe_layers != sorted(set(self.moe_layers)):
+            raise ValueError("its MoE layers do not rise")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"its top k is {self.top_k}, and it has {self.num_experts} experts")
+        if self.fingerprint != fingerprint(self.model_dump()):
+            raise ValueError("its fingerprint is not that of its shape")
+        return self
+
+    @property
+    def recall_length(self) -> int:
+        """How many values a recall curve has: those at k, k + 1, ..., 2k candidates, or as many as there are experts."""
+        return min(2 * self.top_k, self.num_experts) - self.top_k + 1
+
+
+class LayerEntry(_Entry):
+    """One target layer."""
+
+    layer: Index
+    source: Index | None = None
+    """The source layer, None for the target's own input. Left out, as in version 2, it is the nearest."""
+    width: int = Field(ge=0, le=1 << 20)
+    """Of the predictor; 0 where none was better than training-free speculation, and then there are no tensors."""
+    hit_rate: dict[Literal["training_free", "predictor"], Rate] = {}
+    """On validation sequences; `predictor` only where there is one."""
+    recall: list[Rate] = []
+    """Of the speculation as it is exported, at k, k + 1, ..., 2k candidates, on validation sequences."""
+
+
+class Provenance(_Entry):
+    """How the predictors were made."""
+
+    commands: dict[str, Text] = {}
+    versions: dict[str, Line] = {}
+    trace: dict[str, JsonValue] = {}
+    settings: dict[str, JsonValue] = {}
+
+
+class PredictorsConfig(_Entry):
+    """Everything in config.json."""
+
+    format_version: int
+    model: ModelEntry
+    layers: list[LayerEntry]
+    default_vectors: list[Index]
+    """The source layers that have some."""
+    provenance: Provenance = Provenance()
+
+    @model_validator(mode="after")
+    def _agrees(self) -> PredictorsConfig:
+        targets = [entry.layer for entry in self.layers]
+        for name, indices in (("layers", targets), ("default_vectors", self.default_vectors)):
+            if len(set(indices)) < len(indices):
+                raise ValueError(f"{name} names a layer twice")
+            if unknown := set(indices) - set(self.model.moe_layers):
+                raise ValueError(f"{name} names layer {min(unknown)}, which is no MoE layer of its model")
+        known, length = set(self.model.moe_layers), self.model.recall_length
+        for entry in self.layers:
+            if entry.source is not None and (entry.source not in known or entry.source >= entry.layer):
+                raise ValueError(f"layer {entry.source} can't be the source of layer {entry.layer}")
+            if entry.recall and (len(entry.recall) != length or entry.recall != sorted(entry.recall)):
+                raise ValueError(f"the recall of layer {entry.layer} is not {length} rising values")
+        return self
+
+
+def make_config(**content: Any) -> PredictorsConfig:
+    """The config that `save_predictors` writes. Raises `PredictorsError` for what could not be loaded again."""
+    try:
+        return PredictorsConfig(format_version=FORMAT_VERSION, **content)
+    except ValidationError as error:
+        raise PredictorsError(f"these predictors can't be saved: {describe(error)}; make them again") from error
+
+
+def read_config(folder: Path) -> PredictorsConfig:
+    """Raises `PredictorsError` with one sentence where config.json is missing, broken or of another version."""
+    file = folder / CONFIG
+    data = _read(file)
+    if len(data) > MOST_BYTES:
+        raise PredictorsError(
+            f"{file} has more than {MOST_BYTES:,} bytes, as no export has; export the predictors again"
+        )
+    try:
+        content = json.loads(data)
+        version = content["format_version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PredictorsError(
+            f"{folder} holds no predictors ({CONFIG} is missing or not ours); give a folder that export wrote"
+        ) from error
+    if version not in READABLE:
+        raise PredictorsError(
+            f"{file} has format version {shown(version)}, and this release reads {' and '.join(map(str, READABLE))}; "
+            "update predict-train"
+        )
+    try:
+        return PredictorsConfig.model_validate(content)
+    except ValidationError as error:
+        raise PredictorsError(f"{file} is broken: {describe(error)}; export the predictors again") from error
+
+
+def _read(file: Path) -> bytes:
+    """As much of a plain file as can be ours; nothing of another, since a pipe would be waited for."""
+    try:
+        if not file.is_file():
+            return b""
+        with file.open("rb") as data:
+            return data.read(MOST_BYTES + 1)
+    except OSError:
+        return b""

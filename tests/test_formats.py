@@ -1,0 +1,124 @@
+"""Files that were written yesterday load today: one export of each format version is kept in `tests/data`, never written again.
+
+Each was written by the code of its own version. A change of what `export` writes needs a new one: raise `FORMAT_VERSION`, and
+`python tests/test_formats.py` writes its folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from predictors.checkpoint import Predictors, load_predictors, make_speculators, save_predictors
+from predictors.config import FORMAT_VERSION, READABLE
+from predictors.mlp import ResidualMLP
+from predictors.speculation import Routing
+
+DATA = Path(__file__).parent / "data"
+HIDDEN, EXPERTS = 32, 8  # those of the model in the fixture `tiny_moe`
+MODEL = {
+    "name": "models/tiny-moe",
+    "model_type": "qwen3_moe",
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 4,
+    "moe_layers": [0, 1, 2, 3],
+    "num_experts": EXPERTS,
+    "top_k": 2,
+    "fingerprint": "96200ecc7f0aec919426ac4a995f1cceaa152c09b6f11a3faa3aabf75f5dc4ea",
+}
+PROVENANCE = {
+    "commands": {"collect": "predict-train collect models/tiny-moe", "fit": "predict-train fit trace --out run"},
+    "versions": {"python": "3.11.7", "torch": "2.13.0+cpu"},
+    "trace": {"corpus": "a folder", "split": "train", "tokens": 8000},
+    "settings": {"width": 3, "learning_rate": 0.005},
+}
+
+
+def ramp(first: int, *shape: int) -> torch.Tensor:
+    """Values that no format rounds: eighths, from `first / 8` up to 16 of them."""
+    return ((first + torch.arange(torch.Size(shape).numel()) % 16) / 8.0).reshape(shape)
+
+
+def mlp(first: int, width: int) -> ResidualMLP:
+    made = ResidualMLP(HIDDEN, EXPERTS, width)
+    shapes = {
+        "w1": (width, HIDDEN), "v": (width, EXPERTS), "b1": (width,), "w2": (HIDDEN, width), "b2": (HIDDEN,),
+    }  # fmt: skip
+    made.load_state_dict({name: ramp(first + number, *shape) for number, (name, shape) in enumerate(shapes.items())})
+    return made.requires_grad_(False)
+
+
+def of_version(version: int) -> Predictors:
+    """What the folder of each version holds."""
+    both = {
+        "model": MODEL,
+        "default_vectors": {source: ramp(source - 5, EXPERTS, HIDDEN) for source in (0, 1, 2)},
+        "provenance": PROVENANCE,
+    }
+    if version == 2:
+        return Predictors(
+            mlps={1: mlp(-7, 3), 3: mlp(-2, 3)},
+            hit_rates={1: {"training_free": 0.5, "predictor": 0.75}, 3: {"training_free": 0.875, "predictor": 0.9375}},
+            recall={1: [0.75, 0.875, 1.0], 3: []},  # of before recall was written
+            **both,
+        )
+    return Predictors(
+        mlps={0: mlp(-7, 3).bfloat16(), 1: mlp(4, 1).half(), 3: mlp(-2, 2)},
+        sources={0: None, 1: 0, 2: 1, 3: 1},
+        hit_rates={
+            0: {"training_free": 0.5, "predictor": 0.75},
+            1: {"training_free": 0.625, "predictor": 0.6875},
+            2: {"training_free": 0.875},  # no predictor was better
+            3: {"training_free": 0.5, "predictor": 0.9375},
+        },
+        recall={0: [0.75, 0.875, 1.0], 1: [0.6875, 0.75, 0.75], 2: [0.875, 0.875, 0.9375], 3: []},
+        **both,
+    )
+
+
+def assert_same(loaded: Predictors, expected: Predictors) -> None:
+    for name in ("model", "sources", "hit_rates", "recall", "provenance"):
+        assert getattr(loaded, name) == getattr(expected, name), name
+    assert loaded.mlps.keys() == expected.mlps.keys()
+    for target, made in expected.mlps.items():
+        found = dict(loaded.mlps[target].named_parameters())
+        for name, parameter in made.named_parameters():
+            assert found[name].dtype == torch.float32
+            assert not found[name].requires_grad
+            assert torch.equal(found[name], parameter.float()), (target, name)
+    assert loaded.default_vectors.keys() == expected.default_vectors.keys()
+    for source, vectors in expected.default_vectors.items():
+        assert torch.equal(loaded.default_vectors[source], vectors)
+
+
+@pytest.mark.parametrize("version", READABLE)
+def test_an_export_of_every_version_loads(version: int, tiny_moe: PreTrainedModel) -> None:
+    loaded = load_predictors(DATA / f"export-{version}", tiny_moe)
+    assert_same(loaded, of_version(version))
+    assert loaded.mlps[3].width == (3 if version == 2 else 2)
+    source = Routing(torch.zeros(5, EXPERTS), torch.full((5, 2), 0.5), torch.tensor([[0, 3]] * 5))
+    for target, speculator in make_speculators(tiny_moe, loaded).items():
+        routing = speculator(ramp(0, 5, HIDDEN), source if target else None)
+        assert routing.ids.shape == (5, 2)
+
+
+def test_what_is_written_today_is_the_kept_export(tmp_path: Path) -> None:
+    """No change of the format goes by without a new version."""
+    folder = save_predictors(tmp_path / "now", of_version(FORMAT_VERSION), card="A card.\n")
+    kept = DATA / f"export-{FORMAT_VERSION}"
+    assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in kept.iterdir())
+    for name in ("config.json", "README.md"):
+        assert (folder / name).read_text() == (kept / name).read_text()
+    now, then = (load_file(path / "predictors.safetensors") for path in (folder, kept))
+    assert {name: tensor.dtype for name, tensor in now.items()} == {name: tensor.dtype for name, tensor in then.items()}
+    assert all(torch.equal(tensor, then[name]) for name, tensor in now.items())
+
+
+if __name__ == "__main__":
+    folder = save_predictors(DATA / f"export-{FORMAT_VERSION}", of_version(FORMAT_VERSION), card="A card.\n")
+    print(f"{folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes", file=sys.stderr)

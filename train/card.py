@@ -1,0 +1,149 @@
+"""The model card of an export, README.md: front matter for the Hub, what each layer's speculation finds, how it was made."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from predictors.checkpoint import Predictors
+from predictors.config import FORMAT_VERSION
+from predictors.metrics import gap_closed
+
+
+class Rounding(NamedTuple):
+    """What it costs to keep the predictors in fewer bits."""
+
+    dtype: str
+    rows: int
+    """Validation rows that it was measured on."""
+    before: dict[int, float]
+    """Hit rate by target layer, in fp32."""
+    after: dict[int, float]
+    """The same of the rounded predictors, computed in fp32."""
+
+
+def layer_table(
+    predictors: Predictors, entries: dict[int, Any], rounding: Rounding | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Headers, and a row for each target layer and one of their means.
+
+    `entries` are the layers of a run's result, by target: `training_free` and `predictor`, each with `recall@k`.
+    """
+    top_k, experts = predictors.model["top_k"], predictors.model["num_experts"]
+    most = min(2 * top_k, experts)
+    sizes = sorted({min(top_k + 2, most), most} - {top_k})
+    headers = ["layer", "source", "width", "bytes", "training-free", "predictor", "gap closed"]
+    headers += [f"top {size}" for size in sizes] + (["by rounding"] if rounding else [])
+    rows, rates = [], []
+    for target, entry in entries.items():
+        source, mlp = predictors.sources[target], predictors.mlps.get(target)
+        before, after = entry["training_free"]["recall@k"], entry["predictor"]["recall@k"]
+        curve = predictors.recall[target]
+        row = [
+            str(target),
+            "its input" if source is None else str(source),
+            str(mlp.width if mlp else 0),
+            f"{_bytes(predictors, target):,}",
+            f"{before:.3f}",
+            f"{after:.3f}" if mlp else f"{after:.3f}, dropped",
+            f"{gap_closed(before, after):.0%}" if mlp else "",
+            *(f"{curve[size - top_k]:.3f}" if curve else "" for size in sizes),
+        ]
+        if rounding:
+            row.append(f"{rounding.after[target] - rounding.before[target]:+.4f}" if mlp else "")
+        rows.append(row)
+        rates.append((before, after if mlp else before))
+    before, after = (sum(values) / len(rates) for values in zip(*rates, strict=True))
+    size = f"{sum(_bytes(predictors, target) for target in entries):,}"
+    means = ["all", "", "", size, f"{before:.3f}", f"{after:.3f}", f"{gap_closed(before, after):.0%}"]
+    return headers, [*rows, means + [""] * (len(headers) - len(means))]
+
+
+def remarks(predictors: Predictors, entries: dict[int, Any], rounding: Rounding | None = None) -> list[str]:
+    """Sentences on what the table does not say by itself."""
+    vectors = sum(d.nbytes for d in predictors.default_vectors.values())
+    found = [f"The default vectors take another {vectors:,} bytes."]
+    dropped = [str(target) for target in entries if target not in predictors.mlps]
+    if dropped:
+        found.append(
+            "Dropped, since training-free speculation finds as many of their experts on validation: the predictors of "
+            f"layers {', '.join(dropped)}; there the speculation is training-free."
+        )
+    if rounding:
+        before, after = (sum(rates.values()) / len(rates) for rates in (rounding.before, rounding.after))
+        worst = min(rounding.before, key=lambda target: rounding.after[target] - rounding.before[target])
+        found.append(
+            f"Rounding to {rounding.dtype} takes the predictors' mean hit rate from {before:.5f} to {after:.5f} "
+            f"({after - before:+.5f}), and that of layer {worst}, which loses the most, from {rounding.before[worst]:.5f} to "
+            f"{rounding.after[worst]:.5f}, on {rounding.rows:,} validation rows."
+        )
+    return found
+
+
+def _bytes(predictors: Predictors, target: int) -> int:
+    return sum(p.nbytes for p in predictors.mlps[target].parameters()) if target in predictors.mlps else 0
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether it names a repository: the Hub refuses any other base model, and a folder here is none."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
+
+
+def _markdown(headers: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (headers, ["---"] * len(headers), *rows)]
+
+
+def model_card(predictors: Predictors, entries: dict[int, Any], rounding: Rounding | None = None) -> str:
+    """README.md of an export; the arguments are those of `layer_table`."""
+    name, provenance = predictors.model["name"], predictors.provenance
+    top_k, trace = predictors.model["top_k"], provenance["trace"]
+    quoted = json.dumps(name)
+    lines = [
+        "---",
+        "library_name: predict-train",
+        *([f"base_model: {quoted}"] if _is_hub_name(name) else []),
+        "tags:",
+        "- mixture-of-experts",
+        "- expert-speculation",
+        "---",
+        "",
+        f"# Expert predictors for {name}",
+        "",
+        "They guess which experts a mixture-of-experts layer will use while an earlier one still computes, so that the experts",
+        "are copied in time from host memory to the device. predict-train runs the model with them:",
+        "",
+        "```python",
+        "from transformers import AutoTokenizer",
+        "",
+        "from runtime import load_offloaded",
+        "",
+        f'model = load_offloaded({quoted}, "FOLDER_OR_HUB_NAME", policy="speculative", gating="true")',
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
+        "",
+        'inputs = tokenizer("The three laws are", return_tensors="pt").to(model.device)',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+        "```",
+        "",
+        "## Hit rates",
+        "",
+        f"On validation sequences: the share of the router's true {top_k} experts that are among the top {top_k} of the",
+        "speculation, training-free and with the predictor; and, of the speculation as it is here, among the top of more",
+        "candidates. config.json has it for every number of candidates in between. Source is the layer whose residual and routing",
+        "the speculation reads.",
+        "",
+        *_markdown(*layer_table(predictors, entries, rounding)),
+        "",
+        *(f"- {sentence}" for sentence in remarks(predictors, entries, rounding)),
+        "",
+        "## How it was made",
+        "",
+        "```",
+        *provenance["commands"].values(),
+        "```",
+        "",
+        f"Trace: {trace['tokens']:,} tokens of the corpus {trace['corpus']} ({trace['split']}). Format version {FORMAT_VERSION}.",
+        "Versions: " + ", ".join(f"{package} {version}" for package, version in provenance["versions"].items()) + ".",
+    ]
+    return "\n".join(lines) + "\n"
