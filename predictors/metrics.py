@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torchmetrics import Metric
+
+BINS = 20
 
 
 class HitRate(Metric):
@@ -68,6 +72,107 @@ class RecallCurve(Metric):
 
     def compute(self) -> torch.Tensor:
         return self.hits.cumsum(-1)[:, self.top_k - 1 :] / self.total
+
+
+def _among(ids: torch.Tensor, others: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Which of the experts `ids` `[..., m]` are among `others` `[..., n]`, bool `[..., m]`.
+
+    A mask over all experts is cheaper than comparing each with each.
+    """
+    mask = torch.zeros(*others.shape[:-1], num_experts, dtype=torch.bool, device=others.device)
+    return mask.scatter_(-1, others.long(), True).gather(-1, ids.long())
+
+
+class ExpertRecall(Metric):
+    """Recall per layer and expert: how often an expert was among the candidates when the router chose it.
+
+    `update` takes candidates `[layers, tokens, m]` and true experts `[layers, tokens, top_k]`, ids below `num_experts`;
+    `compute` gives `[layers, num_experts]`, fp64, NaN for an expert that was never chosen.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    hits: torch.Tensor
+    chosen: torch.Tensor
+
+    def __init__(self, num_layers: int, num_experts: int):
+        super().__init__()
+        for name in ("hits", "chosen"):
+            self.add_state(name, torch.zeros(num_layers, num_experts, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, candidates: torch.Tensor, experts: torch.Tensor) -> None:
+        found = _among(experts, candidates, self.hits.shape[1]).flatten(1).long()
+        places = experts.flatten(1).long()
+        self.hits.scatter_add_(1, places, found)
+        self.chosen.scatter_add_(1, places, torch.ones_like(found))
+
+    def compute(self) -> torch.Tensor:
+        return self.hits.double() / self.chosen
+
+
+def probability_of_choice(logits: torch.Tensor, candidates: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The probability at which the speculation's own scores put each candidate, `[..., m]`, fp32.
+
+    Logits are `[..., experts]`, candidates `[..., m]` with the speculation's `top_k` first. The border of being chosen
+    lies midway between the lowest logit of those and the highest of the others, and the probability is the sigmoid of a
+    candidate's distance from it: what the softmax of the two logits gives the candidate against an expert at the border,
+    and above 1/2 for what a speculation by logits chose. The router's own scores would not do: a softmax shares 1 among
+    k experts that are all right, and sigmoid gates share nothing. Only differences of logits count here, so that it means
+    the same for routers of both kinds. With no others there is no border, and all are at 1.
+    """
+    scores = logits.float().gather(-1, candidates.long())
+    if candidates.shape[-1] <= top_k:
+        return torch.ones_like(scores)
+    border = (scores[..., :top_k].amin(-1, keepdim=True) + scores[..., top_k:].amax(-1, keepdim=True)) / 2
+    return (scores - border).sigmoid()
+
+
+class CalibrationCurve(NamedTuple):
+    """Candidates by their speculated probability, in bins of equal width from 0 to 1; each `[layers, bins]`, fp64."""
+
+    probability: torch.Tensor
+    """Mean speculated probability, NaN in an empty bin."""
+    right: torch.Tensor
+    """Share of the candidates that the router did choose, NaN in an empty bin."""
+    candidates: torch.Tensor
+    """How many there are in each bin."""
+
+    def error(self) -> torch.Tensor:
+        """Expected calibration error, `[layers]`: the mean distance of probability and share over all candidates."""
+        distance = (self.probability - self.right).abs().nan_to_num()
+        return (distance * self.candidates).sum(-1) / self.candidates.sum(-1)
+
+
+class Calibration(Metric):
+    """Speculated probability of the candidates against the share of the time that they are right.
+
+    `update` takes logits `[layers, tokens, experts]`, candidates `[layers, tokens, m]` with the speculation's top k first
+    and true experts `[layers, tokens, top_k]`; the probability is that of `probability_of_choice`. `compute` gives a
+    `CalibrationCurve`.
+    """
+
+    full_state_update = False
+    probability: torch.Tensor
+    right: torch.Tensor
+    count: torch.Tensor
+
+    def __init__(self, num_layers: int, bins: int = BINS):
+        super().__init__()
+        self.bins = bins
+        for name, dtype in (("probability", torch.float64), ("right", torch.int64), ("count", torch.int64)):
+            self.add_state(name, torch.zeros(num_layers, bins, dtype=dtype), dist_reduce_fx="sum")
+
+    def update(self, logits: torch.Tensor, candidates: torch.Tensor, experts: torch.Tensor) -> None:
+        probability = probability_of_choice(logits, candidates, experts.shape[-1]).flatten(1)
+        right = _among(candidates, experts, logits.shape[-1]).flatten(1).long()
+        places = (probability * self.bins).long().clamp_(0, self.bins - 1)
+        self.probability.scatter_add_(1, places, probability.double())
+        self.right.scatter_add_(1, places, right)
+        self.count.scatter_add_(1, places, torch.ones_like(right))
+
+    def compute(self) -> CalibrationCurve:
+        count = self.count.double()
+        return CalibrationCurve(self.probability / count, self.right / count, count)
 
 
 def gap_closed(before: float, after: float) -> float:

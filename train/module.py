@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from data_collection.trace import Batch, Columns, Trace, make_batch
-from predictors.metrics import HitRate, RecallCurve
 from predictors.mlp import StackedResidualMLPs
-from predictors.speculation import Routing, candidates
+from predictors.speculation import Routing
+from train.measures import Kind, Measured, Measures
 
 MEAN_HIT_RATE = "hit_rate/mean"
 WARM_UP = 0.1
@@ -33,12 +33,9 @@ class PredictorTraining(lightning.LightningModule):
         self.mlps = StackedResidualMLPs(len(self.sources), model.hidden_size, model.num_experts, width)
         # In a plain dict, so that the frozen parts are neither parameters of this module nor in its checkpoints.
         self.speculators = trace.speculators()
-        # In plain lists for the same reason; they count on the CPU.
-        self.twice = min(2 * self.top_k, model.num_experts)
-        self.curves = {
-            kind: RecallCurve(len(self.sources), self.top_k, self.twice) for kind in ("training_free", "predictor")
-        }
-        self.exact = {kind: HitRate(len(self.sources), exact=True) for kind in self.curves}
+        self.measures = Measures(len(self.sources), self.top_k, model.num_experts)
+        self.measured: dict[Kind, Measured] = {}
+        """Of the last validation: all that was measured."""
         self.recall: dict[int, list[float]] = {}
         """Of the last validation: target layer -> the predictor's recall at k, k + 1, ..., 2k candidates."""
         self.results: dict[int, dict[str, dict[str, float]]] = {}
@@ -79,24 +76,18 @@ class PredictorTraining(lightning.LightningModule):
         batch = make_batch(columns, self.sources, self.speculators)
         corrected = self.route(self.mlps(batch.quasi, batch.normed, batch.mixture))
         rows = batch.ids.shape[1]
-        self.log("loss/validation", self.loss(batch, corrected), batch_size=rows)
-        ids = batch.ids.cpu()
-        for kind, routings in (("training_free", self.route(batch.quasi)), ("predictor", corrected)):
-            found = torch.stack([candidates(routing, self.twice) for routing in routings]).cpu()
-            self.curves[kind].update(found, ids)
-            self.exact[kind].update(found[..., : self.top_k], ids)
+        self.log("loss/validation", self.loss(batch, corrected), batch_size=rows, sync_dist=True)
+        self.measures.update("training_free", self.route(batch.quasi), batch.ids)
+        self.measures.update("predictor", corrected, batch.ids)
 
     def on_validation_epoch_end(self) -> None:
-        self.results = {target: {} for target in self.sources}
-        for kind, metric in self.curves.items():
-            # torchmetrics makes a vector of what `compute` returns for one layer.
-            curves = metric.compute().reshape(len(self.sources), -1).tolist()
-            for target, curve, exact in zip(self.sources, curves, self.exact[kind].rates(), strict=True):
-                self.results[target][kind] = {"recall@k": curve[0], "recall@2k": curve[-1], "exact": exact}
-                if kind == "predictor":
-                    self.recall[target] = curve
-            metric.reset()
-            self.exact[kind].reset()
+        self.measured = self.measures.compute()
+        self.measures.reset()
+        self.results = {
+            target: {kind: measured.summary(number) for kind, measured in self.measured.items()}
+            for number, target in enumerate(self.sources)
+        }
+        self.recall = dict(zip(self.sources, self.measured["predictor"].recall.tolist(), strict=True))
         for target, result in self.results.items():
             layer = f"layer_{target:02d}"
             self.log(f"hit_rate/{layer}", result["predictor"]["recall@k"])
