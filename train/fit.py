@@ -31,6 +31,7 @@ from predictors.loading import resolve_device
 from predictors.metrics import gap_closed
 from predictors.provenance import command, versions
 from predictors.settings import Settings
+from train.board import Board
 from train.data import FitError, TraceData
 from train.module import MEAN_HIT_RATE, PredictorTraining, mean_of
 
@@ -80,16 +81,18 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     data = TraceData(trace, config.batch_size, config.validation, config.seed, config.workers)
     torch.manual_seed(config.seed)
     module = PredictorTraining(trace, config.width, config.learning_rate, config.weight_decay)
-    _write_config(config, trace)
+    run = _write_config(config, trace)
 
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
     logger = TensorBoardLogger(config.out, name="", version="", default_hp_metric=False)
     logger.log_hyperparams(config.model_dump(mode="json"))
+    learned_by = {name: value for name, value in run["settings"].items() if name not in WHERE_AND_HOW}
+    board = Board(logger, run, learned_by)
     watched = sys.stderr.isatty()  # in a log file a progress bar is thousands of lines
     with _quiet():
         trainer = lightning.Trainer(
             max_epochs=config.epochs,
-            callbacks=[best, *([TQDMProgressBar(leave=False)] if watched else [])],
+            callbacks=[best, board, *([TQDMProgressBar(leave=False)] if watched else [])],
             enable_progress_bar=watched,
             logger=logger,
             log_every_n_steps=10,
@@ -110,6 +113,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
         ],
         "mean": {kind: mean_of(module.results, kind) for kind in ("training_free", "predictor")},
     }
+    board.finish(module)
     write_durably(config.out / RESULT, json.dumps(result, indent=2) + "\n")
     _report(module, console)
     console.print(
@@ -164,7 +168,7 @@ def _identity(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _write_config(config: FitConfig, trace: Trace) -> None:
+def _write_config(config: FitConfig, trace: Trace) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     content = {
         "settings": config.model_dump(mode="json"),
@@ -173,6 +177,7 @@ def _write_config(config: FitConfig, trace: Trace) -> None:
         "versions": versions(),
     }
     write_durably(config.out / CONFIG, json.dumps(content, indent=2) + "\n")
+    return content
 
 
 def _on(device: torch.device) -> dict[str, Any]:

@@ -88,14 +88,7 @@ class PredictorTraining(lightning.LightningModule):
             for number, target in enumerate(self.sources)
         }
         self.recall = dict(zip(self.sources, self.measured["predictor"].recall.tolist(), strict=True))
-        for target, result in self.results.items():
-            layer = f"layer_{target:02d}"
-            self.log(f"hit_rate/{layer}", result["predictor"]["recall@k"])
-            self.log(f"training_free/{layer}", result["training_free"]["recall@k"])
-            self.log(f"hit_rate_at_2k/{layer}", result["predictor"]["recall@2k"])
-            self.log(f"exact/{layer}", result["predictor"]["exact"])
         self.log(MEAN_HIT_RATE, mean_of(self.results, "predictor"), prog_bar=True)
-        self.log("training_free/mean", mean_of(self.results, "training_free"))
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.mlps.parameters(), self.learning_rate, weight_decay=self.weight_decay)
