@@ -41,14 +41,14 @@ def layout(targets: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
 
     return {
         "Overview": {
-            "loss: train and validation": chart("loss/train", "loss/validation"),
-            "hit rate, mean of all layers, and training-free": chart("hit_rate/mean", "training_free/mean"),
-            "hit rate of the weakest layer, and training-free": chart("hit_rate/weakest", "training_free/weakest"),
-            "recall by number of candidates (the step), when finished": chart("recall_by_candidates/.*"),
-            "with 2k candidates; all experts found (exact)": chart("hit_rate_at_2k/mean", "exact/mean"),
+            "loss, train and validation": chart("loss/train", "loss/validation"),
+            "hit rate, mean of all layers; flat: training-free": chart("hit_rate/mean", "training_free/mean"),
+            "hit rate, weakest layer; flat: training-free": chart("hit_rate/weakest", "training_free/weakest"),
+            "recall by number of candidates (the step), at the end": chart("recall_by_candidates/.*"),
+            "recall with 2k candidates; below: all experts found (exact)": chart("hit_rate_at_2k/mean", "exact/mean"),
             "training rows per second": chart("throughput/rows_per_second"),
         },
-        "Hit rate by layer, and training-free": {
+        "Hit rate by layer; flat: training-free": {
             f"layer {target}": chart(f"hit_rate/{_name(target)}", f"training_free/{_name(target)}")
             for target in targets
         },
@@ -194,4 +194,4 @@ def _texts(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _table(facts: dict[str, Any]) -> str:
     """Markdown."""
     rows = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items())
-    return "\n".join(["| | |", "| --- | --- |", *rows])
+    return "\n".join(["| name | value |", "| --- | --- |", *rows])
