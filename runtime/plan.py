@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 
 from predictors.architecture import UnsupportedModelError, override_forward, skeleton
 from predictors.errors import UserError
-from runtime.cache import Eviction
 from predictors.experts import expert_modules
+from runtime.cache import Eviction
 from runtime.policy import Gating, Policy
 from runtime.routing import ReplayedRouting
 from runtime.simulation import Costs, Simulated, simulate

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,8 @@ K, EXPERTS = 2, 8
 
 
 @pytest.fixture(scope="module")
-def events(fitted: Path) -> Iterator[EventAccumulator]:
-    yield EventAccumulator(str(fitted)).Reload()
+def events(fitted: Path) -> EventAccumulator:
+    return EventAccumulator(str(fitted)).Reload()
 
 
 @pytest.fixture(scope="module")

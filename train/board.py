@@ -87,16 +87,16 @@ class Board(Callback):
         self._rows += len(next(iter(batch.values()))) * trainer.world_size
         self._batches += 1
         if self._batches == WINDOW:
-            self._close_window(trainer.global_step)
+            self._close_window(_step(trainer))
 
     def on_validation_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         # What is left of an epoch is too short to time, unless it is the whole of it.
         if self._batches == trainer.fit_loop.epoch_loop.batch_idx + 1:
-            self._close_window(trainer.global_step)
+            self._close_window(_step(trainer))
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, PredictorTraining)
-        self._write_validation(module, trainer.global_step)
+        self._write_validation(module, _step(trainer))
         self._open_window()
 
     def _open_window(self) -> None:
@@ -164,6 +164,11 @@ class Board(Callback):
 def weakest(module: PredictorTraining, kind: Kind) -> float:
     """The lowest hit rate of all layers."""
     return min(result[kind]["recall@k"] for result in module.results.values())
+
+
+def _step(trainer: lightning.Trainer) -> int:
+    """The last step done, which is where Lightning's own scalars stand."""
+    return max(0, trainer.global_step - 1)
 
 
 def _name(target: int) -> str:
