@@ -45,7 +45,7 @@ def layout(targets: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
             "hit rate, mean of all layers; flat: training-free": chart("hit_rate/mean", "training_free/mean"),
             "hit rate, weakest layer; flat: training-free": chart("hit_rate/weakest", "training_free/weakest"),
             "recall by number of candidates (the step), at the end": chart("recall_by_candidates/.*"),
-            "recall with 2k candidates; below: all experts found (exact)": chart("hit_rate_at_2k/mean", "exact/mean"),
+            "recall with 2k candidates; below: exact": chart("hit_rate_at_2k/mean", "exact/mean"),
             "training rows per second": chart("throughput/rows_per_second"),
         },
         "Hit rate by layer; flat: training-free": {
