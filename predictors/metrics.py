@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torchmetrics import Metric
 
-BINS = 20
+BINS = 40
 
 
 class HitRate(Metric):

@@ -76,6 +76,10 @@ class StackedResidualMLPs(nn.Module):
         hidden = torch.baddbmm(self.b1.unsqueeze(1), normed, self.w1.mT) + torch.bmm(mixture, self.v.mT)
         return quasi + torch.baddbmm(self.b2.unsqueeze(1), F.silu(hidden), self.w2.mT)
 
+    def count(self) -> int:
+        """How many parameters all predictors have, without the units that only fill up the stack."""
+        return sum(ResidualMLP.count(self.w1.shape[2], self.v.shape[2], width) for width in self.widths)
+
     def layer(self, number: int) -> ResidualMLP:
         """A copy of one layer's predictor; `number` counts the stack, not the model's layers."""
         width = self.widths[number]

@@ -33,6 +33,7 @@ from predictors.loading import resolve_device
 from predictors.metrics import gap_closed
 from predictors.provenance import command, versions
 from predictors.settings import Settings
+from train.board import Board
 from train.data import FitError, TraceData
 from train.module import MEAN_HIT_RATE, PredictorTraining, mean_of
 from train.targets import Source, choose_targets
@@ -116,19 +117,23 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers)
     torch.manual_seed(config.seed)
     module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay)
+    run = _content(config, trace)
     if is_first():
-        _write_config(config, trace)
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_durably(config.out / CONFIG, json.dumps(run, indent=2) + "\n")
 
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
     stopping = EarlyStopping(MEAN_HIT_RATE, patience=config.patience, mode="max", check_on_train_epoch_end=False)
     logger = TensorBoardLogger(config.out, name="", version="", default_hp_metric=False)
     logger.log_hyperparams(config.model_dump(mode="json"))
+    learned_by = {name: value for name, value in run["settings"].items() if name not in WHERE_AND_HOW}
+    board = Board(logger, run, learned_by)
     watched = sys.stderr.isatty()  # in a log file a progress bar is thousands of lines
     with quiet():
         trainer = lightning_trainer(
             config,
             device,
-            callbacks=[best, stopping, *([TQDMProgressBar(leave=False)] if watched else [])],
+            callbacks=[best, board, stopping, *([TQDMProgressBar(leave=False)] if watched else [])],
             enable_progress_bar=watched,
             logger=logger,
         )
@@ -147,6 +152,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
         "mean": {kind: mean_of(results, kind) for kind in ("training_free", "predictor")},
         "epochs": trainer.current_epoch,
     }
+    board.finish(results, trace.manifest.model.top_k, module.mlps.count())
     write_durably(config.out / RESULT, json.dumps(result, indent=2) + "\n")
     _report(result["layers"], console)
     console.print(
@@ -204,15 +210,14 @@ def _identity(trace: Trace) -> dict[str, Any]:
     }
 
 
-def _write_config(config: FitConfig, trace: Trace) -> None:
-    config.out.mkdir(parents=True, exist_ok=True)
-    content = {
+def _content(config: FitConfig, trace: Trace) -> dict[str, Any]:
+    """What the run's config.json says."""
+    return {
         "settings": config.model_dump(mode="json"),
         "trace": _identity(trace),
         "command": command(),
         "versions": versions(),
     }
-    write_durably(config.out / CONFIG, json.dumps(content, indent=2) + "\n")
 
 
 def lightning_trainer(config: FitConfig, device: torch.device, **arguments: Any) -> lightning.Trainer:

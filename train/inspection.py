@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZES = ("k", "k+2", "2k")
-# Okabe and Ito's palette: told apart by people who see colours differently.
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00")
-MARKERS = ("o", "s", "^", "D")
 
 
 class InspectError(UserError):
@@ -320,6 +317,8 @@ def plot(found: dict[str, Any], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from train.figures import draw_rates
+
     layers = [entry["layer"] for entry in found["layers"]]
     loads = found["kind"] == "trace"
     figure = Figure(
@@ -331,7 +330,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     model = found["trace"]["model"] if found["kind"] == "run" else found.get("model") or found["provenance"]["model"]
     figure.suptitle(f"{found['kind']} of {model['name']}", fontsize=12)
-    _draw_rates(axes[0], layers, curves)
+    draw_rates(axes[0], layers, curves)
     if loads:
         _draw_loads(figure, axes[1], layers, [entry["load"] for entry in found["layers"]])
     try:
@@ -357,20 +356,6 @@ def _curves(found: dict[str, Any]) -> dict[str, list[float | None]]:
         "predictor": [entry["hit_rate"].get("predictor") for entry in layers],
         "training-free": [entry["hit_rate"].get("training_free") for entry in layers],
     }
-
-
-def _draw_rates(axes: Axes, layers: list[int], curves: dict[str, list[float | None]]) -> None:
-    for (label, values), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
-        points = [(layer, value) for layer, value in zip(layers, values, strict=True) if value is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.5, label=label)
-    axes.set_ylim(0, 1.02)
-    axes.set_xlabel("target layer")
-    axes.set_ylabel("hit rate")
-    axes.set_xticks(layers[:: max(1, len(layers) // 24)])
-    axes.grid(axis="y", color="0.88")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=9)
 
 
 def _draw_loads(figure: Figure, axes: Axes, layers: list[int], loads: list[list[int]]) -> None:

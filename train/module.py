@@ -19,6 +19,9 @@ from train.targets import Target
 MEAN_HIT_RATE = "hit_rate/mean"
 WARM_UP = 0.1
 
+Results = dict[int, dict[str, dict[str, Any]]]
+"""Target layer -> `training_free` or `predictor` -> measure -> value, as plain values."""
+
 
 class PredictorTraining(lightning.LightningModule):
     """Trains the predictors of every target layer of a trace against the model's frozen routers.
@@ -39,9 +42,8 @@ class PredictorTraining(lightning.LightningModule):
         self.measures = Measures(len(self.sources), self.top_k, model.num_experts)
         self.measured: dict[Kind, Measured] = {}
         """Of the last validation: all that was measured."""
-        self.results: dict[int, dict[str, dict[str, Any]]] = {}
-        """Of the last validation: target layer -> `training_free` or `predictor` -> measure -> value; `recall` is the list
-        of those at k, k + 1, ..., 2k candidates."""
+        self.results: Results = {}
+        """Of the last validation; see `Measured.summary`."""
 
     def on_fit_start(self) -> None:
         self._follow()
@@ -100,14 +102,7 @@ class PredictorTraining(lightning.LightningModule):
             target: {kind: measured.summary(number) for kind, measured in self.measured.items()}
             for number, target in enumerate(self.sources)
         }
-        for target, result in self.results.items():
-            layer = f"layer_{target:02d}"
-            self.log(f"hit_rate/{layer}", result["predictor"]["recall@k"])
-            self.log(f"training_free/{layer}", result["training_free"]["recall@k"])
-            self.log(f"hit_rate_at_2k/{layer}", result["predictor"]["recall@2k"])
-            self.log(f"exact/{layer}", result["predictor"]["exact"])
         self.log(MEAN_HIT_RATE, mean_of(self.results, "predictor"), prog_bar=True)
-        self.log("training_free/mean", mean_of(self.results, "training_free"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["results"] = self.results
@@ -129,6 +124,6 @@ def one_cycle(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP))))
 
 
-def mean_of(results: dict[int, dict[str, dict[str, Any]]], kind: str, measure: str = "recall@k") -> float:
+def mean_of(results: Results, kind: str, measure: str = "recall@k") -> float:
     """The mean of a measure over the target layers."""
     return sum(result[kind][measure] for result in results.values()) / len(results)

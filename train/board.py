@@ -1,0 +1,201 @@
+"""What a run of `fit` writes for TensorBoard, beside the losses that Lightning logs.
+
+Custom Scalars    the first page to look at: loss, hit rates beside their training-free baselines, throughput
+Scalars           hit_rate, training_free, hit_rate_at_2k, exact (each by layer, and the mean), calibration, throughput;
+                  of the epoch that is kept: final, and recall_by_candidates, whose step is the number of candidates
+Images            hit rate by layer, recall by candidates, missed experts, calibration: of each validation
+HParams           the settings with the final measures
+Text              the settings, and what the run was made of
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from predictors.metrics import gap_closed
+from predictors.provenance import hardware
+from train import figures
+from train.measures import Kind
+from train.module import PredictorTraining, Results, mean_of
+
+WINDOW = 20
+"""Batches from one measurement of the throughput to the next."""
+KINDS: tuple[Kind, Kind] = ("predictor", "training_free")
+
+
+def layout(targets: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
+    """The charts of the Custom Scalars page: category -> title -> kind of chart and the tags on it, as regexes."""
+
+    def chart(*tags: str) -> list[Any]:
+        return ["Multiline", [f"^{tag}$" for tag in tags]]
+
+    return {
+        "Overview": {
+            "loss, train and validation": chart("loss/train", "loss/validation"),
+            "hit rate, mean of all layers; flat: training-free": chart("hit_rate/mean", "training_free/mean"),
+            "hit rate, weakest layer; flat: training-free": chart("hit_rate/weakest", "training_free/weakest"),
+            "recall by number of candidates (the step), at the end": chart("recall_by_candidates/.*"),
+            "recall with 2k candidates; below: exact": chart("hit_rate_at_2k/mean", "exact/mean"),
+            "training rows per second": chart("throughput/rows_per_second"),
+        },
+        "Hit rate by layer; flat: training-free": {
+            f"layer {target}": chart(f"hit_rate/{_name(target)}", f"training_free/{_name(target)}")
+            for target in targets
+        },
+    }
+
+
+class Board(Callback):
+    """Writes scalars and figures of each validation to the run's TensorBoard logger, in the first process only."""
+
+    def __init__(self, logger: TensorBoardLogger, run: dict[str, Any], hyperparameters: dict[str, Any]):
+        self.logger, self.run = logger, run
+        """`run` is what the run's config.json says."""
+        self.hyperparameters = {
+            name: value if isinstance(value, (bool, int, float)) else str(value)
+            for name, value in hyperparameters.items()
+        }
+        self._rows = self._batches = 0
+        self._since = time.perf_counter()
+
+    @property
+    def writer(self) -> SummaryWriter:
+        return self.logger.experiment
+
+    @rank_zero_only
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, PredictorTraining)
+        self.writer.add_custom_scalars(layout(list(module.sources)))
+        for name, facts in _texts(self.run).items():
+            self.writer.add_text(f"run/{name}", _table(facts), trainer.global_step)
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self._open_window()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *arguments: Any) -> None:
+        _, _, rows, _ = arguments
+        self._rows += rows.in_all
+        self._batches += 1
+        if self._batches == WINDOW:
+            self._close_window(_step(trainer))
+
+    def on_validation_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        # What is left of an epoch is too short to time, unless it is the whole of it.
+        if self._batches == trainer.fit_loop.epoch_loop.batch_idx + 1:
+            self._close_window(_step(trainer))
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, PredictorTraining)
+        self._write_validation(module, _step(trainer))
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self._rows = self._batches = 0
+        self._since = time.perf_counter()
+
+    @rank_zero_only
+    def _write_throughput(self, step: int) -> None:
+        self.writer.add_scalar("throughput/rows_per_second", self._rows / (time.perf_counter() - self._since), step)
+
+    def _close_window(self, step: int) -> None:
+        self._write_throughput(step)
+        self._open_window()
+
+    @rank_zero_only
+    def _write_validation(self, module: PredictorTraining, step: int) -> None:
+        for target, result in module.results.items():
+            self.writer.add_scalar(f"hit_rate/{_name(target)}", result["predictor"]["recall@k"], step)
+            self.writer.add_scalar(f"training_free/{_name(target)}", result["training_free"]["recall@k"], step)
+            self.writer.add_scalar(f"hit_rate_at_2k/{_name(target)}", result["predictor"]["recall@2k"], step)
+            self.writer.add_scalar(f"exact/{_name(target)}", result["predictor"]["exact"], step)
+        self.writer.add_scalar("training_free/mean", mean_of(module.results, "training_free"), step)
+        for measure, group in (("recall@2k", "hit_rate_at_2k"), ("exact", "exact")):
+            self.writer.add_scalar(f"{group}/mean", mean_of(module.results, "predictor", measure), step)
+        for kind, group in zip(KINDS, ("hit_rate", "training_free"), strict=True):
+            self.writer.add_scalar(f"{group}/weakest", weakest(module.results, kind), step)
+            error = module.measured[kind].calibration.error().mean()
+            self.writer.add_scalar(f"calibration/error_{kind}", float(error), step)
+        layers, measured = list(module.sources), module.measured
+        for name, figure in (
+            ("hit_rate_by_layer", figures.hit_rates(layers, measured)),
+            ("recall_by_candidates", figures.recall_by_candidates(layers, module.top_k, measured)),
+            ("missed_experts", figures.missed_experts(layers, measured)),
+            ("calibration", figures.calibration(measured)),
+        ):
+            self.writer.add_image(f"validation/{name}", _pixels(figure), step, dataformats="HWC")
+
+    @rank_zero_only
+    def finish(self, results: Results, top_k: int, parameters: int) -> None:
+        """Writes what the epoch that is kept reached: its `PredictorTraining.results`."""
+        free, reached = mean_of(results, "training_free"), mean_of(results, "predictor")
+        final = {
+            "final/hit_rate": reached,
+            "final/training_free": free,
+            "final/gap_closed": gap_closed(free, reached),
+            "final/weakest_layer": weakest(results, "predictor"),
+            "final/hit_rate_at_2k": mean_of(results, "predictor", "recall@2k"),
+            "final/exact": mean_of(results, "predictor", "exact"),
+            "final/parameters": float(parameters),
+        }
+        # A file of its own, because Lightning closes the logger's when training ends.
+        with SummaryWriter(self.logger.log_dir) as writer:
+            for kind in KINDS:
+                curves = zip(*(result[kind]["recall"] for result in results.values()), strict=True)
+                for number, layers in enumerate(curves, top_k):
+                    writer.add_scalar(f"recall_by_candidates/{kind}", sum(layers) / len(layers), number)
+                    writer.add_scalar(f"recall_by_candidates/{kind}_weakest", min(layers), number)
+            for summary in hparams(self.hyperparameters, final):
+                writer.file_writer.add_summary(summary)
+            for name, value in final.items():
+                writer.add_scalar(name, value)
+
+
+def weakest(results: Results, kind: Kind) -> float:
+    """The lowest hit rate of all layers."""
+    return min(result[kind]["recall@k"] for result in results.values())
+
+
+def _step(trainer: lightning.Trainer) -> int:
+    """The last step done, which is where Lightning's own scalars stand."""
+    return max(0, trainer.global_step - 1)
+
+
+def _name(target: int) -> str:
+    return f"layer_{target:02d}"
+
+
+def _pixels(figure: Any) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+def _texts(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    trace = {name: value for name, value in run["trace"].items() if name not in ("model", "shards", "command")}
+    return {
+        "settings": run["settings"],
+        "provenance": {
+            "fit": f"`{run['command']}`",
+            "collect": f"`{run['trace']['command']}`",
+            "model": run["trace"]["model"]["name"],
+            **{f"trace: {name}": value for name, value in trace.items()},
+            **{f"model: {name}": value for name, value in run["trace"]["model"].items() if name != "name"},
+            **{f"version: {name}": value for name, value in run["versions"].items()},
+            **{f"machine: {name}": value for name, value in hardware().items()},
+        },
+    }
+
+
+def _table(facts: dict[str, Any]) -> str:
+    """Markdown."""
+    rows = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items())
+    return "\n".join(["| name | value |", "| --- | --- |", *rows])
