@@ -128,8 +128,33 @@ def fit(
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on with the run in --out from its last whole epoch.")
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers to train: all, auto (those below the threshold), or a list like 0,1,5 [default: all]."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Training-free hit rate below which auto takes a layer [default: 0.9].")
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(help="What is corrected: quasi_hidden, or the later layer_input [default: quasi_hidden]."),
+    ] = None,
+    horizon: Annotated[int | None, typer.Option(help="MoE layers from source to target, 1 or 2 [default: 1].")] = None,
     width: Annotated[int | None, typer.Option(help="Hidden width of each predictor [default: 320].")] = None,
-    epochs: Annotated[int | None, typer.Option(help="How often each row is seen [default: 5].")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of a width, what all predictors may take in bfloat16: like 2MB, or like 1% of the model's weights "
+            "without its routed experts. Layers that are hard to guess get more of it."
+        ),
+    ] = None,
+    loss: Annotated[str | None, typer.Option(help="kl, bce or ranking [default: kl].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="How often each row is seen at the most [default: 5].")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Epochs without a better hit rate that end training early [default: 3].")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a step [default: 512].")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The highest of a one-cycle schedule.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
@@ -139,6 +164,13 @@ def fit(
     seed: Annotated[
         int | None, typer.Option(help="Of the split, the order and the initial weights [default: 0].")
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="32-true, bf16-mixed, or auto: the latter where the device has it [default: auto]."),
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="Processes that train together on a node [default: 1].")] = None,
+    num_nodes: Annotated[int | None, typer.Option(help="Nodes that train together [default: 1].")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Lightning's name of how they do [default: auto].")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that read the trace [default: 0, this one].")] = None,
     device: Device = None,
     config: Config = None,
@@ -149,7 +181,7 @@ def fit(
     from train.fit import fit as job
 
     flags = {name: value for name, value in locals().items() if name in FitConfig.model_fields}
-    job(load_config(FitConfig, config, flags))
+    job(load_config(FitConfig, config, flags | {"layers": _layers(layers)}))
 
 
 @app.command()

@@ -245,7 +245,9 @@ def precision_of(asked: str, device: torch.device) -> Any:
         return asked
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "32-true"
+    # Without the instructions a CPU computes in bfloat16 too, but slower than in fp32; torch has no public way to ask.
+    supported = (getattr(torch.cpu, f"_is_{kind}_supported", lambda: False) for kind in ("avx512_bf16", "amx_tile"))
+    return "bf16-mixed" if any(ask() for ask in supported) else "32-true"
 
 
 @contextmanager
