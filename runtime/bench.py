@@ -24,7 +24,7 @@ from predictors.checkpoint import Predictors
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from runtime.automatic import AUTO
-from runtime.link import kept_store, measure_link
+from runtime.link import KeptHostStore, KeptPackedStore, kept_store, measure_link
 from runtime.memory import peaks, reset_peaks
 from runtime.offload import ExpertOffload, offloaded
 from runtime.policy import Gating, Policy
@@ -97,7 +97,7 @@ class Settings:
     """Tokens before them."""
     rounds: int = 3
     slots: int | None = None
-    candidates: int | None = None
+    candidates: int | str | None = None
     offload: dict[str, Any] | None = None
     """Whatever else `offload_experts` takes."""
 
@@ -126,17 +126,19 @@ def bench(
     timeline: Path | None = None,
     reference: Callable[[int], Any] | None = None,
     on_round: Callable[[Way, Round], None] = lambda *_: None,
+    store: KeptHostStore | KeptPackedStore | None = None,
 ) -> Measured:
     """Measures the `ways` on `model`, which is in host memory or has its experts in a packed file, and not offloaded.
 
     `reference(bytes)` is a context manager that yields another copy of the model, offloaded by accelerate with that
     much memory for its experts; it is measured after all others. `timeline` names a file for a trace of a few more
-    tokens (see `runtime.timeline`; on CUDA there is one a way, with its name in the file's).
+    tokens (see `runtime.timeline`; on CUDA there is one a way, with its name in the file's). `store` is where the experts
+    are, if not where `kept_store` finds them; it is released at the end.
 
     Raises `BenchError` where there is no way left that can be run, and what `offload_experts` raises.
     """
     layers = find_moe_layers(model)
-    store = kept_store(model, layers, settings.device)
+    store = store or kept_store(model, layers, settings.device)
     slots = settings.slots or max(2 * layers[0].top_k, sum(layer.num_experts for layer in layers) // 4)
     settings = replace(settings, slots=slots)
     try:

@@ -100,7 +100,7 @@ def offload_experts(
         raise OffloadError(
             f"{slots} slots are asked for; this model takes from {top_k} (its top k) to {total} (all its experts)"
         )
-    wanted = _candidates(candidates, layers, predictors, policy, gating)
+    wanted = candidates_of(candidates, layers, predictors, policy, gating)
     if readers < 1:
         raise OffloadError(f"{readers} readers are asked for; at least one must copy")
     if predictors is not None:
@@ -129,7 +129,7 @@ def offload_experts(
     return model
 
 
-def _candidates(
+def candidates_of(
     asked: int | str | None, layers: list[MoELayer], predictors: Predictors | None, policy: Policy, gating: Gating
 ) -> dict[int, int]:
     """The number of candidates by target layer."""
@@ -150,13 +150,23 @@ def _candidates(
 
 
 def sources_for(layers: list[MoELayer], predictors: Predictors | None, horizon: int | None) -> dict[int, int | None]:
-    """The source of each target layer. Raises `OffloadError` for a horizon that `predictors` were not trained for."""
+    """The source of each target layer.
+
+    Raises `OffloadError` for a horizon that `predictors` were not trained for, or sources that the model does not have.
+    """
     if horizon not in (None, 1, 2):
         raise OffloadError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
     asked = sources(layers, horizon or 1)
     if predictors is None:
         return asked
     trained = predictors.sources_of(layers)
+    known = {layer.index for layer in layers}
+    for target, source in trained.items():
+        if source is not None and (source not in known or source >= target):
+            raise OffloadError(
+                f"these predictors read layer {source} for layer {target}, which is no mixture-of-experts layer before it; "
+                "export them again"
+            )
     if horizon is not None and trained != asked:
         raise OffloadError(
             f"a horizon of {horizon} is asked for, and these predictors were trained to read other layers; leave the "
