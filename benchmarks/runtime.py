@@ -60,7 +60,7 @@ def predictors_of(config: Any, layers: list[Any]) -> Any:
     size, experts = config.hidden_size, config.num_experts
     return Predictors(
         model={"name": "random"} | moe_shape(config, layers),
-        mlps={layer.index: ResidualMLP(size, experts, WIDTH) for layer in layers},
+        mlps={layer.index: ResidualMLP(size, experts, WIDTH).bfloat16() for layer in layers},
         default_vectors={layer.index: torch.zeros(experts, size) for layer in layers[:-1]},
     )
 
@@ -232,7 +232,7 @@ def main() -> None:
         work: dict[str, Callable[[], Any]] = {
             "make": lambda: make(arguments.scratch),
             "ours": lambda: ours(arguments.scratch, arguments.tokens, arguments.rounds, int(arguments.slots)),
-            "accelerate": lambda: accelerate(arguments.scratch, arguments.tokens, arguments.rounds),
+            "accelerate": lambda: accelerate(arguments.scratch, arguments.tokens, 1),
         }
         made = work[arguments.child]()
         if made is not None:

@@ -109,12 +109,15 @@ class Measured:
     rounds: dict[Way, list[Round]]
     skipped: dict[Way, str]
     """Ways that can't be run here, and why."""
-    link: float
-    """Bytes per second from the store to the device while nothing computes: the median of `links`."""
     links: list[float]
-    """The same as measured before each round; a disk that others use too is not always as fast."""
+    """Bytes per second from the store to the device while nothing computes, before each round: a disk that others use too is
+    not always as fast."""
     expert_bytes: int
     slots: int
+
+    @property
+    def link(self) -> float:
+        return statistics.median(self.links)
 
 
 def bench(
@@ -170,7 +173,7 @@ def bench(
             its_layers = find_moe_layers(other)
             for _ in range(settings.rounds):
                 measure(Way("accelerate"), other, its_layers)
-    return Measured(rounds, skipped, statistics.median(links), links, store.layout.bytes, slots)
+    return Measured(rounds, skipped, links, store.layout.bytes, slots)
 
 
 def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference: Any) -> str | None:
