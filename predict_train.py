@@ -265,12 +265,15 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     predictors: PredictorsOption = None,
-    policy: Annotated[str, typer.Option(help="on_demand, prefetch or speculative.")] = "speculative",
+    policy: Annotated[
+        str, typer.Option(help="on_demand, prefetch, speculative, or auto: the faster of the first two.")
+    ] = "speculative",
     gating: Annotated[str, typer.Option(help="Under speculative: speculated, true or resident.")] = "true",
     slots: Annotated[
         int | None, typer.Option(help="Experts on the device at a time [default: a quarter of them].")
     ] = None,
-    candidates: Annotated[int | None, typer.Option(help="Experts fetched for each speculated token.")] = None,
+    candidates: runtime_commands.Candidates = None,
+    horizon: runtime_commands.Horizon = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
@@ -292,7 +295,8 @@ def generate(
         gating=gating,
         device=where,
         slots=slots,
-        candidates=candidates,
+        candidates=runtime_commands.parse_candidates(candidates),
+        horizon=horizon,
     )
     result = job(
         loaded,
@@ -328,7 +332,10 @@ def evaluate(
     tokens: Annotated[int, typer.Option(min=2)] = 20_000,
     sequence_length: Annotated[int, typer.Option(min=2)] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    candidates: Annotated[int | None, typer.Option(min=1, help="Of gating resident [default: top k + 2].")] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Of gating resident: a number, or auto [default: top k + 2].")
+    ] = None,
+    horizon: runtime_commands.Horizon = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Writes all figures to this file.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -347,7 +354,8 @@ def evaluate(
     from runtime.evaluate import evaluate as job
     from runtime.report import print_hit_rates, print_losses
 
-    result = job(loaded, batches, _load_predictors(predictors, loaded), candidates, progress=True)
+    wide = runtime_commands.parse_candidates(candidates)
+    result = job(loaded, batches, _load_predictors(predictors, loaded), wide, progress=True, horizon=horizon)
     result |= {"model": model, "predictors": predictors, "versions": versions(), "command": command()}
     print_hit_rates(Console(), result)
     print_losses(Console(), result, {})

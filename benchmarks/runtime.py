@@ -26,7 +26,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "benchmarks" / "models" / "moe-1b.json"
 RESULTS = ROOT / "benchmarks" / "results"
-WAYS = "on_demand,prefetch,speculative"
+WAYS = "on_demand,prefetch,speculative,auto"
+WIDTH = 320
+WARMUP = 36
+"""Tokens before those that are counted; `auto` has chosen by then."""
 ACCELERATE_MEMORY = 800_000_000
 """Bytes of weights that accelerate may keep; with more, what it loads for a layer does not fit beside them."""
 
@@ -37,13 +40,29 @@ def settings_of(tokens: int, rounds: int, slots: int | None) -> Any:
     from runtime.bench import Settings
 
     prompt = torch.randint(8192, (1, 32), generator=torch.Generator().manual_seed(0))
-    return Settings(prompt, torch.device("cpu"), tokens=tokens, rounds=rounds, slots=slots)
+    return Settings(prompt, torch.device("cpu"), tokens=tokens, warmup=WARMUP, rounds=rounds, slots=slots)
 
 
 def routing_of(tokens: int) -> Any:
     from runtime.routing import PRESETS, draw_routing
 
-    return draw_routing(PRESETS["moe-1b"], steps=8 + tokens, layers=12, num_experts=64, top_k=4, candidates=6)
+    return draw_routing(PRESETS["moe-1b"], steps=WARMUP + tokens, layers=12, num_experts=64, top_k=4, candidates=6)
+
+
+def predictors_of(config: Any, layers: list[Any]) -> Any:
+    """Predictors of the default width with random weights, which cost what trained ones do."""
+    import torch
+
+    from predictors.architecture import moe_shape
+    from predictors.checkpoint import Predictors
+    from predictors.mlp import ResidualMLP
+
+    size, experts = config.hidden_size, config.num_experts
+    return Predictors(
+        model={"name": "random"} | moe_shape(config, layers),
+        mlps={layer.index: ResidualMLP(size, experts, WIDTH).bfloat16() for layer in layers},
+        default_vectors={layer.index: torch.zeros(experts, size) for layer in layers[:-1]},
+    )
 
 
 def make(scratch: Path) -> None:
@@ -67,6 +86,7 @@ def ours(scratch: Path, tokens: int, rounds: int, slots: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
+    from predictors.discovery import find_moe_layers
     from runtime.bench import bench, parse_ways, results
     from runtime.load import load_offloaded
 
@@ -74,7 +94,8 @@ def ours(scratch: Path, tokens: int, rounds: int, slots: int) -> dict[str, Any]:
     model: Any = load_offloaded(config, pack=scratch / "experts.pack", device="cpu", dtype=torch.bfloat16)
     model.expert_offload.detach()
     routing = routing_of(tokens)
-    measured = bench(model, parse_ways(WAYS), settings_of(tokens, rounds, slots), routing=routing)
+    known = predictors_of(config, find_moe_layers(model))
+    measured = bench(model, parse_ways(WAYS), settings_of(tokens, rounds, slots), known, routing)
     rows = results(measured)
     expected(rows, measured.link, slots, routing, config)
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
@@ -82,6 +103,10 @@ def ours(scratch: Path, tokens: int, rounds: int, slots: int) -> dict[str, Any]:
         "slots": slots,
         "results": rows,
         "link_bytes_per_second": measured.link,
+        "link_by_round": measured.links,
+        "times_by_round_ms": {
+            str(way): [1000 * r.seconds_per_token for r in rounds] for way, rounds in measured.rounds.items()
+        },
         "bytes_of_slots_and_weights": weights + slots * measured.expert_bytes,
     }
 
@@ -99,8 +124,8 @@ def expected(rows: list[dict[str, Any]], link: float, slots: int, routing: Any, 
     # The whole of the computation, spread over its parts as their bytes are.
     hardware = Hardware(active / (compute / 1000), link, latency=0.0, launch=0.0)
     for row in rows:
-        gating = row["gating"] or "true"
-        seconds = simulate(costs_of(shape, hardware), routing, slots=slots, policy=row["policy"], gating=gating).seconds
+        gating, policy = row["gating"] or "true", "prefetch" if row["policy"] == "auto" else row["policy"]
+        seconds = simulate(costs_of(shape, hardware), routing, slots=slots, policy=policy, gating=gating).seconds
         row["expected_ms_per_token"] = 1000 * seconds
 
 
@@ -191,8 +216,8 @@ def limited(limit: int, *arguments: object) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", default="60,150,300", help="with commas")
-    parser.add_argument("--tokens", type=int, default=40, help="counted in each round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=24, help="counted in each round")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, default=1_400_000_000, help="bytes that the process may use")
     parser.add_argument("--without-accelerate", action="store_true")
     parser.add_argument(
@@ -207,7 +232,7 @@ def main() -> None:
         work: dict[str, Callable[[], Any]] = {
             "make": lambda: make(arguments.scratch),
             "ours": lambda: ours(arguments.scratch, arguments.tokens, arguments.rounds, int(arguments.slots)),
-            "accelerate": lambda: accelerate(arguments.scratch, arguments.tokens, arguments.rounds),
+            "accelerate": lambda: accelerate(arguments.scratch, arguments.tokens, 1),
         }
         made = work[arguments.child]()
         if made is not None:
@@ -254,7 +279,7 @@ def report(slots: str, measured: dict[str, Any]) -> None:
             f"  {name:<24}{time['median']:7.1f} ms ({time['min']:.1f} to {time['max']:.1f}), "
             f"{time['median'] / first - 1:+6.1%}; limit {row['limit_ms_per_token']:.1f}, "
             f"expected {row['expected_ms_per_token']:.1f}; {row['bytes_per_token'] / 1e6:.0f} MB, "
-            f"stalled {row['stall_ms_per_token']:.1f}",
+            f"stalled {row['stall_ms_per_token']:.1f}, speculating {row['speculating_ms_per_token']:.2f}",
             flush=True,
         )
 

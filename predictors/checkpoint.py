@@ -102,7 +102,7 @@ def make_speculators(
         ).to(weight.device)
         if mlp is not None:
             copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width)
-            copy.load_state_dict(mlp.state_dict())
+            copy.load_state_dict(mlp.state_dict(), assign=True)  # not twice in memory where the dtype is the model's
             speculator.mlp = copy.to(weight.device, weight.dtype)
         speculators[layer.index] = speculator.requires_grad_(False).eval()
     return speculators

@@ -111,11 +111,10 @@ def run_experts(
     stacked = {name: getattr(experts, name) for name in expert_parameters(experts)}
     groups = group_by_expert(ids, stacked["down_proj"].shape[0])
     sorted_x = x[groups.order // ids.shape[-1]]
-    grouped = x.new_empty(ids.numel(), x.shape[-1])
-    for expert, inputs, output in zip(
-        groups.experts, sorted_x.split(groups.sizes), grouped.split(groups.sizes), strict=True
-    ):
-        output.copy_(expert_output(experts, {name: p[expert] for name, p in stacked.items()}, inputs))
+    outputs = [x.new_empty(0, x.shape[-1])]  # where there is no token there is no expert
+    for expert, inputs in zip(groups.experts, sorted_x.split(groups.sizes), strict=True):
+        outputs.append(expert_output(experts, {name: p[expert] for name, p in stacked.items()}, inputs))
+    grouped = torch.cat(outputs)  # not written in place, which autograd refuses of views that were made without it
     if on_outputs is not None:
         on_outputs(groups, grouped)
     # Gathered by the inverse order: several times as fast as scattering by the order.

@@ -44,7 +44,7 @@ class ResidualMLP(nn.Module):
         """The corrected state, `[tokens, hidden]`, from `q`, `a` and `m`; without a source layer there is no `m`."""
         hidden = F.linear(normed, self.w1, self.b1)
         if mixture is not None:
-            hidden = hidden + F.linear(mixture, self.v)
+            hidden = torch.addmm(hidden, mixture, self.v.T)
         return quasi + F.linear(F.silu(hidden), self.w2, self.b2)
 
 

@@ -37,7 +37,7 @@ class Routing(NamedTuple):
 def mixture_of(source: Routing, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
     """The source router's weights, times k, each at its expert's place: `[tokens, num_experts]`."""
     tokens, top_k = source.ids.shape
-    mixture = source.weights.new_zeros(tokens, num_experts, dtype=dtype)
+    mixture = torch.zeros(tokens, num_experts, dtype=dtype, device=source.weights.device)
     return mixture.scatter_(-1, source.ids.long(), (top_k * source.weights).to(dtype))
 
 
@@ -142,7 +142,10 @@ class Speculator(nn.Module):
         self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The quasi-hidden state `q` and the normed residual `a`, each `[tokens, hidden]`."""
-        return self.quasi(residual, source, inner), self.norm.forward(residual)
+        guess = quasi_residual(residual, source, self.default_vectors, self.post_norm, self.post_scale, inner)
+        # A norm goes row by row, so one call does for both; at a single token each operation costs what its call costs.
+        quasi, normed = self.norm.forward(torch.cat([guess, residual])).split(len(residual))
+        return quasi, normed
 
     def forward(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> Routing:
         """The speculated routing of the target layer for `residual` `[tokens, hidden]` of its source layer.

@@ -23,7 +23,8 @@ from predictors.architecture import MoELayer
 from predictors.checkpoint import Predictors
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
-from runtime.link import kept_store, measure_link
+from runtime.automatic import AUTO
+from runtime.link import KeptHostStore, KeptPackedStore, kept_store, measure_link
 from runtime.memory import peaks, reset_peaks
 from runtime.offload import ExpertOffload, offloaded
 from runtime.policy import Gating, Policy
@@ -55,7 +56,7 @@ def parse_ways(text: str) -> list[Way]:
     Raises `BenchError` for one that there is not.
     """
     known = [Way("resident"), *(Way(p) for p in Policy if p is not Policy.SPECULATIVE)]
-    known += [*(Way(Policy.SPECULATIVE, gating) for gating in Gating), Way("accelerate")]
+    known += [Way(AUTO), *(Way(Policy.SPECULATIVE, gating) for gating in Gating), Way("accelerate")]
     ways: list[Way] = []
     for part in text.split(","):
         found = [way for way in known if part.strip() in (str(way), way.policy)]
@@ -75,6 +76,8 @@ class Round:
     stalled_per_token: float | None = None
     hit_rate: float | None = None
     """Share of the router's experts that were among the candidates."""
+    speculating_per_token: float | None = None
+    """Seconds that the host spends on speculation itself."""
     cache_hit_rate: float | None = None
     """Share of the executed experts that were on the device, or on their way."""
     peak_host_bytes: int | None = None
@@ -94,7 +97,7 @@ class Settings:
     """Tokens before them."""
     rounds: int = 3
     slots: int | None = None
-    candidates: int | None = None
+    candidates: int | str | None = None
     offload: dict[str, Any] | None = None
     """Whatever else `offload_experts` takes."""
 
@@ -106,10 +109,15 @@ class Measured:
     rounds: dict[Way, list[Round]]
     skipped: dict[Way, str]
     """Ways that can't be run here, and why."""
-    link: float
-    """Bytes per second from the store to the device while nothing computes."""
+    links: list[float]
+    """Bytes per second from the store to the device while nothing computes, before each round: a disk that others use too is
+    not always as fast."""
     expert_bytes: int
     slots: int
+
+    @property
+    def link(self) -> float:
+        return statistics.median(self.links)
 
 
 def bench(
@@ -121,17 +129,19 @@ def bench(
     timeline: Path | None = None,
     reference: Callable[[int], Any] | None = None,
     on_round: Callable[[Way, Round], None] = lambda *_: None,
+    store: KeptHostStore | KeptPackedStore | None = None,
 ) -> Measured:
     """Measures the `ways` on `model`, which is in host memory or has its experts in a packed file, and not offloaded.
 
     `reference(bytes)` is a context manager that yields another copy of the model, offloaded by accelerate with that
     much memory for its experts; it is measured after all others. `timeline` names a file for a trace of a few more
-    tokens (see `runtime.timeline`; on CUDA there is one a way, with its name in the file's).
+    tokens (see `runtime.timeline`; on CUDA there is one a way, with its name in the file's). `store` is where the experts
+    are, if not where `kept_store` finds them; it is released at the end.
 
     Raises `BenchError` where there is no way left that can be run, and what `offload_experts` raises.
     """
     layers = find_moe_layers(model)
-    store = kept_store(model, layers, settings.device)
+    store = store or kept_store(model, layers, settings.device)
     slots = settings.slots or max(2 * layers[0].top_k, sum(layer.num_experts for layer in layers) // 4)
     settings = replace(settings, slots=slots)
     try:
@@ -139,7 +149,7 @@ def bench(
         ours = [way for way in ways if way not in skipped and way.policy != "accelerate"]
         if len(skipped) == len(ways):
             raise BenchError(f"nothing is left to measure: {'; '.join(f'{w}: {why}' for w, why in skipped.items())}")
-        link = measure_link(store, settings.device, (settings.offload or {}).get("readers", 2))
+        links: list[float] = []
         rounds: dict[Way, list[Round]] = {way: [] for way in ways if way not in skipped}
 
         def measure(way: Way, subject: PreTrainedModel, its_layers: list[MoELayer]) -> None:
@@ -150,6 +160,7 @@ def bench(
             on_round(way, measured)
 
         for number in range(settings.rounds):
+            links.append(measure_link(store, settings.device, (settings.offload or {}).get("readers", 2)))
             start = number % len(ours) if ours else 0
             for way in ours[start:] + ours[:start]:  # whatever else the machine does meets all of them
                 measure(way, model, layers)
@@ -162,7 +173,7 @@ def bench(
             its_layers = find_moe_layers(other)
             for _ in range(settings.rounds):
                 measure(Way("accelerate"), other, its_layers)
-    return Measured(rounds, skipped, link, store.layout.bytes, slots)
+    return Measured(rounds, skipped, links, store.layout.bytes, slots)
 
 
 def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference: Any) -> str | None:
@@ -262,6 +273,7 @@ def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setting
         measured,
         bytes_per_token=counters.bytes_copied / tokens,
         stalled_per_token=counters.stalled_seconds / tokens,
+        speculating_per_token=counters.speculating_seconds / tokens,
         hit_rate=counters.speculation_hit_rate,
         cache_hit_rate=counters.hits / (counters.hits + counters.misses),
     )
@@ -314,6 +326,7 @@ def results(measured: Measured) -> list[dict[str, Any]]:
         copied = _median([r.bytes_per_token for r in rounds])
         limit = 1000 * max(min(work), (copied or 0.0) / measured.link) if work and way.policy != "accelerate" else None
         stall = _median([r.stalled_per_token for r in rounds])
+        speculating = _median([r.speculating_per_token for r in rounds])
         rows.append(
             {
                 "policy": way.policy,
@@ -328,6 +341,7 @@ def results(measured: Measured) -> list[dict[str, Any]]:
                 "cache_hit_rate": _median([r.cache_hit_rate for r in rounds]),
                 "bytes_per_token": copied,
                 "stall_ms_per_token": None if stall is None else 1000 * stall,
+                "speculating_ms_per_token": None if speculating is None else 1000 * speculating,
                 "limit_ms_per_token": limit,
                 "overlap_efficiency": None if limit is None else limit / statistics.median(times),
                 "peak_host_bytes": max((r.peak_host_bytes for r in rounds if r.peak_host_bytes), default=None),

@@ -27,7 +27,15 @@ PredictorsOption = Annotated[
     typer.Option("--predictors", help="Folder or Hub name of predictors; without them speculation is training-free."),
 ]
 Candidates = Annotated[
-    int | None, typer.Option(min=1, help="Experts fetched for each layer [default: top k, and 2 more under resident].")
+    str | None,
+    typer.Option(
+        help="Experts fetched for each layer: a number, or auto, from the recall of the predictors "
+        "[default: top k, and 2 more under resident]."
+    ),
+]
+Horizon = Annotated[
+    int | None,
+    typer.Option(help="MoE layers ahead that are guessed, 1 or 2 [default: what the predictors read, or else 1]."),
 ]
 Eviction = Annotated[str, typer.Option(help="least_stale or lru.")]
 Preset = Annotated[
@@ -51,7 +59,8 @@ def bench(
         typer.Option("--pack", help="Keeps the experts in this packed file; it is made where there is none."),
     ] = None,
     policies: Annotated[
-        str, typer.Option(help="Of resident, on_demand, prefetch, speculative (or speculative/true ...), accelerate.")
+        str,
+        typer.Option(help="Of resident, on_demand, prefetch, auto, speculative (or speculative/true ...), accelerate."),
     ] = "resident,on_demand,prefetch,speculative",
     routing: Annotated[
         str | None,
@@ -66,6 +75,7 @@ def bench(
     skew: Skew = None,
     slots: Annotated[int | None, typer.Option(help="Experts on the device [default: a quarter of them].")] = None,
     candidates: Candidates = None,
+    horizon: Horizon = None,
     eviction: Eviction = "least_stale",
     readers: Annotated[int, typer.Option(min=1, help="Threads that copy on the CPU or read a file.")] = 2,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens that are counted in each round.")] = 64,
@@ -106,7 +116,8 @@ def bench(
     known = None if predictors is None else load_predictors(predictors, loaded)
     layers = find_moe_layers(loaded)
     top_k = layers[0].top_k
-    m = candidates or min(top_k + 2, layers[0].num_experts)
+    fetched = parse_candidates(candidates)
+    m = fetched if isinstance(fetched, int) else min((2 if fetched else 1) * top_k + 2, layers[0].num_experts)
     shape = {"layers": len(layers), "num_experts": layers[0].num_experts, "top_k": top_k, "candidates": max(m, top_k)}
     routing = routing or ("model" if random_weights is None else "synthetic")
     replayed = None
@@ -114,7 +125,14 @@ def bench(
         chosen = _statistics(preset, kept, hit_rate, skew)
         replayed = _routing(routing, chosen, warmup + tokens, seed, known, shape)
     settings = Settings(
-        token_ids, where, tokens, warmup, rounds, slots, candidates, {"eviction": eviction, "readers": readers}
+        token_ids,
+        where,
+        tokens,
+        warmup,
+        rounds,
+        slots,
+        fetched,
+        {"eviction": eviction, "readers": readers, "horizon": horizon},
     )
     console = Console()
     packed = pack_file is not None
@@ -138,7 +156,8 @@ def bench(
         "settings": {
             "slots": measured.slots,
             "experts": shape["layers"] * shape["num_experts"],
-            "candidates": candidates,
+            "candidates": fetched,
+            "horizon": horizon,
             "eviction": eviction,
             "readers": readers,
             "tokens": tokens,
@@ -179,7 +198,11 @@ def plan(
     kept: Kept = None,
     hit_rate: HitRate = None,
     skew: Skew = None,
-    candidates: Candidates = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(min=1, help="Experts fetched for each layer [default: top k, and 2 more under resident]."),
+    ] = None,
+    horizon: Annotated[int, typer.Option(min=1, max=2, help="MoE layers ahead that are guessed, 1 or 2.")] = 1,
     eviction: Eviction = "least_stale",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to simulate.")] = 64,
     cuda: Annotated[bool, typer.Option(help="Whether copies go through a CUDA stream, or threads read them.")] = True,
@@ -226,7 +249,9 @@ def plan(
     mlps = [] if known is None else [sum(p.nbytes for p in mlp.parameters()) for mlp in known.mlps.values()]
     costs = costs_of(shape, hardware, sum(mlps) // shape.layers)
     result = {
-        "results": job(costs, replayed, shape, count, is_cuda=cuda, candidates=candidates, eviction=eviction),
+        "results": job(
+            costs, replayed, shape, count, is_cuda=cuda, candidates=candidates, horizon=horizon, eviction=eviction
+        ),
         "model": model,
         "shape": asdict(shape),
         "hardware": asdict(hardware),
@@ -329,6 +354,15 @@ def _routing(
     from runtime.replay import replay
 
     return replay(Trace.open(kind), steps, shape["candidates"], predictors)
+
+
+def parse_candidates(text: str | None) -> int | str | None:
+    """A number, `auto`, or None. Raises `UserError` for anything else."""
+    if text is None or text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--candidates can't be {text}; give a number or auto")
+    return int(text)
 
 
 def _bytes(text: str, option: str) -> int:

@@ -18,7 +18,7 @@ from predictors.checkpoint import Predictors, make_speculators
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.speculation import Speculator, flat_routing
-from runtime.offload import offloaded
+from runtime.offload import candidates_of, offloaded, sources_for
 from runtime.policy import Gating, Policy, RoutingControl
 
 EVERY_TOKEN = 1 << 40
@@ -28,14 +28,15 @@ def evaluate(
     model: PreTrainedModel,
     batches: Iterable[torch.Tensor],
     predictors: Predictors | None = None,
-    resident_candidates: int | None = None,
+    resident_candidates: int | str | None = None,
     progress: bool = False,
+    horizon: int | None = None,
 ) -> dict[str, Any]:
     """Runs `model` over `batches` of token ids `[sequences, length]` once for each way to execute it.
 
     Every token is speculated, as if it were being decoded. `on_demand` and `prefetch` go through the offload runtime
     with a quarter of the experts' slots. Gating `resident` sees `resident_candidates` (by default `top_k + 2`)
-    candidates and no cache, which is its worst case.
+    candidates (`auto`: as many as `offload_experts` would take) and no cache, which is its worst case. `horizon` is as there.
 
     Returns `layers`: `layer`, `training_free`, `predictor` (None where there is none), `control` for each target, and
     `cross_entropy` and `training_free_cross_entropy` (the same without predictors) in nats per token, and `tokens`.
@@ -46,9 +47,10 @@ def evaluate(
         raise UserError("there is no text to evaluate on; give a corpus of at least two tokens")
     layers = find_moe_layers(model)
     without = None if predictors is None else dataclasses.replace(predictors, mlps={})
-    speculators = {"predictor": make_speculators(model, predictors, layers)}
-    speculators["training_free"] = make_speculators(model, without, layers)
-    wide = resident_candidates or min(layers[0].top_k + 2, layers[0].num_experts)
+    source_of = sources_for(layers, predictors, horizon)
+    chosen_candidates = candidates_of(resident_candidates, layers, predictors, Policy.SPECULATIVE, Gating.RESIDENT)
+    speculators = {"predictor": make_speculators(model, predictors, layers, horizon or 1)}
+    speculators["training_free"] = make_speculators(model, without, layers, horizon or 1)
     trained = set() if predictors is None else set(predictors.mlps)
     passes = 3 + (5 if trained else 0) + 5
     bar = tqdm(total=passes * sum(batch.numel() for batch in batches), unit=" tokens", desc="evaluate", leave=False,
@@ -58,7 +60,7 @@ def evaluate(
         return _cross_entropy(model, batches, bar)
 
     full = cross_entropy()
-    rates = {kind: _hit_rates(model, batches, layers, chosen, bar) for kind, chosen in speculators.items()}
+    rates = {kind: _hit_rates(model, batches, layers, chosen, source_of, bar) for kind, chosen in speculators.items()}
     table: dict[str, dict[str, float]] = {}
     for kind, chosen in speculators.items():
         if kind == "predictor" and not trained:
@@ -66,11 +68,18 @@ def evaluate(
         entropies = {"full": full}
         for policy in (Policy.ON_DEMAND, Policy.PREFETCH):
             chosen_predictors = predictors if kind == "predictor" else without
-            with offloaded(model, chosen_predictors, policy=policy, device=model.device, speculated_tokens=EVERY_TOKEN):
+            with offloaded(
+                model,
+                chosen_predictors,
+                policy=policy,
+                device=model.device,
+                speculated_tokens=EVERY_TOKEN,
+                horizon=horizon,
+            ):
                 entropies[policy] = cross_entropy()
         for gating in Gating:
-            candidates = wide if gating is Gating.RESIDENT else None
-            control = RoutingControl(layers, chosen, Policy.SPECULATIVE, gating, candidates)
+            wide = chosen_candidates if gating is Gating.RESIDENT else None
+            control = RoutingControl(layers, chosen, Policy.SPECULATIVE, gating, wide, sources=source_of)
             try:
                 entropies[f"{Policy.SPECULATIVE}/{gating}"] = cross_entropy()
             finally:
@@ -111,11 +120,12 @@ def _hit_rates(
     batches: list[torch.Tensor],
     layers: list[MoELayer],
     speculators: dict[int, Speculator],
+    source_of: dict[int, int | None],
     bar: tqdm,
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Hit rate and control hit rate by target layer, over a full and exact run of the model."""
     with _control_hit_rates(layers) as exact:
-        control = RoutingControl(layers, speculators, Policy.PREFETCH, Gating.TRUE)
+        control = RoutingControl(layers, speculators, Policy.PREFETCH, Gating.TRUE, sources=source_of)
         try:
             _cross_entropy(model, batches, bar)
         finally:

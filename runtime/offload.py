@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from predictors.checkpoint import Predictors, make_speculators
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from predictors.experts import expert_parameters
+from runtime.automatic import AUTO, Trial
 from runtime.cache import Eviction
 from runtime.packfile import PackedStore
 from runtime.policy import Gating, Policy, RoutingControl, candidates_from_recall
@@ -45,6 +47,7 @@ def offload_experts(
     device: torch.device | str | None = None,
     slots: int | None = None,
     candidates: int | str | None = None,
+    horizon: int | None = None,
     speculated_tokens: int = SPECULATED_TOKENS,
     readers: int = 2,
     eviction: Eviction | str = Eviction.LEAST_STALE,
@@ -58,12 +61,16 @@ def offload_experts(
 
     Args:
         predictors: what `load_predictors` returned; without them speculation is training-free.
-        policy, gating: see `runtime.policy`. `on_demand` and `prefetch` are exact.
+        policy, gating: see `runtime.policy`. `on_demand` and `prefetch` are exact. `auto` is exact too: it measures both
+            on the first decoded tokens, by turns, and goes on with the faster (`runtime.automatic`); it never picks
+            `speculative`, which changes tokens and so is for the user to choose.
         device: where the model computes; by default CUDA where there is one. Everything but the experts moves there.
         slots: experts that fit on the device, over all layers, from `top_k` up; by default a quarter of them all.
         candidates: experts fetched for each speculated token, `top_k` or more; by default `top_k`, and two more under
             gating `resident`. `auto` takes for each layer as many as its recall in `predictors` says are worth it
             (`runtime.policy.candidates_from_recall`).
+        horizon: how many MoE layers ahead is guessed, 1 or 2; by default what `predictors` were trained for, or else 1. With
+            2 a copy has two layers' time, and a training-free guess is right less often.
         speculated_tokens: a forward pass over more tokens than this is a prompt: it is executed exactly, streaming the
             experts through the slots, since it needs nearly all of them and a guess saves nothing.
         readers: copying threads, on the CPU or from a file.
@@ -73,11 +80,13 @@ def offload_experts(
 
     Raises `OffloadError`, `StoreError`, `UnsupportedModelError` or `PredictorsError`, and then leaves the model as it was.
     """
+    is_auto = policy == AUTO
     try:
-        policy, gating, eviction = Policy(policy), Gating(gating), Eviction(eviction)
+        policy = Policy.PREFETCH if is_auto else Policy(policy)
+        gating, eviction = Gating(gating), Eviction(eviction)
     except ValueError as error:
         raise OffloadError(
-            f"{error}; policies are {', '.join(Policy)}, gatings {', '.join(Gating)}, evictions {', '.join(Eviction)}"
+            f"{error}; policies are {', '.join(Policy)}, {AUTO}, gatings {', '.join(Gating)}, evictions {', '.join(Eviction)}"
         ) from error
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
@@ -91,11 +100,12 @@ def offload_experts(
         raise OffloadError(
             f"{slots} slots are asked for; this model takes from {top_k} (its top k) to {total} (all its experts)"
         )
-    wanted = _candidates(candidates, layers, predictors, policy, gating)
+    wanted = candidates_of(candidates, layers, predictors, policy, gating)
     if readers < 1:
         raise OffloadError(f"{readers} readers are asked for; at least one must copy")
     if predictors is not None:
         predictors.check(model, layers)
+    source_of = sources_for(layers, predictors, horizon)
     for layer in layers:
         expert_parameters(layer.experts)
     opened = _open_store(model, layers, store, target)
@@ -112,12 +122,14 @@ def offload_experts(
         speculated_tokens,
         readers,
         eviction,
+        source_of,
+        Trial() if is_auto else None,
     )
     vars(model)["expert_offload"] = offload
     return model
 
 
-def _candidates(
+def candidates_of(
     asked: int | str | None, layers: list[MoELayer], predictors: Predictors | None, policy: Policy, gating: Gating
 ) -> dict[int, int]:
     """The number of candidates by target layer."""
@@ -135,6 +147,32 @@ def _candidates(
     if asked is not None and (not isinstance(asked, int) or not top_k <= asked <= experts):
         raise OffloadError(f"{asked} candidates are asked for; this model takes from {top_k} to {experts}, or auto")
     return {layer.index: usual if asked is None else int(asked) for layer in layers}
+
+
+def sources_for(layers: list[MoELayer], predictors: Predictors | None, horizon: int | None) -> dict[int, int | None]:
+    """The source of each target layer.
+
+    Raises `OffloadError` for a horizon that `predictors` were not trained for, or sources that the model does not have.
+    """
+    if horizon not in (None, 1, 2):
+        raise OffloadError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
+    asked = sources(layers, horizon or 1)
+    if predictors is None:
+        return asked
+    trained = predictors.sources_of(layers)
+    known = {layer.index for layer in layers}
+    for target, source in trained.items():
+        if source is not None and (source not in known or source >= target):
+            raise OffloadError(
+                f"these predictors read layer {source} for layer {target}, which is no mixture-of-experts layer before it; "
+                "export them again"
+            )
+    if horizon is not None and trained != asked:
+        raise OffloadError(
+            f"a horizon of {horizon} is asked for, and these predictors were trained to read other layers; leave the "
+            "horizon out or train predictors for it"
+        )
+    return trained
 
 
 def _open_store(
@@ -184,13 +222,17 @@ class ExpertOffload:
         speculated_tokens: int,
         readers: int,
         eviction: Eviction,
+        source_of: dict[int, int | None],
+        trial: Trial | None,
     ):
         self.policy, self.gating, self.device, self.slots = policy, gating, device, slots
         self.eviction, self.store = eviction, store
         self._model, self._layers = model, layers
         self._number = {layer.index: number for number, layer in enumerate(layers)}
-        self._without_source = {self._number[target] for target, source in sources(layers).items() if source is None}
+        self._without_source = {self._number[target] for target, source in source_of.items() if source is None}
+        self._trial, self._speculated_tokens = trial, speculated_tokens
         self._turn = threading.RLock()
+        self._depth = 0
         self._stalled_before = 0.0
         self._attached = ExitStack()
         try:
@@ -206,13 +248,14 @@ class ExpertOffload:
                 self._attach(number, layer)
             self._control = RoutingControl(
                 layers,
-                make_speculators(model, predictors, layers),
+                make_speculators(model, predictors, layers, horizon=2 if source_of == sources(layers, 2) else 1),
                 policy,
                 gating,
                 num_candidates=candidates,
                 max_tokens=speculated_tokens,
                 fetch=self._announce,
                 resident=lambda index: self._slots.resident(self._number[index]),
+                sources=source_of,
             )
             self._attached.callback(self._control.detach)
         except BaseException:
@@ -224,6 +267,7 @@ class ExpertOffload:
         """What has happened so far. On CUDA, reading it waits for the device."""
         counters = self._slots.counters
         counters.stalled_seconds = self._slots.transfers.stalled_seconds() - self._stalled_before
+        counters.speculating_seconds = self._control.seconds
         counters.speculation_hit_rate = self._control.hit_rate()
         return counters
 
@@ -271,7 +315,18 @@ class ExpertOffload:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self._turn:
-                return original(*args, **kwargs)
+                if self._trial is None or self._depth:  # the outermost forward pass is the one that is measured
+                    return original(*args, **kwargs)
+                self._control.is_on = self._trial.prefetches
+                before, begun = self._slots.counters.tokens, time.perf_counter()
+                self._depth = 1
+                try:
+                    output = original(*args, **kwargs)
+                finally:
+                    self._depth = 0
+                if 0 < self._slots.counters.tokens - before <= self._speculated_tokens:
+                    self._trial.took(time.perf_counter() - begun)
+                return output
 
         return forward
 

@@ -160,6 +160,7 @@ def plan(
     *,
     is_cuda: bool = True,
     candidates: int | None = None,
+    horizon: int = 1,
     eviction: Eviction | str = Eviction.LEAST_STALE,
 ) -> list[dict[str, Any]]:
     """A row of plain values for each policy and gating: what a token takes there, and what bounds it."""
@@ -175,6 +176,7 @@ def plan(
             policy=policy,
             gating=gating or Gating.TRUE,
             candidates=candidates,
+            horizon=horizon,
             eviction=eviction,
             queue=is_cuda,
         )

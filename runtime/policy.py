@@ -12,6 +12,7 @@ policy decides what it returns to the model:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
@@ -21,7 +22,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from predictors.architecture import MoELayer, UnsupportedModelError, first_tensor, override_forward, sources
+from predictors.architecture import MoELayer, UnsupportedModelError, first_tensor, override_forward
+from predictors.architecture import sources as nearest_sources
 from predictors.speculation import Routing, Speculator, candidates, flat_routing
 
 
@@ -61,7 +63,7 @@ def candidates_from_recall(recall: list[float], top_k: int, policy: Policy, gati
 
 
 class RestrictedChoice(TorchFunctionMode):
-    """Within it, a router chooses among `allowed` `[tokens, experts]` only.
+    """Within it, a router chooses none of the experts that are `barred`, a mask `[tokens, experts]`.
 
     A router of any architecture ends in one `topk` over its experts; masking the values of that call leaves everything
     around it (sigmoid or softmax, correction biases, groups, normalising, scaling) to the router itself. An allowed
@@ -69,19 +71,19 @@ class RestrictedChoice(TorchFunctionMode):
     enough. `free_ids` are the ids that the router would have chosen without the restriction.
     """
 
-    def __init__(self, allowed: torch.Tensor, top_k: int):
+    def __init__(self, barred: torch.Tensor, top_k: int):
         super().__init__()
-        self.allowed, self.top_k = allowed, top_k
+        self.barred, self.top_k = barred, top_k
         self.free_ids: torch.Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.topk, torch.Tensor.topk):
             values, *rest = args
-            if values.shape == self.allowed.shape and (rest[0] if rest else kwargs["k"]) == self.top_k:
+            if values.shape == self.barred.shape and (rest[0] if rest else kwargs["k"]) == self.top_k:
                 self.free_ids = func(*args, **kwargs).indices
                 ranked = values.clamp(min=torch.finfo(values.dtype).min)
-                return func(torch.where(self.allowed, ranked, float("-inf")), *rest, **kwargs)
+                return func(ranked.masked_fill_(self.barred, float("-inf")), *rest, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -91,7 +93,8 @@ class RoutingControl:
     It copies nothing itself: `fetch(target, candidates [tokens, m])` is called as soon as the candidates of a target
     layer are known, and `resident(target)` names the experts that are on the device besides the candidates. A forward
     pass over more than `max_tokens` tokens is neither speculated nor restricted. Layers are named by the model's numbers;
-    `num_candidates` is one number or one for each target, and nowhere less than `top_k`.
+    `num_candidates` is one number or one for each target, and nowhere less than `top_k`. `sources` says which source each
+    target has, by default the nearest; a source may have several targets, whose candidates are fetched nearest first.
     """
 
     def __init__(
@@ -104,15 +107,25 @@ class RoutingControl:
         max_tokens: int | None = None,
         fetch: Callable[[int, torch.Tensor], None] | None = None,
         resident: Callable[[int], list[int]] | None = None,
+        sources: dict[int, int | None] | None = None,
     ):
         self.policy, self.gating = policy, gating
+        self.is_on = True
+        """While it is off, a forward pass that begins is executed as `on_demand` would."""
+        self.seconds = 0.0
+        """Time that the host has spent on speculating: what a pass takes beyond the same pass on demand, but for copies."""
         by_layer = num_candidates if isinstance(num_candidates, dict) else {}
         everywhere = num_candidates if isinstance(num_candidates, int) else 0
         self.num_candidates = {x.index: max(by_layer.get(x.index, everywhere), x.top_k) for x in layers}
         self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
         self._speculators = speculators
         by_index = {layer.index: layer for layer in layers}
-        self._next = {source: by_index[target] for target, source in sources(layers).items() if source is not None}
+        source_of = nearest_sources(layers) if sources is None else sources
+        self._targets: dict[int, list[MoELayer]] = {}
+        for target, source in sorted(source_of.items()):
+            if source is not None:
+                self._targets.setdefault(source, []).append(by_index[target])
+        self._router_seconds: dict[int, float] = {}
         self._pending: dict[int, tuple[Routing, torch.Tensor]] = {}
         self._stream: dict[int, torch.Tensor] = {}
         self._beside: dict[tuple[int, int], torch.Tensor] = {}
@@ -124,8 +137,10 @@ class RoutingControl:
         self._attached = ExitStack()
         if policy is not Policy.ON_DEMAND:
             for layer in layers:
-                if layer not in self._next.values():  # it reads its own input
+                if source_of[layer.index] is None:  # it reads its own input
                     self._attach_entry(layer, clears=layer is layers[0])
+                if layer.index in self._targets:
+                    self._keep_residual(layer)
                 self._attach(layer)
 
     def detach(self) -> None:
@@ -147,13 +162,13 @@ class RoutingControl:
         """Forgets the counts, and whatever a forward pass that broke off has left."""
         for state in (self._hits, self._seen, self._uncounted, self._pending, self._stream, self._beside, self._shared):
             state.clear()
+        self.seconds = 0.0
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _attach(self, layer: MoELayer) -> None:
-        index = layer.index
-
-        join = layer.join
+    def _keep_residual(self, layer: MoELayer) -> None:
+        """Keeps what the residual of a source layer is made of."""
+        index, join = layer.index, layer.join
 
         def keep_stream(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._stream[index] = first_tensor((*args, *kwargs.values())).reshape(-1, layer.hidden_size)
@@ -177,17 +192,27 @@ class RoutingControl:
 
             original_shared = self._attached.enter_context(override_forward(join.shared, shared))
 
+    def _attach(self, layer: MoELayer) -> None:
+        index, join = layer.index, layer.join
+        targets = self._targets.get(index, [])
+
         def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
+            begun = time.perf_counter()
             if self._speculating:  # this is the speculation's own use of the router
-                return original_route(x, *args, **kwargs)
+                routing = original_route(x, *args, **kwargs)
+                self._router_seconds[index] = time.perf_counter() - begun
+                return routing
             routing = self._decide(layer, x, lambda: original_route(x, *args, **kwargs))
-            routing = flat_routing(routing)
-            target = self._next.get(index)
-            if target is not None and self._speculates(len(routing.ids)):
+            if not self._speculates(len(routing.ids)):
+                return routing
+            if targets:
                 flat = x.reshape(-1, layer.hidden_size)
                 beside = [self._beside[index, number] for number in range(len(join.beside))]
                 residual, inner = join.residual(self._stream[index], flat, beside, join.shared_term(flat))
-                self._speculate(target, residual, routing, inner)
+                for target in targets:
+                    self._speculate(target, residual, routing, inner)
+            # The model's own call of the router took what the speculation's call of it took.
+            self.seconds += time.perf_counter() - begun - self._router_seconds.get(index, 0.0)
             return routing
 
         original_route = self._attached.enter_context(override_forward(layer.router, route))
@@ -198,12 +223,14 @@ class RoutingControl:
                 self._pending.clear()
             flat = first_tensor((*args, *kwargs.values())).reshape(-1, layer.hidden_size)
             if self._speculates(len(flat)):
+                begun = time.perf_counter()
                 self._speculate(layer, flat, None)
+                self.seconds += time.perf_counter() - begun
 
         self._attached.callback(layer.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
 
     def _speculates(self, tokens: int) -> bool:
-        return self._max_tokens is None or tokens <= self._max_tokens
+        return self.is_on and (self._max_tokens is None or tokens <= self._max_tokens)
 
     def _speculate(
         self, target: MoELayer, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None
@@ -221,15 +248,15 @@ class RoutingControl:
 
     def _decide(self, layer: MoELayer, x: torch.Tensor, route: Callable[[], Any]) -> Routing:
         if layer.index not in self._pending:
-            return Routing(*route())
+            return flat_routing(route())
         speculation, chosen = self._pending.pop(layer.index)
         if self.policy is Policy.SPECULATIVE and self.gating is not Gating.SPECULATED:
-            allowed = torch.zeros(len(chosen), layer.num_experts, dtype=torch.bool, device=x.device)
-            allowed.scatter_(1, (speculation.ids if self.gating is Gating.TRUE else chosen).long(), True)
+            barred = torch.ones(len(chosen), layer.num_experts, dtype=torch.bool, device=x.device)
+            barred.scatter_(1, (speculation.ids if self.gating is Gating.TRUE else chosen).long(), False)
             if self.gating is Gating.RESIDENT and self._resident is not None:
-                allowed[:, self._resident(layer.index)] = True
-            with RestrictedChoice(allowed, layer.top_k) as choice:
-                routing = Routing(*route())
+                barred[:, self._resident(layer.index)] = False
+            with RestrictedChoice(barred, layer.top_k) as choice:
+                routing = flat_routing(route())
             if choice.free_ids is None:
                 raise UnsupportedModelError(
                     f"the routers of this model don't choose by topk, so gating {self.gating} can't restrict them; "
@@ -237,7 +264,7 @@ class RoutingControl:
                 )
             self._count(layer.index, chosen, choice.free_ids)
             return routing
-        routing = Routing(*route())
+        routing = flat_routing(route())
         self._count(layer.index, chosen, routing.ids)
         return routing if self.policy is Policy.PREFETCH else speculation
 

@@ -15,6 +15,7 @@ import itertools
 from collections import deque
 from dataclasses import dataclass
 
+from predictors.architecture import farther
 from runtime.cache import Eviction, Key, SlotCache
 from runtime.policy import Gating, Policy
 from runtime.routing import ReplayedRouting
@@ -75,6 +76,7 @@ def simulate(
     policy: Policy | str,
     gating: Gating | str = Gating.TRUE,
     candidates: int | None = None,
+    horizon: int = 1,
     eviction: Eviction | str = Eviction.LEAST_STALE,
     queue: bool = False,
     warmup: int = 8,
@@ -82,7 +84,7 @@ def simulate(
     """Runs the steps of `routing` and returns the mean of those after the first `warmup`, which fill the slots.
 
     `slots` are shared by all layers and are at least the routing's top k; `candidates` is at most what the routing has, by
-    default the top k, and two more under gating `resident`. With `queue` copies are made in the order in which they are
+    default the top k, and two more under gating `resident`; a guess is made `horizon` layers ahead. With `queue` copies are made in the order in which they are
     asked for and can't be taken back, as on a CUDA stream. Raises `ValueError` for a routing of too few steps, or too few
     slots.
     """
@@ -92,7 +94,7 @@ def simulate(
         raise ValueError(f"{steps} steps and {slots} slots are too few for {warmup} of warm-up and top {top_k}")
     wide = policy is Policy.SPECULATIVE and gating is Gating.RESIDENT
     m = candidates or min(top_k + 2 * wide, routing.candidates.shape[-1])
-    run = _Run(costs, layers, slots, policy, gating, Eviction(eviction), queue)
+    run = _Run(costs, layers, slots, policy, gating, horizon, Eviction(eviction), queue)
     ids, guesses = routing.ids.tolist(), routing.candidates[:, :, :m].tolist()
     for step in range(warmup):
         run.token(ids[step], guesses[step])
@@ -171,8 +173,18 @@ class _Run:
     """The runtime's steps (`runtime.slots.ExpertSlots`), with a clock in the place of tensors."""
 
     def __init__(
-        self, costs: Costs, layers: int, slots: int, policy: Policy, gating: Gating, eviction: Eviction, queue: bool
+        self,
+        costs: Costs,
+        layers: int,
+        slots: int,
+        policy: Policy,
+        gating: Gating,
+        horizon: int,
+        eviction: Eviction,
+        queue: bool,
     ):
+        source_of = farther({layer: layer - 1 if layer else None for layer in range(layers)}, horizon)
+        self.targets = [[target for target, source in source_of.items() if source == layer] for layer in range(layers)]
         self.costs, self.layers, self.policy, self.gating = costs, layers, policy, gating
         self.now = self.computing = self.stalled = 0.0
         self.hits = self.misses = self.cancelled = 0
@@ -208,8 +220,8 @@ class _Run:
         for layer in range(self.layers):
             self.compute(self.costs.layer)
             executed = self.choose(layer, ids[layer], guesses[layer])
-            if speculates and layer + 1 < self.layers:
-                self.compute(self.costs.speculation)
+            if speculates:
+                self.compute(self.costs.speculation * len(self.targets[layer]))
             self.execute(layer, executed, guesses if speculates else None)
         self.compute(self.costs.rest)
 
@@ -225,7 +237,7 @@ class _Run:
 
     def execute(self, layer: int, experts: list[int], guesses: list[list[int]] | None) -> None:
         self.cache.layer = layer
-        self.prefetches.clear()
+        self.prefetches = deque(key for key in self.prefetches if key[0] != layer)
         if guesses is not None:
             self.release(layer, guesses[layer], experts)
         there: list[int] = []
@@ -243,8 +255,9 @@ class _Run:
         self.misses += len(missing)
         self.demands = deque((layer, expert) for expert in missing)
         self.begin_copies()
-        if guesses is not None and layer + 1 < self.layers:
-            self.prefetch(layer + 1, guesses[layer + 1])
+        if guesses is not None:
+            for target in self.targets[layer]:
+                self.prefetch(target, guesses[target])
         for expert in there + coming + missing:
             key = layer, expert
             if key not in self.cache:
@@ -264,7 +277,7 @@ class _Run:
                     self.cancelled += 1
 
     def prefetch(self, layer: int, guess: list[int]) -> None:
-        self.prefetches = deque((layer, expert) for expert in guess)
+        self.prefetches.extend((layer, expert) for expert in guess)
         self.begin_copies()
 
     def begin_copies(self, wait: bool = False) -> None:
@@ -275,6 +288,9 @@ class _Run:
                     self.cache.pin(key)
                 else:
                     slot = self.cache.admit(key) if wait else self.cache.admit(key, self.busy)
+                    if slot is None and wait:  # the guesses for later layers hold every slot
+                        self.cache.unpin_all()
+                        slot = self.cache.admit(key)
                     if slot is None:
                         return
                     if wait and slot in self.held and not self.link.cancel(self.held[slot], self.now):

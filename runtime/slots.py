@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ class Counters:
     """Tokens that passed through the model."""
     stalled_seconds: float = 0.0
     """Time that computing waited for copies."""
+    speculating_seconds: float = 0.0
+    """Time that the host spent on speculating: norms, predictors, routers and bookkeeping."""
     speculation_hit_rate: float | None = None
     """Share of the router's own choice that was among the candidates; None where nothing was speculated."""
 
@@ -49,37 +51,40 @@ class Guess(NamedTuple):
 class Mailbox:
     """Candidates on their way to the host: on CUDA the copy is under way while the host goes on enqueuing.
 
-    It holds one message at a time, and its pinned memory is made once.
+    Each message has pinned memory of its own until it is taken, and the next message gets it then.
     """
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
-        self._memory = torch.empty(0, dtype=torch.int64)
-        self._copied = torch.cuda.Event() if self._is_cuda else None
-        self._message: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._messages: deque[tuple[int, torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._spare: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def put(self, number: int, candidates: torch.Tensor) -> None:
         """Takes the candidates `[tokens, m]` of layer `number`."""
-        host = candidates
-        if self._copied is not None:
-            if self._memory.numel() < candidates.numel():
-                self._memory = torch.empty(candidates.numel(), dtype=torch.int64, pin_memory=True)
-            host = self._memory[: candidates.numel()].view(candidates.shape)
-            host.copy_(candidates.to(torch.int64), non_blocking=True)
-            self._copied.record(torch.cuda.current_stream(candidates.device))
-        self._message = number, candidates, host
+        if not self._is_cuda:
+            self._messages.append((number, candidates, candidates, None))
+            return
+        memory, copied = self._spare.pop() if self._spare else (torch.empty(0, dtype=torch.int64), torch.cuda.Event())
+        if memory.numel() < candidates.numel():
+            memory = torch.empty(candidates.numel(), dtype=torch.int64, pin_memory=True)
+        host = memory[: candidates.numel()].view(candidates.shape)
+        host.copy_(candidates.to(torch.int64), non_blocking=True)
+        copied.record(torch.cuda.current_stream(candidates.device))
+        self._messages.append((number, candidates, host, copied))
 
-    def take(self) -> tuple[int, Guess] | None:
-        """The layer and its guess, if there is a message. Waits until it has arrived."""
-        if self._message is None:
-            return None
-        (number, candidates, host), self._message = self._message, None
-        if self._copied is not None:
-            self._copied.synchronize()
-        return number, Guess(candidates, list(dict.fromkeys(host.T.flatten().tolist())))
+    def take(self) -> Iterator[tuple[int, Guess]]:
+        """The layers and their guesses, in the order in which they were put. Waits for each until it has arrived."""
+        while self._messages:
+            number, candidates, host, copied = self._messages.popleft()
+            if copied is not None:
+                copied.synchronize()
+            guess = Guess(candidates, list(dict.fromkeys(host.T.flatten().tolist())))
+            if copied is not None:
+                self._spare.append((host.view(-1), copied))
+            yield number, guess
 
     def clear(self) -> None:
-        self._message = None
+        self._messages.clear()
 
 
 class ExpertSlots:
@@ -153,7 +158,8 @@ class ExpertSlots:
         self._broke_off = True
         self._cache.layer = number
         guess = self._guesses.pop(number, None)
-        self._prefetches.clear()  # what was guessed for this layer and not begun is no longer a guess
+        # What was guessed for this layer and not begun is no longer a guess.
+        self._prefetches = deque(key for key in self._prefetches if key[0] != number)
         # Where the guess is executed whatever the router says, the host has known the experts since the layer before,
         # and on CUDA it need not wait for the router.
         known = guess is not None and len(x) == 1 and self._executes_guess
@@ -218,12 +224,13 @@ class ExpertSlots:
                 self.counters.cancelled += 1
 
     def _open_mail(self) -> None:
-        message = self._mailbox.take()
-        if message is not None:
-            number, guess = message
+        for number, guess in self._mailbox.take():
             self._guesses[number] = guess
-            self._prefetches = deque((number, expert) for expert in guess.experts)
-            self._begin_copies()
+            keys = [(number, expert) for expert in guess.experts]
+            # A nearer layer's go before a farther one's, however early those were known.
+            nearer = [key for key in self._prefetches if key[0] <= number]
+            self._prefetches = deque([*nearer, *keys, *(key for key in self._prefetches if key[0] > number)])
+        self._begin_copies()
 
     def _begin_copies(self, wait: bool = False) -> None:
         """Begins as many copies as there are slots for; what the layer at hand demands goes before what is guessed.
@@ -237,6 +244,9 @@ class ExpertSlots:
                     self._cache.pin(key)
                 else:
                     slot = self._cache.admit(key) if wait else self._cache.admit(key, self.transfers.copying)
+                    if slot is None and wait:  # the guesses for later layers hold every slot
+                        self._cache.unpin_all()
+                        slot = self._cache.admit(key)
                     if slot is None:
                         return
                     self.transfers.start(slot, key, urgent)

@@ -77,7 +77,7 @@ def test_the_rows_of_what_was_measured() -> None:
         {Way("resident"): rounds(0.060, None, None), Way("on_demand"): rounds(0.100, 0.020, 200.0)}
         | {Way("speculative", "true"): rounds(0.050, 0.010, 400.0), Way("accelerate"): rounds(0.3, None, None)},
         skipped={},
-        link=10_000.0,
+        links=[9_000.0, 12_000.0, 10_000.0],
         expert_bytes=100,
         slots=12,
     )

@@ -34,6 +34,7 @@ ways: Any = st.fixed_dictionaries(
         "policy": st.sampled_from(POLICIES),
         "gating": st.sampled_from(["true", "speculated", "resident"]),
         "slots": st.integers(3, 96),
+        "horizon": st.integers(1, 2),
         "eviction": st.sampled_from(["lru", "least_stale"]),
         "queue": st.booleans(),
     }

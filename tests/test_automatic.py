@@ -1,0 +1,45 @@
+"""Policy `auto`: it finds the faster of the two exact policies, whatever the first tokens took, and changes no token."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_offload import everything_resident, greedy, prompt
+from transformers import PreTrainedModel
+
+from runtime import offloaded
+from runtime.automatic import BLOCK, BLOCKS, TRIED_AGAIN_AFTER, Trial
+
+
+@given(st.floats(0.01, 10), st.floats(0.01, 10), st.lists(st.integers(0, BLOCK * BLOCKS - 1), max_size=4, unique=True))
+def test_the_faster_policy_is_picked(demand: float, prefetch: float, interrupted: list[int]) -> None:
+    """A few tokens may take any time: somebody thought before the next line."""
+    trial = Trial()
+    seen = []
+    for token in range(BLOCK * BLOCKS):
+        seen.append(trial.prefetches)
+        trial.took(60.0 if token in interrupted else prefetch if trial.prefetches else demand)
+    assert seen.count(True) == seen.count(False)
+    for _ in range(3):
+        assert trial.prefetches == (prefetch < demand)
+        trial.took(1e9)
+
+
+def test_it_tries_again() -> None:
+    trial = Trial()
+    for cost in ({True: 1.0, False: 2.0}, {True: 2.0, False: 1.0}):
+        for _ in range(BLOCK * BLOCKS):
+            trial.took(cost[trial.prefetches])
+        assert trial.prefetches == (cost[True] < cost[False])
+        for _ in range(TRIED_AGAIN_AFTER):
+            trial.took(1.0)
+
+
+def test_tokens_are_those_of_the_resident_model(tiny_moe: PreTrainedModel) -> None:
+    tokens = BLOCK * BLOCKS + 12  # the trial, and what comes after it
+    with everything_resident(tiny_moe):
+        expected = greedy(tiny_moe, prompt(1, 6), tokens)
+    with offloaded(tiny_moe, policy="auto", slots=5, device="cpu") as offload:
+        assert torch.equal(greedy(tiny_moe, prompt(1, 6), tokens), expected)
+        assert offload.counters.speculating_seconds > 0

@@ -1,0 +1,127 @@
+"""Guesses two layers ahead, or from a layer's own input: whose they are, and that no token depends on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_offload import everything_resident, greedy, prompt
+from test_policy import with_default_vectors
+from transformers import PreTrainedModel
+
+from predictors.architecture import sources
+from predictors.checkpoint import make_speculators
+from predictors.discovery import find_moe_layers
+from runtime import Gating, Policy, offloaded
+from runtime.offload import OffloadError
+from runtime.policy import RoutingControl
+
+ARCHITECTURES = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
+OWN_INPUT = {0: None, 1: 0, 2: None, 3: 1}
+"""Layer 2 reads its own input, layer 3 the layer before that."""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("slots", [2, 3, 8, 24])
+def test_a_horizon_of_two_is_exact(build_moe: Callable[..., PreTrainedModel], architecture: str, slots: int) -> None:
+    model = build_moe(architecture)
+    for ids in (prompt(1, 7), prompt(3, 2)):
+        with everything_resident(model):
+            expected = greedy(model, ids)
+        for policy in ("prefetch", "auto"):
+            with offloaded(model, policy=policy, slots=slots, horizon=2, device="cpu") as offload:
+                assert torch.equal(greedy(model, ids), expected)
+                assert offload.counters.speculation_hit_rate is not None
+
+
+@given(
+    places=st.lists(st.integers(-1, 2), min_size=4, max_size=4), slots=st.integers(2, 32), candidates=st.integers(2, 8)
+)
+def test_no_source_changes_a_token(
+    build_moe: Callable[..., PreTrainedModel], places: list[int], slots: int, candidates: int
+) -> None:
+    model = build_moe("qwen2_moe")
+    source_of = {target: None if place < 0 or place >= target else place for target, place in enumerate(places)}
+    predictors = replace(with_default_vectors(model), sources=source_of)
+    with everything_resident(model):
+        expected = greedy(model, prompt(1, 5), 4)
+    with offloaded(model, predictors, policy="prefetch", slots=slots, candidates=candidates, device="cpu"):
+        assert torch.equal(greedy(model, prompt(1, 5), 4), expected)
+
+
+@pytest.mark.parametrize("gating", list(Gating))
+def test_speculative_tokens_do_not_depend_on_slots(build_moe: Callable[..., PreTrainedModel], gating: Gating) -> None:
+    """Not those of `resident` either, where every expert is a candidate."""
+    model = build_moe("qwen3_moe")
+    predictors = replace(with_default_vectors(model), sources=OWN_INPUT)
+    candidates = 8 if gating is Gating.RESIDENT else None
+    for arguments in ({"predictors": predictors}, {"horizon": 2}):
+        tokens = []
+        for slots in (2, 5, 32):
+            with offloaded(
+                model,
+                policy="speculative",
+                gating=gating,
+                slots=slots,
+                candidates=candidates,
+                device="cpu",
+                **arguments,
+            ):
+                tokens.append(greedy(model, prompt(1, 5)))
+        assert all(torch.equal(tokens[0], other) for other in tokens[1:])
+
+
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_every_layer_is_announced_once_and_the_nearer_first(
+    build_moe: Callable[..., PreTrainedModel], horizon: int
+) -> None:
+    model = build_moe("qwen3_moe")
+    layers = find_moe_layers(model)
+    announced: list[int] = []
+    passed: list[tuple[int, list[int]]] = []
+    handles = [
+        layer.experts.register_forward_pre_hook(lambda *_, n=layer.index: passed.append((n, list(announced))))
+        for layer in layers
+    ]
+    control = RoutingControl(
+        layers,
+        make_speculators(model, None, layers, horizon),
+        Policy.PREFETCH,
+        Gating.TRUE,
+        fetch=lambda index, _: announced.append(index),
+        sources=sources(layers, horizon),
+    )
+    with torch.no_grad():
+        model(prompt(1, 3))
+    control.detach()
+    for handle in handles:
+        handle.remove()
+    assert announced == [0, 1, 2, 3]
+    for index, before in passed:  # when a layer's experts run, the guesses as far as the horizon are known
+        assert before == list(range(min(index + horizon, 3) + 1))
+
+
+def test_a_horizon_that_the_predictors_were_not_trained_for(tiny_moe: PreTrainedModel) -> None:
+    layers = find_moe_layers(tiny_moe)
+    nearest = with_default_vectors(tiny_moe)
+    farther = replace(nearest, sources=sources(layers, 2))
+    for predictors, horizon in ((nearest, 2), (farther, 1), (replace(nearest, sources=OWN_INPUT), 1)):
+        with (
+            pytest.raises(OffloadError, match="trained to read other layers"),
+            offloaded(tiny_moe, predictors, horizon=horizon),
+        ):
+            pass
+    with pytest.raises(OffloadError, match="guess 1 or 2 layers ahead"), offloaded(tiny_moe, horizon=3):
+        pass
+    for source in (3, 7):
+        wrong = replace(nearest, sources={2: source})
+        with pytest.raises(OffloadError, match="no mixture-of-experts layer before"), offloaded(tiny_moe, wrong):
+            pass
+    for predictors, horizon in itertools.product((farther,), (None, 2)):
+        with offloaded(tiny_moe, predictors, horizon=horizon, slots=4) as offload:
+            assert offload.policy is Policy.PREFETCH
