@@ -1,0 +1,83 @@
+"""Training in several processes, and training that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_collection.trace import Trace
+from train.data import TraceBatches, TraceData
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(trace: Path, out: Path, *more: object) -> list[str]:
+    arguments = ["fit", trace, "--out", out, "--width", 32, "--batch-size", 128, "--device", "cpu", *more]
+    return [sys.executable, "-m", "predict_train", *map(str, arguments)]
+
+
+def run(*arguments: object) -> str:
+    done = subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False, timeout=250  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_each_step_and_see_each_row_once(collected, world):
+    trace = Trace.open(collected)
+    data = TraceData(trace, trace.sources, 128, 0.1, 0, 0)
+    plan = data.train_dataloader().dataset.plan
+    every = TraceBatches(trace, plan, data.names)
+    shares = [TraceBatches(trace, plan, data.names, rank, world) for rank in range(world)]
+    for number in range(0, len(every), 7):
+        whole, parts = every[number], [share[number] for share in shares]
+        assert {part.in_all for part in parts} == {len(whole.columns["layers.0.expert_ids"])}
+        sizes = [len(part.columns["layers.0.expert_ids"]) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        joined = torch.cat([part.columns["layers.1.router_logits"] for part in parts]).float()
+        expected = whole.columns["layers.1.router_logits"].float()
+        assert torch.equal(joined.sum(1).sort().values, expected.sum(1).sort().values)
+
+
+def test_two_gloo_processes_reach_what_one_does(collected, tmp_path):
+    settings = ("--epochs", 2, "--precision", "32-true")
+    run(collected, tmp_path / "one", *settings)
+    said = run(collected, tmp_path / "two", *settings, "--devices", 2, "--strategy", "ddp")
+    assert said.count("mean hit rate") == 1
+    one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    assert two["mean"]["training_free"] == pytest.approx(one["mean"]["training_free"], abs=1e-9)
+    for alone, shared in zip(one["layers"], two["layers"], strict=True):
+        assert shared["predictor"]["recall@k"] == pytest.approx(alone["predictor"]["recall@k"], abs=0.02)
+
+
+def test_a_killed_training_is_resumed_to_what_it_would_have_become(collected, tmp_path):
+    settings = ("--epochs", 12, "--resume")
+    out = tmp_path / "killed"
+    run(collected, tmp_path / "first", "--epochs", 12)
+    process = subprocess.Popen(command(collected, out, "--epochs", 12), cwd=ROOT, stdout=subprocess.DEVNULL)
+    last = out / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert last.exists()
+    assert not (out / "result.json").exists()
+    run(collected, out, *settings)
+    resumed, whole = result(out), result(tmp_path / "first")
+    assert resumed["mean"] == pytest.approx(whole["mean"], abs=1e-9)
+    assert resumed["layers"] == whole["layers"]
