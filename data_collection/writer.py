@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from data_collection.progress import Snapshot, save_progress, sync
 from data_collection.trace import (
@@ -213,7 +213,7 @@ def write_speculation(folder: Path, tensors: Columns, config_json: str) -> str:
     """Writes what speculation needs beside the rows; returns the checksum of its tensors."""
     file = folder / SPECULATION
     with disk(file):
-        save_file(tensors, file)
+        file.write_bytes(save(tensors))  # save_file would let nobody else read it
         sync(file)
         write_durably(folder / CONFIG, config_json)
     return checksum(file)
