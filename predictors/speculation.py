@@ -144,7 +144,7 @@ class Speculator(nn.Module):
         """The quasi-hidden state `q` and the normed residual `a`, each `[tokens, hidden]`."""
         guess = quasi_residual(residual, source, self.default_vectors, self.post_norm, self.post_scale, inner)
         # A norm goes row by row, so one call does for both; at a single token each operation costs what its call costs.
-        quasi, normed = self.norm.forward(torch.cat([guess, residual])).split(len(residual))
+        quasi, normed = self.norm.forward(torch.stack((guess, residual))).unbind()
         return quasi, normed
 
     def forward(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> Routing:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -138,9 +139,16 @@ def _report(
     folder: Path, predictors: Predictors, entries: dict[int, Any], rounding: Rounding | None, console: Console
 ) -> None:
     headers, rows = layer_table(predictors, entries, rounding)
-    table = Table(*headers, title="hit rate on validation sequences")
+    shown = [number for number, header in enumerate(headers) if header != "bytes"]  # so that it fits 80 columns
+    table = Table(
+        *(headers[number] for number in shown),
+        title="hit rate on validation sequences",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+    )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[number] for number in shown))
     console.print(table)
     size = sum(file.stat().st_size for file in folder.iterdir())
     for line in (*remarks(predictors, entries, rounding), f"{folder}: {size:,} bytes"):

@@ -60,7 +60,10 @@ class PredictorTraining(lightning.LightningModule):
 
     def route(self, states: torch.Tensor) -> list[Routing]:
         """Each target layer's own router on its states, `[layers, rows, hidden]`."""
-        return [speculator.router(state) for speculator, state in zip(self.speculators.values(), states, strict=True)]
+        # Only the predictors compute in mixed precision: a router's choice is made in fp32, as at inference.
+        with torch.autocast(self.device.type, enabled=False):
+            routers = (speculator.router for speculator in self.speculators.values())
+            return [router(state) for router, state in zip(routers, states.float(), strict=True)]
 
     def loss(self, batch: Batch, routings: list[Routing], in_all: int) -> torch.Tensor:
         """The loss of a step, summed over layers, the mean over its rows; `in_all` of them are with all processes."""
@@ -71,10 +74,7 @@ class PredictorTraining(lightning.LightningModule):
 
     def corrected(self, batch: Batch) -> list[Routing]:
         """The routing of each target as its predictor speculates it."""
-        states = self.mlps(batch.quasi, batch.normed, batch.mixture)
-        # Only the predictors compute in mixed precision: a router's choice is made in fp32, as at inference.
-        with torch.autocast(self.device.type, enabled=False):
-            return self.route(states.float())
+        return self.route(self.mlps(batch.quasi, batch.normed, batch.mixture))
 
     def read(self, rows: Rows) -> Batch:
         """A step's rows as the predictors see them."""
@@ -89,7 +89,8 @@ class PredictorTraining(lightning.LightningModule):
 
     def validation_step(self, rows: Rows, _: int) -> None:
         batch = self.read(rows)
-        corrected = self.corrected(batch)
+        with torch.autocast(self.device.type, enabled=False):  # what is measured is what an fp32 export does
+            corrected = self.corrected(batch)
         loss = self.loss(batch, corrected, rows.in_all)
         self.log("loss/validation", loss, batch_size=rows.in_all, sync_dist=True)
         self.measures.update("training_free", self.route(batch.quasi), batch.ids)
