@@ -154,9 +154,8 @@ class TraceWriter:
         while (item := self._queue.get()) is not None:
             rows, snapshot = item
             try:
-                if (
-                    self._error is None
-                ):  # else the queue is emptied all the same, or the main thread would wait for ever
+                # After an error the queue is emptied all the same, or the main thread would wait for ever.
+                if self._error is None:
                     self._write_shard(rows, snapshot)
             except Exception as error:  # raised again in the main thread
                 self._error = error

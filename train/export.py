@@ -61,9 +61,11 @@ def export(
     }
     trained = _trained(run / result["checkpoint"], {t: entry["width"] for t, entry in entries.items()}, source)
     mlps = {target: mlp for target, mlp in trained.items() if "predictor" in kinds[target]}
-    rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
     sources = {target: entry["source"] for target, entry in entries.items()}
-    rounding = _rounding(mlps, DTYPES[dtype], source, sources, rows)
+    rounding = None
+    if dtype != "float32" and mlps:
+        rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
+        rounding = _rounding(mlps, DTYPES[dtype], source, sources, rows)
     predictors = Predictors(
         model=source.manifest.model.identity(),
         mlps={target: _cast(mlp, DTYPES[dtype]) for target, mlp in mlps.items()},
@@ -115,10 +117,8 @@ def _rounding(
     trace: Trace,
     sources: dict[int, int | None],
     rows: list[torch.Tensor],
-) -> Rounding | None:
-    """What rounding the predictors to `dtype` costs on the given rows of each shard; None where nothing is rounded."""
-    if dtype == torch.float32 or not mlps:
-        return None
+) -> Rounding:
+    """What rounding the predictors to `dtype` costs on the given rows of each shard."""
     sources = {target: sources[target] for target in mlps}
     speculators, names = trace.speculators(sources=sources), trace.columns_for(sources)
 
