@@ -75,20 +75,22 @@ def make_speculators(
     model: PreTrainedModel,
     predictors: Predictors | None = None,
     layers: list[MoELayer] | None = None,
-    horizon: int = 1,
+    source_of: dict[int, int | None] | None = None,
 ) -> dict[int, Speculator]:
     """A speculator for every MoE layer of `model`, by target layer index, on the model's devices.
 
-    Where there is no predictor the speculation is training-free; without `predictors` it has no default vectors either,
-    and `horizon` says which source each target has (see `architecture.sources`); else `Predictors.sources_of` does.
+    Where there is no predictor the speculation is training-free; without `predictors` it has no default vectors either.
+    `source_of` is the source of each target; by default what the predictors were trained for, or else the nearest.
     Raises `PredictorsError` where the predictors belong to another model.
     """
     layers = find_moe_layers(model) if layers is None else layers
     if predictors is not None:
         predictors.check(model, layers)
     speculators, by_index = {}, {layer.index: layer for layer in layers}
-    before = sources(layers, horizon) if predictors is None else predictors.sources_of(layers)
-    for layer, source in zip(layers, before.values(), strict=True):
+    if source_of is None:
+        source_of = sources(layers) if predictors is None else predictors.sources_of(layers)
+    for layer in layers:
+        source = source_of[layer.index]
         vectors = predictors.default_vectors.get(source) if predictors is not None and source is not None else None
         mlp = predictors.mlps.get(layer.index) if predictors is not None else None
         weight = next(layer.router.parameters())

@@ -49,8 +49,8 @@ def evaluate(
     without = None if predictors is None else dataclasses.replace(predictors, mlps={})
     source_of = sources_for(layers, predictors, horizon)
     chosen_candidates = candidates_of(resident_candidates, layers, predictors, Policy.SPECULATIVE, Gating.RESIDENT)
-    speculators = {"predictor": make_speculators(model, predictors, layers, horizon or 1)}
-    speculators["training_free"] = make_speculators(model, without, layers, horizon or 1)
+    speculators = {"predictor": make_speculators(model, predictors, layers, source_of)}
+    speculators["training_free"] = make_speculators(model, without, layers, source_of)
     trained = set() if predictors is None else set(predictors.mlps)
     passes = 3 + (5 if trained else 0) + 5
     bar = tqdm(total=passes * sum(batch.numel() for batch in batches), unit=" tokens", desc="evaluate", leave=False,

@@ -248,7 +248,7 @@ class ExpertOffload:
                 self._attach(number, layer)
             self._control = RoutingControl(
                 layers,
-                make_speculators(model, predictors, layers, horizon=2 if source_of == sources(layers, 2) else 1),
+                make_speculators(model, predictors, layers, source_of),
                 policy,
                 gating,
                 num_candidates=candidates,

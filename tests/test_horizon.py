@@ -90,7 +90,7 @@ def test_every_layer_is_announced_once_and_the_nearer_first(
     ]
     control = RoutingControl(
         layers,
-        make_speculators(model, None, layers, horizon),
+        make_speculators(model, None, layers, sources(layers, horizon)),
         Policy.PREFETCH,
         Gating.TRUE,
         fetch=lambda index, _: announced.append(index),
