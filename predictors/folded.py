@@ -49,7 +49,9 @@ class FoldedSpeculator:
             table = torch.cat([torch.zeros_like(weight) if table is None else table, top_k * v.T], dim=1)
         self._is_scale_free = not offset.any()
         # Times sqrt(hidden): the length of a vector is what there is an operation for, not its root mean square.
-        self._matrix = (hidden_size**0.5 * gain * matrix).to(next(speculator.router.parameters()).dtype)
+        self._matrix = hidden_size**0.5 * gain * matrix
+        if self._is_corrected or matrix.is_cuda:  # a router alone is small, and on a CPU faster without conversions
+            self._matrix = self._matrix.to(next(speculator.router.parameters()).dtype)
         self._offset, self._table = offset, table
         self._eps = (hidden_size * eps) ** 0.5 * torch.ones_like(bias[:1])
 
