@@ -197,13 +197,14 @@ def test_the_loss_is_the_divergence_from_the_true_routing(collected):
     trace = Trace.open(collected)
     module = training(trace, width=8)
     batch = make_batch(trace.read(0, torch.arange(50)), trace.sources, module.speculators)
-    routings = module.route(batch.quasi)
+    routers = [speculator.router for speculator in trace.speculators().values()]
+    speculated = torch.stack([router(state).logits for router, state in zip(routers, batch.quasi, strict=True)])
     expected = sum(
-        (logits.softmax(-1) * (logits.log_softmax(-1) - routing.logits.log_softmax(-1))).sum(-1).mean()
-        for logits, routing in zip(batch.logits, routings, strict=True)
+        (logits.softmax(-1) * (logits.log_softmax(-1) - own.log_softmax(-1))).sum(-1).mean()
+        for logits, own in zip(batch.logits, speculated, strict=True)
     )
-    torch.testing.assert_close(module.loss(batch, routings, 50), expected, rtol=1e-4, atol=1e-5)
-    module.loss(batch, module.corrected(batch), 50).backward()
+    torch.testing.assert_close(module.loss(batch, speculated, 50), expected, rtol=1e-4, atol=1e-5)
+    module.loss(batch, module.speculators.logits(module.corrected(batch)), 50).backward()
     for layer in range(4):
         assert module.mlps.w2.grad is not None
         assert module.mlps.w2.grad[layer].abs().sum() > 0

@@ -6,19 +6,17 @@ larger than memory, and there is one gather a column, not one item a row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_collection.trace import Columns, Trace
+from data_collection.trace import Columns, Piece, Trace
 from predictors.errors import UserError
 
 MIXED_SHARDS = 4
-
-Piece = tuple[int, torch.Tensor]
-"""A shard and rows of it, int64."""
 
 
 class FitError(UserError):
@@ -72,23 +70,40 @@ class Rows(NamedTuple):
 
 class TraceBatches(Dataset[Rows]):
     """Item `i` is the whole batch `i` of a plan: columns of some hundred rows. Of `world` processes that train together,
-    each reads every so-many-th row of each batch, so that they make the steps that one would, each row once."""
+    each reads every so-many-th row of each batch, so that they make the steps that one would, each row once.
+
+    Only the shards of the last batch stay mapped. They are mapped for these batches alone: two readers don't meet.
+    """
 
     def __init__(self, trace: Trace, plan: list[list[Piece]], names: list[str], rank: int = 0, world: int = 1):
-        self.trace, self.plan, self.names, self.rank, self.world = trace, plan, names, rank, world
+        self.trace, self.plan, self.names = Trace(trace.path, trace.manifest), plan, names
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, number: int) -> Rows:
-        batch, in_all, parts = self.plan[number], 0, []
-        for shard, rows in batch:
-            own = rows[(self.rank - in_all) % self.world :: self.world]
-            parts.append(self.trace.read(shard, own, self.names))
+        in_all, pieces = 0, []
+        for shard, rows in self.plan[number]:
+            pieces.append((shard, rows[(self.rank - in_all) % self.world :: self.world]))
             in_all += len(rows)
-        if len(parts) == 1:
-            return Rows(parts[0], in_all)
-        return Rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, in_all)
+        self.trace.unmap(but=[shard for shard, _ in pieces])
+        return Rows(self.trace.gather(pieces, self.names), in_all)
+
+
+class ReadAhead(DataLoader[Rows]):
+    """Reads a batch in a thread while the one before it is used, where no processes do the reading."""
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        if self.num_workers:
+            yield from batches
+            return
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(next, batches, None)
+            while (rows := ahead.result()) is not None:
+                ahead = reader.submit(next, batches, None)
+                yield rows
 
 
 class TraceData(lightning.LightningDataModule):
@@ -126,4 +141,4 @@ class TraceData(lightning.LightningDataModule):
     def _loader(self, plan: list[list[Piece]]) -> DataLoader[Rows]:
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         batches = TraceBatches(self.trace, plan, self.names, rank, world)
-        return DataLoader(batches, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+        return ReadAhead(batches, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available())
