@@ -304,6 +304,11 @@ class Trace:
                 torch.index_select(self.column(shard, name), 0, rows, out=place)
         return columns
 
+    def row_bytes(self, names: Iterable[str]) -> int:
+        """What a row of these columns takes."""
+        shapes = column_shapes(self.manifest)
+        return sum((shapes[name][1] or 1) * shapes[name][0].itemsize for name in names)
+
     def columns_for(self, sources: dict[int, int | None]) -> list[str]:
         """The columns that `make_batch` reads where each target reads what `sources` says."""
         recorded = column_shapes(self.manifest)
