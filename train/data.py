@@ -6,7 +6,6 @@ to be in memory. Some batches are read at once, with one gather a column and sha
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import lightning
@@ -107,8 +106,7 @@ class TraceBlocks(Dataset[tuple[Columns, Block]]):
 
 
 class TraceLoader(DataLoader[Any]):
-    """The batches of `TraceBlocks`, as `Rows`. Where no processes read them, a thread reads a block while the batches of the
-    one before it are used."""
+    """The batches of `TraceBlocks`, as `Rows`."""
 
     dataset: TraceBlocks
 
@@ -116,17 +114,13 @@ class TraceLoader(DataLoader[Any]):
         return sum(block.batches for block in self.dataset.plan)
 
     def __iter__(self) -> Any:
-        blocks = super().__iter__()
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(next, blocks, None)
-            while (read := ahead.result()) is not None:
-                ahead = reader.submit(next, blocks, None)
-                columns, block = read
-                in_all = sum(len(rows) for _, rows in block.pieces)
-                for first in range(block.batches):
-                    every = slice(first, None, block.batches)
-                    rows = {name: column[every] for name, column in columns.items()}
-                    yield Rows(rows, len(range(first, in_all, block.batches)))
+        for columns, block in super().__iter__():
+            in_all = sum(len(rows) for _, rows in block.pieces)
+            for first in range(block.batches):
+                every = slice(first, None, block.batches)
+                rows = {name: column[every] for name, column in columns.items()}
+                yield Rows(rows, len(range(first, in_all, block.batches)))
+        self.dataset.trace.unmap()
 
 
 class TraceData(lightning.LightningDataModule):
@@ -152,6 +146,7 @@ class TraceData(lightning.LightningDataModule):
             is_held_out = held_out[trace.column(shard, "sequence").long()]
             self.train_rows.append((~is_held_out).nonzero().flatten())
             self.validation_rows.append(is_held_out.nonzero().flatten())
+        trace.unmap()
 
     def train_dataloader(self) -> TraceLoader:
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
