@@ -19,6 +19,7 @@ from data_collection.statistics import training_free_hit_rates
 from data_collection.trace import Trace
 from predictors.provenance import command, versions
 from predictors.speculation import Speculator
+from predictors.stacked import StackedSpeculators
 
 ROWS = 60_000
 
@@ -50,7 +51,8 @@ def main() -> None:
 
 def rates(trace: Trace, speculators: dict[int, Speculator]) -> dict[int, float]:
     sizes = [trace.manifest.model.top_k]
-    return training_free_hit_rates(trace.sample(ROWS), trace.sources, speculators, sizes)[0]
+    stacked = StackedSpeculators(speculators.values(), trace.manifest.model.hidden_size)
+    return training_free_hit_rates(trace.sample(ROWS), trace.sources, stacked, sizes)[0]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 import lightning
 import torch
 
+from data_collection.memory import keep_freed_memory
 from data_collection.trace import Trace
 from predictors.provenance import command, hardware, versions
 from train.data import TraceData
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=FitConfig.model_fields["batch_size"].default)
     parser.add_argument("--json", type=Path, default=RESULTS / "fit.json")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as fit does
     trace = Trace.open(arguments.trace)
     config = FitConfig(
         trace=arguments.trace,

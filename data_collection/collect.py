@@ -215,7 +215,7 @@ def _finish(config: CollectConfig, group: Group, model: PreTrainedModel, layers:
     # Read back from the disk, as `fit` will.
     trace = Trace(config.out, manifest)
     sample, top_k = trace.sample(SAMPLE_ROWS), manifest.model.top_k
-    [rates] = training_free_hit_rates(sample, trace.sources, trace.speculators(), [top_k])
+    [rates] = training_free_hit_rates(sample, trace.sources, trace.stacked(), [top_k])
     for entry in manifest.layers:
         entry.training_free = rates[entry.layer]
     write_manifest(config.out, manifest)

@@ -21,6 +21,7 @@ from data_collection.statistics import training_free_hit_rates
 from data_collection.trace import Columns
 from predictors.architecture import MoELayer
 from predictors.speculation import Router, Speculator
+from predictors.stacked import StackedSpeculators
 
 RATES_TOKENS = 4096
 # The estimate costs a collection at most this share of its time, and no more than a few batches.
@@ -172,7 +173,8 @@ def _training_free(
             post_norm=None if join is None or join.post_norm is None else _own(join.post_norm),
             post_scale=1.0 if join is None else join.post_scale,
         )
-    [rates] = training_free_hit_rates(iter(batches), recorder.sources, speculators, [layers[0].top_k])
+    stacked = StackedSpeculators(speculators.values(), layers[0].hidden_size)
+    [rates] = training_free_hit_rates(iter(batches), recorder.sources, stacked, [layers[0].top_k])
     return rates, sum(len(columns["token_ids"]) for columns in batches)
 
 

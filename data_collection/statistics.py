@@ -15,7 +15,8 @@ import torch
 from data_collection.trace import Columns, Trace, make_batch
 from predictors.metrics import HitRate
 from predictors.mlp import ResidualMLP
-from predictors.speculation import Speculator, candidates
+from predictors.speculation import candidates
+from predictors.stacked import StackedSpeculators
 
 CHUNK_ROWS = 2048
 """Rows in memory at a time: about 3 GB of fp32 states at 48 layers of hidden size 4096."""
@@ -68,20 +69,20 @@ def balance(load: torch.Tensor) -> dict[str, float]:
 
 def _training_free(trace: Trace, sample_rows: int) -> tuple[dict[str, list[float]], int]:
     """By number of candidates: the hit rate of each target; and how many rows they are measured on."""
-    model, speculators = trace.manifest.model, trace.speculators()
+    model = trace.manifest.model
     sizes = {"k": model.top_k, "k+2": model.top_k + 2, "2k": 2 * model.top_k}
     sizes = {name: min(size, model.num_experts) for name, size in sizes.items()}
     step = max(1, trace.rows // sample_rows)
     chosen = [torch.arange(0, entry.rows, step) for entry in trace.manifest.shards]
     parts = ((shard, some) for shard, rows in enumerate(chosen) for some in rows.split(CHUNK_ROWS))
     batches = (trace.read(shard, rows) for shard, rows in parts)
-    rates = training_free_hit_rates(batches, trace.sources, speculators, list(sizes.values()))
+    rates = training_free_hit_rates(batches, trace.sources, trace.stacked(), list(sizes.values()))
     by_size = {name: list(found.values()) for name, found in zip(sizes, rates, strict=True)}
     return by_size, sum(map(len, chosen))
 
 
 def training_free_hit_rates(
-    batches: Iterable[Columns], sources: dict[int, int | None], speculators: dict[int, Speculator], sizes: list[int]
+    batches: Iterable[Columns], sources: dict[int, int | None], speculators: StackedSpeculators, sizes: list[int]
 ) -> list[dict[int, float]]:
     """`hit_rates` of the router on the quasi-hidden state, without predictors."""
     return hit_rates(batches, sources, speculators, sizes, {})
@@ -90,22 +91,22 @@ def training_free_hit_rates(
 def hit_rates(
     batches: Iterable[Columns],
     sources: dict[int, int | None],
-    speculators: dict[int, Speculator],
+    speculators: StackedSpeculators,
     sizes: list[int],
     mlps: dict[int, ResidualMLP],
 ) -> list[dict[int, float]]:
     """For each number of candidates in `sizes`, by target: recall of the router on the state that its MLP corrected.
 
-    Over the rows of `batches`; a target that has no MLP in `mlps` is speculated on without one. The `speculators`, which are
-    asked for norms, routers and default vectors alone, and the MLPs are fp32, as a trace's are.
+    Over the rows of `batches`; a target that has no MLP in `mlps` is speculated on without one. MLPs are fp32, as the
+    `speculators` are, which stand in the order of `sources`.
     """
     metrics = [HitRate(len(sources)) for _ in sizes]
     with torch.no_grad():
         for columns in batches:
-            batch, found = make_batch(columns, sources, speculators), []
-            for target, *states in zip(sources, batch.quasi, batch.normed, batch.mixture, strict=True):
-                state = mlps[target](*states) if target in mlps else states[0]
-                found.append(candidates(speculators[target].router(state), max(sizes)))
+            batch, states = make_batch(columns, sources, speculators), []
+            for target, *read in zip(sources, batch.quasi, batch.normed, batch.mixture, strict=True):
+                states.append(mlps[target](*read) if target in mlps else read[0])
+            found = [candidates(routing, max(sizes)) for routing in speculators.route(states)]
             for metric, size in zip(metrics, sizes, strict=True):
                 metric.update(torch.stack(found)[..., :size], batch.ids)
     return [dict(zip(sources, metric.own_rates(), strict=True)) for metric in metrics]

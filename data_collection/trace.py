@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +39,7 @@ from predictors.architecture import skeleton
 from predictors.errors import UserError
 from predictors.settings import describe
 from predictors.speculation import Router, Routing, Speculator, mixture_of
+from predictors.stacked import StackedSpeculators
 
 FORMAT_VERSION = 2
 MANIFEST, CONFIG, SPECULATION = "manifest.json", "config.json", "speculation.safetensors"
@@ -46,6 +47,9 @@ ROW_COLUMNS = ("token_ids", "position", "sequence")
 
 Columns = dict[str, torch.Tensor]
 """Tensors of some rows, by the names that they have in a shard."""
+
+Piece = tuple[int, torch.Tensor]
+"""A shard and rows of it, int64."""
 
 
 class TraceError(UserError):
@@ -171,31 +175,31 @@ def column_shapes(manifest: Manifest) -> dict[str, tuple[torch.dtype, int | None
     return shapes
 
 
-def make_batch(columns: Columns, sources: dict[int, int | None], speculators: dict[int, Speculator]) -> Batch:
+def make_batch(columns: Columns, sources: dict[int, int | None], speculators: StackedSpeculators) -> Batch:
     """What the predictors of the target layers in `sources` read and should say, for the rows of `columns`.
 
-    States come from `Speculator.states`, which is what the runtime calls. No gradient flows through them.
+    States are those of `Speculator.states`, which is what the runtime calls. No gradient flows through them.
     """
-    states, mixtures, ids, logits = [], [], [], []
-    with torch.no_grad():
-        for target, source in sources.items():
-            speculator = speculators[target]
-            dtype = next(speculator.router.parameters()).dtype
-            routing = None
-            if source is not None:
-                weights = columns[f"layers.{source}.expert_weights"]
-                # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
-                routing = Routing(weights, weights, columns[f"layers.{source}.expert_ids"].long())
-            name = f"layers.{target}.input" if source is None else f"layers.{source}.residual"
-            inner = columns.get(f"layers.{source}.inner")
-            inner = None if inner is None else inner.to(dtype)
-            states.append(speculator.states(columns[name].to(dtype), routing, inner))
-            ids.append(columns[f"layers.{target}.expert_ids"].long())
-            logits.append(columns[f"layers.{target}.router_logits"].float())
-            empty = torch.zeros_like(logits[-1])
-            mixtures.append(empty if routing is None else mixture_of(routing, empty.shape[1], empty.dtype))
-        quasi, normed = (torch.stack(parts).float() for parts in zip(*states, strict=True))
-        return Batch(quasi, normed, torch.stack(mixtures), torch.stack(ids), torch.stack(logits))
+    targets = list(sources)
+
+    def stack(names: list[str]) -> torch.Tensor:
+        return torch.stack([columns[name] for name in names])
+
+    read = [f"layers.{t}.input" if s is None else f"layers.{s}.residual" for t, s in sources.items()]
+    inner = [columns.get(f"layers.{source}.inner") for source in sources.values()]
+    ids = stack([f"layers.{target}.expert_ids" for target in targets]).long()
+    logits = stack([f"layers.{target}.router_logits" for target in targets]).float()
+    # A target without a source has a mixture of nothing: weights of zero, whatever the experts.
+    chosen = stack([f"layers.{t if s is None else s}.expert_ids" for t, s in sources.items()]).long()
+    weights = torch.zeros(chosen.shape, device=chosen.device)
+    sourced = [number for number, source in enumerate(sources.values()) if source is not None]
+    if sourced:
+        names = [f"layers.{source}.expert_weights" for source in sources.values() if source is not None]
+        weights[sourced] = stack(names).float()
+    # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
+    routing = Routing(weights, weights, chosen)
+    quasi, normed = speculators.states(stack(read).float(), routing, [None if i is None else i.float() for i in inner])
+    return Batch(quasi, normed, mixture_of(routing, logits.shape[-1], logits.dtype), ids, logits)
 
 
 class Trace:
@@ -206,6 +210,7 @@ class Trace:
         self.sources = {entry.layer: entry.source for entry in manifest.layers}
         """The source layer of each target."""
         self._mapped: dict[int, Any] = {}
+        self._columns: dict[int, Columns] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> Trace:
@@ -230,7 +235,7 @@ class Trace:
 
     def __getstate__(self) -> dict[str, Any]:
         # Mappings don't travel to the processes of a data loader; each of them maps the files itself.
-        return self.__dict__ | {"_mapped": {}}
+        return self.__dict__ | {"_mapped": {}, "_columns": {}}
 
     @property
     def rows(self) -> int:
@@ -268,17 +273,41 @@ class Trace:
                 raise TraceError(f"{file} is broken ({error}); collect the trace again") from error
         return self._mapped[number]
 
+    def unmap(self, but: Collection[int] = ()) -> None:
+        """Gives the mapped shards back, `but` those: what is mapped counts as this process's memory."""
+        for shard in self._mapped.keys() - set(but):
+            self._mapped.pop(shard)
+            self._columns.pop(shard, None)
+
     def column(self, shard: int, name: str) -> torch.Tensor:
         """One whole column of a shard, mapped from disk: pages are read when they are touched."""
-        tensor: torch.Tensor = self._map(shard).get_tensor(name)
-        return tensor
+        columns = self._columns.setdefault(shard, {})
+        if name not in columns:  # finding it in the file takes longer than reading some hundred rows
+            columns[name] = self._map(shard).get_tensor(name)
+        return columns[name]
 
     def read(self, shard: int, rows: torch.Tensor, names: Iterable[str] | None = None) -> Columns:
         """The given rows `[n]` (int64, counted from the shard's start) of the columns `names`, by default of all but the
         token's own."""
+        return self.gather([(shard, rows)], names)
+
+    def gather(self, pieces: Sequence[Piece], names: Iterable[str] | None = None) -> Columns:
+        """The rows of several shards, one piece after the other; columns as in `read`."""
         if names is None:
             names = [name for name in column_shapes(self.manifest) if name not in ROW_COLUMNS]
-        return {name: self.column(shard, name).index_select(0, rows) for name in names}
+        count, columns = sum(len(rows) for _, rows in pieces), {}
+        for name in names:
+            first = self.column(pieces[0][0], name)
+            columns[name] = torch.empty((count, *first.shape[1:]), dtype=first.dtype)
+            places = columns[name].split([len(rows) for _, rows in pieces])
+            for (shard, rows), place in zip(pieces, places, strict=True):
+                torch.index_select(self.column(shard, name), 0, rows, out=place)
+        return columns
+
+    def row_bytes(self, names: Iterable[str]) -> int:
+        """What a row of these columns takes."""
+        shapes = column_shapes(self.manifest)
+        return sum((shapes[name][1] or 1) * shapes[name][0].itemsize for name in names)
 
     def columns_for(self, sources: dict[int, int | None]) -> list[str]:
         """The columns that `make_batch` reads where each target reads what `sources` says."""
@@ -295,7 +324,7 @@ class Trace:
         step = max(1, self.rows // rows)
         for number, shard in enumerate(self.manifest.shards):
             yield self.read(number, torch.arange(0, shard.rows, step), names)
-            self._mapped.pop(number, None)  # or in the end the whole trace would count as this process's memory
+            self.unmap()
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32."""
@@ -345,6 +374,10 @@ class Trace:
                 f"the routers of {self.path} can't be rebuilt ({type(error).__name__}: {error}); collect the trace again"
             ) from error
         return speculators
+
+    def stacked(self, sources: dict[int, int | None] | None = None) -> StackedSpeculators:
+        """The speculators of `speculators`, on the CPU, as one computation; their order is that of `sources`."""
+        return StackedSpeculators(self.speculators(sources=sources).values(), self.manifest.model.hidden_size)
 
     def _speculation(self) -> Columns:
         try:

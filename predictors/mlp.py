@@ -73,7 +73,8 @@ class StackedResidualMLPs(nn.Module):
 
     def forward(self, quasi: torch.Tensor, normed: torch.Tensor, mixture: torch.Tensor) -> torch.Tensor:
         """The corrected states, `[layers, tokens, hidden]`; `mixture` is zero for a layer without a source."""
-        hidden = torch.baddbmm(self.b1.unsqueeze(1), normed, self.w1.mT) + torch.bmm(mixture, self.v.mT)
+        hidden = torch.baddbmm(self.b1.unsqueeze(1), normed, self.w1.mT)
+        hidden = torch.baddbmm(hidden, mixture, self.v.mT)
         return quasi + torch.baddbmm(self.b2.unsqueeze(1), F.silu(hidden), self.w2.mT)
 
     def count(self) -> int:

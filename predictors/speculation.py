@@ -35,9 +35,12 @@ class Routing(NamedTuple):
 
 
 def mixture_of(source: Routing, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
-    """The source router's weights, times k, each at its expert's place: `[tokens, num_experts]`."""
-    tokens, top_k = source.ids.shape
-    mixture = torch.zeros(tokens, num_experts, dtype=dtype, device=source.weights.device)
+    """The source router's weights, times k, each at its expert's place: `[tokens, num_experts]`.
+
+    Routings of several layers may be stacked before it: `[layers, tokens, num_experts]`.
+    """
+    *rows, top_k = source.ids.shape
+    mixture = torch.zeros(*rows, num_experts, dtype=dtype, device=source.weights.device)
     return mixture.scatter_(-1, source.ids.long(), (top_k * source.weights).to(dtype))
 
 

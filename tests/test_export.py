@@ -208,7 +208,7 @@ def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, 
     metric, speculators, rows = HitRate(4), trace.speculators(), 0
     for shard in range(len(trace.manifest.shards)):
         own = held_out[trace.column(shard, "sequence").long()].nonzero().flatten()
-        batch = make_batch(trace.read(shard, own), trace.sources, speculators)
+        batch = make_batch(trace.read(shard, own), trace.sources, trace.stacked())
         with torch.no_grad():
             ids = [
                 speculators[target].router(mlps[target](batch.quasi[n], batch.normed[n], batch.mixture[n])).ids

@@ -17,7 +17,7 @@ from data_collection.collect import CollectConfig, collect
 from data_collection.trace import Trace, TraceError, make_batch
 from predictors.errors import UserError
 from train import fit as job
-from train.data import FitError, TraceBatches, TraceData, held_out_sequences, plan_batches
+from train.data import BLOCK_BYTES, FitError, TraceBlocks, TraceData, TraceLoader, held_out_sequences, plan_blocks
 from train.fit import FitConfig, fit
 from train.module import PredictorTraining
 from train.targets import Target
@@ -154,13 +154,34 @@ def test_a_single_sequence_can_not_be_split():
         held_out_sequences(1, 0.1, 0)
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(1, 60), st.booleans())
-def test_a_plan_holds_each_row_once(sizes, batch_size, shuffled):
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(1, 60), st.integers(1, 1 << 20), st.booleans())
+def test_a_plan_holds_each_row_once(sizes, batch_size, row_bytes, shuffled):
     rows = [torch.arange(0, 2 * size, 2) for size in sizes]
-    plan = plan_batches(rows, batch_size, torch.Generator().manual_seed(0) if shuffled else None)
-    planned = sorted((shard, row) for batch in plan for shard, piece in batch for row in piece.tolist())
+    plan = plan_blocks(rows, batch_size, row_bytes, torch.Generator().manual_seed(0) if shuffled else None)
+    planned = sorted((shard, row) for block in plan for shard, piece in block.pieces for row in piece.tolist())
     assert planned == sorted((shard, row) for shard, given in enumerate(rows) for row in given.tolist())
-    assert all(sum(len(piece) for _, piece in batch) <= 2 * batch_size + len(sizes) for batch in plan)
+    for block in plan:
+        count = sum(len(piece) for _, piece in block.pieces)
+        assert 1 <= block.batches <= count <= block.batches * (2 * batch_size + len(sizes))
+        assert block.batches == 1 or block.batches * batch_size * row_bytes <= BLOCK_BYTES
+
+
+@given(rows=st.integers(1, 300), batch_size=st.integers(1, 200), world=st.integers(1, 4), shuffled=st.booleans())
+def test_batches_are_each_row_once_whatever_their_size(collected, rows, batch_size, world, shuffled):
+    trace = Trace.open(collected)
+    chosen = [torch.arange(shard.rows)[:rows] for shard in trace.manifest.shards]
+    names = ["token_ids", "sequence", "position"]
+    plan = plan_blocks(chosen, batch_size, 12, torch.Generator().manual_seed(1) if shuffled else None)
+    found = []
+    for rank in range(world):
+        loader = TraceLoader(TraceBlocks(trace, plan, names, rank, world), batch_size=None)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        found += [
+            row for batch in batches for row in zip(*(batch.columns[name].tolist() for name in names), strict=True)
+        ]
+    whole = trace.gather(list(enumerate(chosen)), names)
+    assert sorted(found) == sorted(zip(*(whole[name].tolist() for name in names), strict=True))
 
 
 def test_validation_is_by_whole_sequences_and_training_is_mixed(collected):
@@ -173,11 +194,11 @@ def test_validation_is_by_whole_sequences_and_training_is_mixed(collected):
     train, validation = sequences(data.train_rows), sequences(data.validation_rows)
     assert not train & validation
     assert (len(train), len(validation)) == (72, 8)
-    plan = data.train_dataloader().dataset.plan
-    first = {i for shard, rows in plan[0] for i in trace.column(shard, "sequence")[rows].tolist()}
-    assert len(first) > 30
-    batches = TraceBatches(trace, plan, data.names)
-    assert sum(len(batches[i].columns["layers.0.expert_ids"]) for i in range(len(batches))) == 7200
+    loader = data.train_dataloader()
+    loader.dataset.names = ["sequence"]
+    batches = list(loader)
+    assert all(len(set(batch.columns["sequence"].tolist())) > 30 for batch in batches)
+    assert sum(batch.in_all for batch in batches) == sum(len(batch.columns["sequence"]) for batch in batches) == 7200
 
 
 def test_reading_in_processes_gives_the_same_batches(collected):
@@ -197,13 +218,14 @@ def test_the_loss_is_the_divergence_from_the_true_routing(collected):
     trace = Trace.open(collected)
     module = training(trace, width=8)
     batch = make_batch(trace.read(0, torch.arange(50)), trace.sources, module.speculators)
-    routings = module.route(batch.quasi)
+    routers = [speculator.router for speculator in trace.speculators().values()]
+    speculated = torch.stack([router(state).logits for router, state in zip(routers, batch.quasi, strict=True)])
     expected = sum(
-        (logits.softmax(-1) * (logits.log_softmax(-1) - routing.logits.log_softmax(-1))).sum(-1).mean()
-        for logits, routing in zip(batch.logits, routings, strict=True)
+        (logits.softmax(-1) * (logits.log_softmax(-1) - own.log_softmax(-1))).sum(-1).mean()
+        for logits, own in zip(batch.logits, speculated, strict=True)
     )
-    torch.testing.assert_close(module.loss(batch, routings, 50), expected, rtol=1e-4, atol=1e-5)
-    module.loss(batch, module.corrected(batch), 50).backward()
+    torch.testing.assert_close(module.loss(batch, speculated, 50), expected, rtol=1e-4, atol=1e-5)
+    module.loss(batch, module.speculators.logits(module.corrected(batch)), 50).backward()
     for layer in range(4):
         assert module.mlps.w2.grad is not None
         assert module.mlps.w2.grad[layer].abs().sum() > 0

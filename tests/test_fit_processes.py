@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data_collection.trace import Trace
-from train.data import TraceBatches, TraceData
+from train.data import TraceBlocks, TraceData, TraceLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,16 +41,18 @@ def test_processes_share_each_step_and_see_each_row_once(collected, world):
     trace = Trace.open(collected)
     data = TraceData(trace, trace.sources, 128, 0.1, 0, 0)
     plan = data.train_dataloader().dataset.plan
-    every = TraceBatches(trace, plan, data.names)
-    shares = [TraceBatches(trace, plan, data.names, rank, world) for rank in range(world)]
-    for number in range(0, len(every), 7):
-        whole, parts = every[number], [share[number] for share in shares]
-        assert {part.in_all for part in parts} == {len(whole.columns["layers.0.expert_ids"])}
+    every = TraceLoader(TraceBlocks(trace, plan, data.names), batch_size=None)
+    shares = [TraceLoader(TraceBlocks(trace, plan, data.names, rank, world), batch_size=None) for rank in range(world)]
+    rows = 0
+    for whole, *parts in zip(every, *shares, strict=True):
+        assert {part.in_all for part in parts} == {whole.in_all} == {len(whole.columns["layers.0.expert_ids"])}
         sizes = [len(part.columns["layers.0.expert_ids"]) for part in parts]
         assert max(sizes) - min(sizes) <= 1
         joined = torch.cat([part.columns["layers.1.router_logits"] for part in parts]).float()
         expected = whole.columns["layers.1.router_logits"].float()
         assert torch.equal(joined.sum(1).sort().values, expected.sum(1).sort().values)
+        rows += whole.in_all
+    assert rows == sum(map(len, data.train_rows))
 
 
 def test_two_gloo_processes_reach_what_one_does(collected, tmp_path):

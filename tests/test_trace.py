@@ -64,7 +64,7 @@ def test_speculators_need_no_model_and_are_the_models_own(collected, tiny_moe):
 def test_batches_are_what_the_runtime_would_compute(collected, tiny_moe):
     trace = Trace.open(collected)
     rows = torch.tensor([0, 3, 150])
-    batch = make_batch(trace.read(0, rows), trace.sources, trace.speculators())
+    batch = make_batch(trace.read(0, rows), trace.sources, trace.stacked())
     shard = load_file(collected / trace.manifest.shards[0].file)
     vectors = trace.default_vectors()
     layers = {layer.index: layer for layer in find_moe_layers(tiny_moe)}

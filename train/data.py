@@ -1,24 +1,23 @@
 """A trace's rows as batches. Validation rows are whole sequences, so that no sequence is on both sides.
 
-A batch is drawn from a few shards at a time, at random within them: reading stays near to sequential on a trace that is
-larger than memory, and there is one gather a column, not one item a row.
+A batch is drawn from a few shards at a time, at random within them: of a trace that is larger than memory only these need
+to be in memory. Some batches are read at once, with one gather a column and shard, not one item a row.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_collection.trace import Columns, Trace
+from data_collection.trace import Columns, Piece, Trace
 from predictors.errors import UserError
 
 MIXED_SHARDS = 4
-
-Piece = tuple[int, torch.Tensor]
-"""A shard and rows of it, int64."""
+BLOCK_BYTES = 8 << 20
+"""Of a block that is read at once, if it is more than one batch: to read a batch takes a call for each column and shard."""
 
 
 class FitError(UserError):
@@ -38,28 +37,40 @@ def held_out_sequences(count: int, share: float, seed: int) -> torch.Tensor:
     return mask
 
 
-def plan_batches(rows: list[torch.Tensor], batch_size: int, generator: torch.Generator | None) -> list[list[Piece]]:
-    """Batches of about `batch_size` rows, each row in exactly one; `rows` holds each shard's rows.
+class Block(NamedTuple):
+    """Rows that are read at once: its batch `i` of `n` is every `n`-th of them, from the `i`-th on."""
+
+    pieces: list[Piece]
+    batches: int
+
+
+def plan_blocks(
+    rows: list[torch.Tensor], batch_size: int, row_bytes: int, generator: torch.Generator | None
+) -> list[Block]:
+    """Blocks of batches of about `batch_size` rows of `row_bytes`, each row in exactly one; `rows` holds each shard's rows.
 
     With a generator the order is random, drawn from `MIXED_SHARDS` shards at a time; without, it is that of the trace.
     """
     order = list(range(len(rows))) if generator is None else torch.randperm(len(rows), generator=generator).tolist()
-    batches: list[list[Piece]] = []
+    at_once = max(1, BLOCK_BYTES // (batch_size * row_bytes))
+    blocks: list[Block] = []
     for start in range(0, len(order), MIXED_SHARDS):
         group = order[start : start + MIXED_SHARDS]
         count = max(1, round(sum(len(rows[shard]) for shard in group) / batch_size))
+        ends = [min(count, end) for end in range(at_once, count + at_once, at_once)]
         parts = []
         for shard in group:
             shuffled = rows[shard]
             if generator is not None:
                 shuffled = shuffled[torch.randperm(len(shuffled), generator=generator)]
-            # In a batch the order does not matter to the loss, and rising rows are read faster.
-            parts.append([piece.sort().values for piece in shuffled.tensor_split(count)])
-        for pieces in zip(*parts, strict=True):
-            batch = [(shard, piece) for shard, piece in zip(group, pieces, strict=True) if len(piece)]
-            if batch:
-                batches.append(batch)
-    return batches
+            # Which batch of a block a row is in follows from its place. Rising rows are read faster.
+            cuts = [len(shuffled) * end // count for end in ends[:-1]]
+            parts.append([piece.sort().values for piece in shuffled.tensor_split(cuts)])
+        for begin, end, *pieces in zip([0, *ends], ends, *parts, strict=False):
+            own = [(shard, piece) for shard, piece in zip(group, pieces, strict=True) if len(piece)]
+            if own:
+                blocks.append(Block(own, min(end - begin, sum(len(piece) for _, piece in own))))
+    return blocks
 
 
 class Rows(NamedTuple):
@@ -70,25 +81,46 @@ class Rows(NamedTuple):
     """Rows of the step, over all processes."""
 
 
-class TraceBatches(Dataset[Rows]):
-    """Item `i` is the whole batch `i` of a plan: columns of some hundred rows. Of `world` processes that train together,
-    each reads every so-many-th row of each batch, so that they make the steps that one would, each row once."""
+class TraceBlocks(Dataset[tuple[Columns, Block]]):
+    """Item `i` is the block `i` of a plan, with its columns. Of `world` processes that train together, each reads every
+    so-many-th row of each batch, so that they make the steps that one would, each row once.
 
-    def __init__(self, trace: Trace, plan: list[list[Piece]], names: list[str], rank: int = 0, world: int = 1):
-        self.trace, self.plan, self.names, self.rank, self.world = trace, plan, names, rank, world
+    Only the shards of the last block stay mapped. They are mapped for these blocks alone: two readers don't meet.
+    """
+
+    def __init__(self, trace: Trace, plan: list[Block], names: list[str], rank: int = 0, world: int = 1):
+        self.trace, self.plan, self.names = Trace(trace.path, trace.manifest), plan, names
+        self.rank, self.world = rank, world
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, number: int) -> Rows:
-        batch, in_all, parts = self.plan[number], 0, []
-        for shard, rows in batch:
-            own = rows[(self.rank - in_all) % self.world :: self.world]
-            parts.append(self.trace.read(shard, own, self.names))
-            in_all += len(rows)
-        if len(parts) == 1:
-            return Rows(parts[0], in_all)
-        return Rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, in_all)
+    def __getitem__(self, number: int) -> tuple[Columns, Block]:
+        block, before, pieces = self.plan[number], 0, []
+        for shard, rows in block.pieces:
+            place = torch.arange(before, before + len(rows))
+            pieces.append((shard, rows[place // block.batches % self.world == self.rank]))
+            before += len(rows)
+        self.trace.unmap(but=[shard for shard, _ in pieces])
+        return self.trace.gather(pieces, self.names), block
+
+
+class TraceLoader(DataLoader[Any]):
+    """The batches of `TraceBlocks`, as `Rows`."""
+
+    dataset: TraceBlocks
+
+    def __len__(self) -> int:
+        return sum(block.batches for block in self.dataset.plan)
+
+    def __iter__(self) -> Any:
+        for columns, block in super().__iter__():
+            in_all = sum(len(rows) for _, rows in block.pieces)
+            for first in range(block.batches):
+                every = slice(first, None, block.batches)
+                rows = {name: column[every] for name, column in columns.items()}
+                yield Rows(rows, len(range(first, in_all, block.batches)))
+        self.dataset.trace.unmap()
 
 
 class TraceData(lightning.LightningDataModule):
@@ -114,16 +146,18 @@ class TraceData(lightning.LightningDataModule):
             is_held_out = held_out[trace.column(shard, "sequence").long()]
             self.train_rows.append((~is_held_out).nonzero().flatten())
             self.validation_rows.append(is_held_out.nonzero().flatten())
+        trace.unmap()
 
-    def train_dataloader(self) -> DataLoader[Rows]:
+    def train_dataloader(self) -> TraceLoader:
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return self._loader(plan_batches(self.train_rows, self.batch_size, generator))
+        return self._loader(self.train_rows, generator)
 
-    def val_dataloader(self) -> DataLoader[Rows]:
-        return self._loader(plan_batches(self.validation_rows, self.batch_size, None))
+    def val_dataloader(self) -> TraceLoader:
+        return self._loader(self.validation_rows, None)
 
-    def _loader(self, plan: list[list[Piece]]) -> DataLoader[Rows]:
+    def _loader(self, rows: list[torch.Tensor], generator: torch.Generator | None) -> TraceLoader:
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        batches = TraceBatches(self.trace, plan, self.names, rank, world)
-        return DataLoader(batches, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+        plan = plan_blocks(rows, self.batch_size, self.trace.row_bytes(self.names), generator)
+        blocks = TraceBlocks(self.trace, plan, self.names, rank, world)
+        return TraceLoader(blocks, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available())

@@ -120,7 +120,7 @@ def _rounding(
 ) -> Rounding:
     """What rounding the predictors to `dtype` costs on the given rows of each shard."""
     sources = {target: sources[target] for target in mlps}
-    speculators, names = trace.speculators(sources=sources), trace.columns_for(sources)
+    speculators, names = trace.stacked(sources), trace.columns_for(sources)
 
     def measure(some: dict[int, ResidualMLP]) -> dict[int, float]:
         pieces = [(shard, piece) for shard, own in enumerate(rows) for piece in own.split(CHUNK_ROWS) if len(piece)]

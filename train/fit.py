@@ -28,6 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data_collection.memory import keep_freed_memory
 from data_collection.trace import Trace, write_durably
 from predictors.loading import resolve_device
 from predictors.metrics import gap_closed
@@ -104,6 +105,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     """Trains and returns the run's folder. Raises a `UserError` before anything is written where it can't."""
     console = console or Console(quiet=not is_first())
     device = resolve_device(config.device)
+    keep_freed_memory()
     last = config.out / CHECKPOINTS / "last.ckpt"
     if is_first():
         _check_folder(config)

@@ -10,7 +10,6 @@ import torch
 
 from data_collection.trace import Batch, Trace, make_batch
 from predictors.mlp import StackedResidualMLPs
-from predictors.speculation import Routing
 from train.data import Rows
 from train.losses import LOSSES
 from train.measures import Kind, Measured, Measures
@@ -37,8 +36,8 @@ class PredictorTraining(lightning.LightningModule):
         self.top_k = trace.manifest.model.top_k
         model = trace.manifest.model
         self.mlps = StackedResidualMLPs([target.width for target in targets], model.hidden_size, model.num_experts)
-        # In a plain dict, so that the frozen parts are neither parameters of this module nor in its checkpoints.
-        self.speculators = trace.speculators(sources=self.sources)
+        # No module, so that the frozen parts are neither parameters of this one nor in its checkpoints.
+        self.speculators = trace.stacked(self.sources)
         self.measures = Measures(len(self.sources), self.top_k, model.num_experts)
         self.measured: dict[Kind, Measured] = {}
         """Of the last validation: all that was measured."""
@@ -46,55 +45,47 @@ class PredictorTraining(lightning.LightningModule):
         """Of the last validation; see `Measured.summary`."""
 
     def on_fit_start(self) -> None:
-        self._follow()
+        self.speculators.to(self.device)
 
     def on_validation_start(self) -> None:
-        self._follow()
+        self.speculators.to(self.device)
 
-    def _follow(self) -> None:
-        for speculator in self.speculators.values():
-            speculator.to(self.device)
-            for part in (speculator.norm, speculator.router, speculator.post_norm):
-                if part is not None:
-                    part.to(self.device)
+    def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:  # noqa: ARG002
+        # Lightning looks deep into some dozen columns; on a CPU that took a fifth of a step.
+        if device.type == "cpu":
+            return batch
+        return batch._replace(columns={n: column.to(device, non_blocking=True) for n, column in batch.columns.items()})
 
-    def route(self, states: torch.Tensor) -> list[Routing]:
-        """Each target layer's own router on its states, `[layers, rows, hidden]`."""
-        # Only the predictors compute in mixed precision: a router's choice is made in fp32, as at inference.
-        with torch.autocast(self.device.type, enabled=False):
-            routers = (speculator.router for speculator in self.speculators.values())
-            return [router(state) for router, state in zip(routers, states.float(), strict=True)]
-
-    def loss(self, batch: Batch, routings: list[Routing], in_all: int) -> torch.Tensor:
-        """The loss of a step, summed over layers, the mean over its rows; `in_all` of them are with all processes."""
-        speculated = torch.stack([routing.logits for routing in routings]).float()
+    def loss(self, batch: Batch, speculated: torch.Tensor, in_all: int) -> torch.Tensor:
+        """The loss of a step with the `speculated` logits `[layers, rows, experts]`: summed over layers, the mean over its
+        rows, of which `in_all` are with all processes."""
         rows = self.row_losses(speculated, batch.logits, batch.ids)
         # Processes average their gradients, so each counts its rows as if all had as many.
         return rows.sum() * (self.trainer.world_size if self._trainer is not None else 1) / in_all
 
-    def corrected(self, batch: Batch) -> list[Routing]:
-        """The routing of each target as its predictor speculates it."""
-        return self.route(self.mlps(batch.quasi, batch.normed, batch.mixture))
-
-    def read(self, rows: Rows) -> Batch:
-        """A step's rows as the predictors see them."""
-        with torch.autocast(self.device.type, enabled=False):
-            return make_batch(rows.columns, self.sources, self.speculators)
+    def corrected(self, batch: Batch) -> torch.Tensor:
+        """The states that the predictors make of the quasi-hidden ones, `[layers, rows, hidden]`, fp32."""
+        states: torch.Tensor = self.mlps(batch.quasi, batch.normed, batch.mixture)
+        return states.float()
 
     def training_step(self, rows: Rows, _: int) -> torch.Tensor:
-        batch = self.read(rows)
-        loss = self.loss(batch, self.corrected(batch), rows.in_all)
+        # Only the predictors compute in mixed precision: a router's choice is made in fp32, as at inference.
+        with torch.autocast(self.device.type, enabled=False):
+            batch = make_batch(rows.columns, self.sources, self.speculators)
+        states = self.corrected(batch)
+        with torch.autocast(self.device.type, enabled=False):
+            loss = self.loss(batch, self.speculators.logits(states), rows.in_all)
         self.log("loss/train", loss, prog_bar=True, batch_size=rows.in_all)
         return loss
 
     def validation_step(self, rows: Rows, _: int) -> None:
-        batch = self.read(rows)
         with torch.autocast(self.device.type, enabled=False):  # what is measured is what an fp32 export does
-            corrected = self.corrected(batch)
-        loss = self.loss(batch, corrected, rows.in_all)
+            batch = make_batch(rows.columns, self.sources, self.speculators)
+            corrected = self.speculators.route(self.corrected(batch))
+            loss = self.loss(batch, torch.stack([routing.logits for routing in corrected]), rows.in_all)
+            self.measures.update("training_free", self.speculators.route(batch.quasi), batch.ids)
+            self.measures.update("predictor", corrected, batch.ids)
         self.log("loss/validation", loss, batch_size=rows.in_all, sync_dist=True)
-        self.measures.update("training_free", self.route(batch.quasi), batch.ids)
-        self.measures.update("predictor", corrected, batch.ids)
 
     def on_validation_epoch_end(self) -> None:
         self.measured = self.measures.compute()

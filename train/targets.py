@@ -94,7 +94,7 @@ def choose_targets(
 def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, float]:
     """Training-free hit rate of each target with such `sources`, on a sample of the trace."""
     parts = trace.sample(SAMPLE_ROWS, trace.columns_for(sources))
-    [rates] = training_free_hit_rates(parts, sources, trace.speculators(sources=sources), [trace.manifest.model.top_k])
+    [rates] = training_free_hit_rates(parts, sources, trace.stacked(sources), [trace.manifest.model.top_k])
     return rates
 
 

@@ -1,0 +1,144 @@
+"""The speculators of all target layers as one batched computation, for the many rows of a trace.
+
+The runtime speculates layer by layer, because the model computes so. Over recorded rows the layers are independent, and a
+call for each part of each of them costs more than its arithmetic. What may be batched is found out by trying it on random
+states: norms of one kind are mapped over their stacked weights, and routers whose logits are linear in the state are one
+more batched matrix. Where the outcome is not that of the parts themselves, they are called one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, stack_module_state, vmap
+
+from predictors.speculation import Router, Routing, Speculator, quasi_residual
+
+PROBES = 16
+"""Random states on which what is batched is compared with the parts themselves."""
+
+Weights = dict[str, torch.Tensor]
+"""By name, `[layers, ...]`."""
+
+
+class StackedSpeculators:
+    """Speculators of one model, in fp32. Predictors in them play no part here.
+
+    The weights are taken as they are now. No gradient flows into them; `logits` passes one on to the states.
+    """
+
+    def __init__(self, speculators: Iterable[Speculator], hidden_size: int):
+        self.speculators = list(speculators)
+        self._default_vectors = _stacked_default_vectors(self.speculators)
+        self._norms = _stacked_norms([speculator.norm for speculator in self.speculators], hidden_size)
+        self._routers = _stacked_routers([speculator.router for speculator in self.speculators], hidden_size)
+
+    def to(self, device: torch.device) -> None:
+        """Moves all that is in it."""
+        for speculator in self.speculators:
+            speculator.to(device)
+            for part in (speculator.norm, speculator.router, speculator.post_norm):
+                if part is not None:
+                    part.to(device)
+        if self._default_vectors is not None:
+            self._default_vectors = self._default_vectors.to(device)
+        for weights in (self._norms, self._routers):
+            if weights is not None:
+                weights.update({name: weight.to(device) for name, weight in weights.items()})
+
+    @torch.no_grad()
+    def states(
+        self, residual: torch.Tensor, source: Routing, inner: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `Speculator.states` gives for each layer: `q` and `a`, `[layers, rows, hidden]`, fp32.
+
+        `residual` is `[layers, rows, hidden]`, fp32; weights (fp32) and ids (int64) of `source` are `[layers, rows, top_k]`,
+        and do not count for a layer without default vectors. `inner` is, for a layer that has it, `[rows, hidden]`.
+        """
+        states = torch.stack((self._guesses(residual, source, inner), residual))
+        if self._norms is None:
+            norms = [speculator.norm for speculator in self.speculators]
+            quasi, normed = torch.stack([norm.forward(states[:, n]) for n, norm in enumerate(norms)], 1).unbind()
+        else:
+            quasi, normed = _mapped(self.speculators[0].norm, self._norms, states).unbind()
+        return quasi, normed
+
+    def _guesses(self, residual: torch.Tensor, source: Routing, inner: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        if self._default_vectors is None:
+            parts = zip(self.speculators, residual, map(Routing, *source), inner, strict=True)
+            return torch.stack(
+                [quasi_residual(s, own, p.default_vectors, p.post_norm, p.post_scale, i) for p, s, own, i in parts]
+            )
+        layers, experts, _ = self._default_vectors.shape
+        first = torch.arange(0, layers * experts, experts, device=residual.device)
+        sums = F.embedding_bag(
+            (source.ids + first[:, None, None]).flatten(0, 1),
+            self._default_vectors.flatten(0, 1),
+            per_sample_weights=source.weights.flatten(0, 1),
+            mode="sum",
+        )
+        return residual + sums.view_as(residual)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The routers' logits `[layers, rows, experts]` for `states` `[layers, rows, hidden]`, fp32."""
+        if self._routers is None:
+            return torch.stack([routing.logits for routing in self.route(states)])
+        return torch.baddbmm(self._routers["offset"], states, self._routers["matrix"])
+
+    def route(self, states: Sequence[torch.Tensor] | torch.Tensor) -> list[Routing]:
+        """What each router itself decides on its layer's states `[rows, hidden]`, fp32."""
+        return [speculator.router(state) for speculator, state in zip(self.speculators, states, strict=True)]
+
+
+def _stacked_default_vectors(speculators: list[Speculator]) -> torch.Tensor | None:
+    """`[layers, experts, hidden]`, zero for a layer without any; None where none has any, or a layer norms its experts' sum."""
+    vectors = [speculator.default_vectors for speculator in speculators]
+    some = next((own for own in vectors if own is not None), None)
+    if some is None or any(speculator.post_norm is not None for speculator in speculators):
+        return None
+    return torch.stack([torch.zeros_like(some) if own is None else own for own in vectors])
+
+
+@torch.no_grad()
+def _stacked_norms(norms: list[nn.Module], hidden_size: int) -> Weights | None:
+    """Their weights, or None where the first norm with another's weights is not that other."""
+    shapes = [{name: tensor.shape for name, tensor in norm.state_dict().items()} for norm in norms]
+    if any(type(norm) is not type(norms[0]) or own != shapes[0] for norm, own in zip(norms, shapes, strict=True)):
+        return None
+    weights: Weights = {name: part for parts in stack_module_state(norms) for name, part in parts.items()}
+    states = _probes(2, len(norms), PROBES, hidden_size)
+    own = torch.stack([norm.forward(states[:, number]) for number, norm in enumerate(norms)], 1)
+    return weights if torch.allclose(_mapped(norms[0], weights, states), own, rtol=1e-4, atol=1e-5) else None
+
+
+def _mapped(norm: nn.Module, weights: Weights, states: torch.Tensor) -> torch.Tensor:
+    """A norm with each layer's weights in turn, on `[2, layers, rows, hidden]`."""
+
+    def one(own: Weights, state: torch.Tensor) -> torch.Tensor:
+        normed: torch.Tensor = functional_call(norm, own, (state,))
+        return normed
+
+    return vmap(one, in_dims=(0, 1), out_dims=1)(weights, states)
+
+
+@torch.no_grad()
+def _stacked_routers(routers: list[Router], hidden_size: int) -> Weights | None:
+    """`matrix` `[layers, hidden, experts]` and `offset` `[layers, 1, experts]` of the logits; None where they aren't linear."""
+    identity, origin = torch.eye(hidden_size), torch.zeros(1, hidden_size)
+    offsets = [router(origin).logits for router in routers]
+    matrices = [router(identity).logits - offset for router, offset in zip(routers, offsets, strict=True)]
+    for router, matrix, offset in zip(routers, matrices, offsets, strict=True):
+        states = _probes(PROBES, hidden_size)
+        own = router(states).logits
+        if not torch.allclose(torch.addmm(offset, states, matrix), own, rtol=0, atol=1e-4 * float(own.abs().max())):
+            return None
+    return {"matrix": torch.stack(matrices), "offset": torch.stack(offsets)}
+
+
+def _probes(*shape: int) -> torch.Tensor:
+    """Random states of several sizes: `shape` is `[..., rows, hidden]`."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator) * torch.logspace(-2, 2, shape[-2]).unsqueeze(-1)
