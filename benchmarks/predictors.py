@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
-from data_collection.trace import Batch, Trace, make_batch
+from data_collection.examples import Batch, make_batch
+from data_collection.trace import Trace
 from predictors.provenance import command, hardware, versions
 from train.module import one_cycle
 

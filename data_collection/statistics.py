@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from data_collection.trace import Columns, Trace, make_batch
+from data_collection.examples import make_batch
+from data_collection.trace import Columns, Trace
 from predictors.metrics import HitRate
 from predictors.mlp import ResidualMLP
 from predictors.speculation import candidates

@@ -25,7 +25,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import xxhash
@@ -38,7 +38,7 @@ from transformers import AutoConfig
 from predictors.architecture import skeleton
 from predictors.errors import UserError
 from predictors.settings import describe
-from predictors.speculation import Router, Routing, Speculator, mixture_of
+from predictors.speculation import Router, Speculator
 from predictors.stacked import StackedSpeculators
 
 FORMAT_VERSION = 2
@@ -142,21 +142,6 @@ class Manifest(_Entry):
     command: str
 
 
-class Batch(NamedTuple):
-    """Rows as a predictor sees them, all target layers stacked. Floats are fp32."""
-
-    quasi: torch.Tensor
-    """Quasi-hidden states, `[layers, rows, hidden]`."""
-    normed: torch.Tensor
-    """Normed residuals, `[layers, rows, hidden]`."""
-    mixture: torch.Tensor
-    """The source routers' mixtures, `[layers, rows, experts]`; zero for a target without a source."""
-    ids: torch.Tensor
-    """The experts that the router chose, `[layers, rows, top_k]`, int64."""
-    logits: torch.Tensor
-    """The router's logits, `[layers, rows, experts]`."""
-
-
 def column_shapes(manifest: Manifest) -> dict[str, tuple[torch.dtype, int | None]]:
     """Dtype and width of each column; a width of None is one value a row."""
     model = manifest.model
@@ -173,33 +158,6 @@ def column_shapes(manifest: Manifest) -> dict[str, tuple[torch.dtype, int | None
         shapes[f"layers.{layer}.expert_ids"] = (torch.int16, model.top_k)
         shapes[f"layers.{layer}.expert_weights"] = (torch.bfloat16, model.top_k)
     return shapes
-
-
-def make_batch(columns: Columns, sources: dict[int, int | None], speculators: StackedSpeculators) -> Batch:
-    """What the predictors of the target layers in `sources` read and should say, for the rows of `columns`.
-
-    States are those of `Speculator.states`, which is what the runtime calls. No gradient flows through them.
-    """
-    targets = list(sources)
-
-    def stack(names: list[str]) -> torch.Tensor:
-        return torch.stack([columns[name] for name in names])
-
-    read = [f"layers.{t}.input" if s is None else f"layers.{s}.residual" for t, s in sources.items()]
-    inner = [columns.get(f"layers.{source}.inner") for source in sources.values()]
-    ids = stack([f"layers.{target}.expert_ids" for target in targets]).long()
-    logits = stack([f"layers.{target}.router_logits" for target in targets]).float()
-    # A target without a source has a mixture of nothing: weights of zero, whatever the experts.
-    chosen = stack([f"layers.{t if s is None else s}.expert_ids" for t, s in sources.items()]).long()
-    weights = torch.zeros(chosen.shape, device=chosen.device)
-    sourced = [number for number, source in enumerate(sources.values()) if source is not None]
-    if sourced:
-        names = [f"layers.{source}.expert_weights" for source in sources.values() if source is not None]
-        weights[sourced] = stack(names).float()
-    # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
-    routing = Routing(weights, weights, chosen)
-    quasi, normed = speculators.states(stack(read).float(), routing, [None if i is None else i.float() for i in inner])
-    return Batch(quasi, normed, mixture_of(routing, logits.shape[-1], logits.dtype), ids, logits)
 
 
 class Trace:
@@ -310,7 +268,7 @@ class Trace:
         return sum((shapes[name][1] or 1) * shapes[name][0].itemsize for name in names)
 
     def columns_for(self, sources: dict[int, int | None]) -> list[str]:
-        """The columns that `make_batch` reads where each target reads what `sources` says."""
+        """The columns that `examples.make_batch` reads where each target reads what `sources` says."""
         recorded = column_shapes(self.manifest)
         names: dict[str, None] = {}
         for target, source in sources.items():

@@ -14,7 +14,8 @@ from huggingface_hub import CommitOperationAdd, ModelCard
 from rich.console import Console
 from safetensors.torch import load_file
 
-from data_collection.trace import Trace, make_batch
+from data_collection.examples import make_batch
+from data_collection.trace import Trace
 from predictors.checkpoint import load_predictors, make_speculators
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError

@@ -14,7 +14,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_collection.collect import CollectConfig, collect
-from data_collection.trace import Trace, TraceError, make_batch
+from data_collection.examples import make_batch
+from data_collection.trace import Trace, TraceError
 from predictors.errors import UserError
 from train import fit as job
 from train.data import BLOCK_BYTES, FitError, TraceBlocks, TraceData, TraceLoader, held_out_sequences, plan_blocks

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from data_collection import writer as writer_module
-from data_collection.trace import MANIFEST, Trace, TraceError, make_batch
+from data_collection.examples import make_batch
+from data_collection.trace import MANIFEST, Trace, TraceError
 from data_collection.writer import TraceWriter
 from predictors.discovery import find_moe_layers
 from predictors.speculation import Routing, Speculator

@@ -8,7 +8,8 @@ from typing import Any
 import lightning
 import torch
 
-from data_collection.trace import Batch, Trace, make_batch
+from data_collection.examples import Batch, make_batch
+from data_collection.trace import Trace
 from predictors.mlp import StackedResidualMLPs
 from train.data import Rows
 from train.losses import LOSSES
