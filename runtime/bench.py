@@ -204,15 +204,17 @@ def running(
     with ExitStack() as stack:
         if way.policy == "resident":
             stack.enter_context(_moved(model, settings.device))
-        if routing is not None:
-            stack.enter_context(replaying(layers, routing))
+        replayed = None if routing is None else stack.enter_context(replaying(layers, routing))
         if way.policy in ("resident", "accelerate"):
             yield None
             return
         gating = {} if way.gating is None else {"gating": way.gating}
         arguments = {"policy": way.policy, "device": settings.device, "slots": settings.slots, "store": store}
         arguments |= gating | {"candidates": settings.candidates} | (settings.offload or {})
-        yield stack.enter_context(offloaded(model, predictors, **arguments))
+        offload = stack.enter_context(offloaded(model, predictors, **arguments))
+        if replayed is not None:
+            offload.replay(replayed)
+        yield offload
 
 
 @contextmanager

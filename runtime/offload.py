@@ -28,6 +28,7 @@ from runtime.automatic import AUTO, Trial
 from runtime.cache import Eviction
 from runtime.packfile import PackedStore
 from runtime.policy import Gating, Policy, RoutingControl, candidates_from_recall
+from runtime.routing import Candidates
 from runtime.slots import Counters, ExpertSlots
 from runtime.store import ExpertStore, HostStore
 
@@ -276,6 +277,10 @@ class ExpertOffload:
         self._stalled_before = self._slots.transfers.stalled_seconds()
         self._slots.counters = Counters()
         self._control.reset()
+
+    def replay(self, candidates: Candidates) -> None:
+        """Has other candidates in the place of those that are speculated; see `runtime.routing.replaying`."""
+        self._control.replayed = candidates
 
     @property
     def expert_bytes(self) -> int:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from predictors.architecture import MoELayer, UnsupportedModelError, first_tensor, override_forward
 from predictors.architecture import sources as nearest_sources
+from predictors.folded import FoldedSpeculator
 from predictors.speculation import Routing, Speculator, candidates, flat_routing
 
 
@@ -63,28 +64,54 @@ def candidates_from_recall(recall: list[float], top_k: int, policy: Policy, gati
 
 
 class RestrictedChoice(TorchFunctionMode):
-    """Within it, a router chooses none of the experts that are `barred`, a mask `[tokens, experts]`.
+    """Within it, the router of `[tokens, experts]` takes what `choose` names of the values that it would choose by.
 
-    A router of any architecture ends in one `topk` over its experts; masking the values of that call leaves everything
-    around it (sigmoid or softmax, correction biases, groups, normalising, scaling) to the router itself. An allowed
-    expert that the router ruled out (its group was not chosen) is ranked last, not excluded, so that there are always
-    enough. `free_ids` are the ids that the router would have chosen without the restriction.
+    A router of any architecture ends in one `topk` over its experts; answering that call leaves everything around it
+    (sigmoid or softmax, correction biases, groups, normalising, scaling) to the router itself. `free_ids` are the ids that
+    the router would have chosen without the restriction.
     """
 
-    def __init__(self, barred: torch.Tensor, top_k: int):
+    def __init__(self, shape: tuple[int, int], top_k: int, choose: Callable[[torch.Tensor], torch.Tensor]):
+        """`choose` takes the values `[tokens, experts]` and returns `[tokens, top_k]`: `fixed` or `allowed`."""
         super().__init__()
-        self.barred, self.top_k = barred, top_k
+        self.shape, self.top_k, self._choose = shape, top_k, choose
         self.free_ids: torch.Tensor | None = None
+        self.seconds = 0.0
+        """What it took beside the router's own operations."""
+
+    @staticmethod
+    def fixed(ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A choice of `ids` `[tokens, top_k]`, in their order."""
+        return lambda _: ids
+
+    @staticmethod
+    def allowed(barred: torch.Tensor, top_k: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The best that are not `barred`, a mask `[tokens, experts]`.
+
+        An allowed expert that the router ruled out (its group was not chosen) is ranked last, not excluded, so that there
+        are always enough.
+        """
+
+        def choose(values: torch.Tensor) -> torch.Tensor:
+            ranked = values.clamp(min=torch.finfo(values.dtype).min)
+            return ranked.masked_fill_(barred, float("-inf")).topk(top_k, dim=-1).indices
+
+        return choose
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func in (torch.topk, torch.Tensor.topk):
+            begun = time.perf_counter()
             values, *rest = args
-            if values.shape == self.barred.shape and (rest[0] if rest else kwargs["k"]) == self.top_k:
-                self.free_ids = func(*args, **kwargs).indices
-                ranked = values.clamp(min=torch.finfo(values.dtype).min)
-                return func(ranked.masked_fill_(self.barred, float("-inf")), *rest, **kwargs)
-        return func(*args, **kwargs)
+            if values.shape == self.shape and (rest[0] if rest else kwargs["k"]) == self.top_k:
+                self.free_ids = result.indices
+                ids = self._choose(values)
+                # What is ruled out is minus infinity, of which no router could make weights.
+                chosen = values.gather(-1, ids).clamp(min=torch.finfo(values.dtype).min)
+                result = torch.return_types.topk((chosen, ids))
+            self.seconds += time.perf_counter() - begun
+        return result
 
 
 class RoutingControl:
@@ -112,21 +139,27 @@ class RoutingControl:
         self.policy, self.gating = policy, gating
         self.is_on = True
         """While it is off, a forward pass that begins is executed as `on_demand` would."""
+        self.replayed: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+        """From a target and its speculated candidates to those in their place, where a routing is replayed."""
         self.seconds = 0.0
         """Time that the host has spent on speculating: what a pass takes beyond the same pass on demand, but for copies."""
         by_layer = num_candidates if isinstance(num_candidates, dict) else {}
         everywhere = num_candidates if isinstance(num_candidates, int) else 0
         self.num_candidates = {x.index: max(by_layer.get(x.index, everywhere), x.top_k) for x in layers}
         self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
-        self._speculators = speculators
+        weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED  # where the experts alone are not enough
+        folded = {} if weighs else {x.index: FoldedSpeculator.of(speculators[x.index], x) for x in layers}
+        self._folded = {index: speculator for index, speculator in folded.items() if speculator is not None}
+        # What is folded has no use for the rest of its predictor.
+        self._speculators = {index: s for index, s in speculators.items() if index not in self._folded}
         by_index = {layer.index: layer for layer in layers}
         source_of = nearest_sources(layers) if sources is None else sources
         self._targets: dict[int, list[MoELayer]] = {}
         for target, source in sorted(source_of.items()):
             if source is not None:
                 self._targets.setdefault(source, []).append(by_index[target])
-        self._router_seconds: dict[int, float] = {}
-        self._pending: dict[int, tuple[Routing, torch.Tensor]] = {}
+        self._router_seconds = 0.0
+        self._pending: dict[int, tuple[Routing | None, torch.Tensor]] = {}
         self._stream: dict[int, torch.Tensor] = {}
         self._beside: dict[tuple[int, int], torch.Tensor] = {}
         self._shared: dict[int, torch.Tensor] = {}
@@ -199,9 +232,7 @@ class RoutingControl:
         def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
             begun = time.perf_counter()
             if self._speculating:  # this is the speculation's own use of the router
-                routing = original_route(x, *args, **kwargs)
-                self._router_seconds[index] = time.perf_counter() - begun
-                return routing
+                return original_route(x, *args, **kwargs)
             routing = self._decide(layer, x, lambda: original_route(x, *args, **kwargs))
             if not self._speculates(len(routing.ids)):
                 return routing
@@ -211,8 +242,7 @@ class RoutingControl:
                 residual, inner = join.residual(self._stream[index], flat, beside, join.shared_term(flat))
                 for target in targets:
                     self._speculate(target, residual, routing, inner)
-            # The model's own call of the router took what the speculation's call of it took.
-            self.seconds += time.perf_counter() - begun - self._router_seconds.get(index, 0.0)
+            self.seconds += time.perf_counter() - begun - self._router_seconds
             return routing
 
         original_route = self._attached.enter_context(override_forward(layer.router, route))
@@ -235,38 +265,61 @@ class RoutingControl:
     def _speculate(
         self, target: MoELayer, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None
     ) -> None:
-        self._speculating = True
-        try:
-            with torch.no_grad():
-                speculation = self._speculators[target.index](residual, source, inner)
-        finally:
-            self._speculating = False
-        chosen = candidates(speculation, self.num_candidates[target.index])
-        self._pending[target.index] = speculation, chosen
+        index, m = target.index, self.num_candidates[target.index]
+        if index in self._folded:
+            speculation, chosen = None, self._folded[index].candidates(residual, source, m)
+        else:
+            self._speculating = True
+            try:
+                with torch.no_grad():
+                    speculation = self._speculators[index](residual, source, inner)
+            finally:
+                self._speculating = False
+            chosen = candidates(speculation, m)
+        if self.replayed is not None:
+            chosen = self.replayed(index, chosen)
+            speculation = speculation and speculation._replace(ids=chosen[:, : target.top_k])
+        self._pending[index] = speculation, chosen
         if self._fetch is not None:
-            self._fetch(target.index, chosen)
+            self._fetch(index, chosen)
 
     def _decide(self, layer: MoELayer, x: torch.Tensor, route: Callable[[], Any]) -> Routing:
         if layer.index not in self._pending:
-            return flat_routing(route())
+            return self._routed(route)
         speculation, chosen = self._pending.pop(layer.index)
-        if self.policy is Policy.SPECULATIVE and self.gating is not Gating.SPECULATED:
-            barred = torch.ones(len(chosen), layer.num_experts, dtype=torch.bool, device=x.device)
-            barred.scatter_(1, (speculation.ids if self.gating is Gating.TRUE else chosen).long(), False)
-            if self.gating is Gating.RESIDENT and self._resident is not None:
-                barred[:, self._resident(layer.index)] = False
-            with RestrictedChoice(barred, layer.top_k) as choice:
-                routing = flat_routing(route())
-            if choice.free_ids is None:
-                raise UnsupportedModelError(
-                    f"the routers of this model don't choose by topk, so gating {self.gating} can't restrict them; "
-                    "use gating speculated"
-                )
-            self._count(layer.index, chosen, choice.free_ids)
+        if self.policy is Policy.PREFETCH:
+            routing = self._routed(route)
+            self._count(layer.index, chosen, routing.ids)
             return routing
+        if self.gating is Gating.SPECULATED:
+            assert speculation is not None
+            self._count(layer.index, chosen, self._routed(route).ids)
+            return speculation
+        if self.gating is Gating.TRUE:
+            choose = RestrictedChoice.fixed(chosen[:, : layer.top_k].long())
+        else:
+            barred = torch.ones(len(chosen), layer.num_experts, dtype=torch.bool, device=x.device)
+            barred.scatter_(1, chosen.long(), False)
+            if self._resident is not None:
+                barred[:, self._resident(layer.index)] = False
+            choose = RestrictedChoice.allowed(barred, layer.top_k)
+        with RestrictedChoice((len(chosen), layer.num_experts), layer.top_k, choose) as choice:
+            routing = self._routed(route)
+        if choice.free_ids is None:
+            raise UnsupportedModelError(
+                f"the routers of this model don't choose by topk, so gating {self.gating} can't restrict them; "
+                "use gating speculated"
+            )
+        self._router_seconds -= choice.seconds
+        self._count(layer.index, chosen, choice.free_ids)
+        return routing
+
+    def _routed(self, route: Callable[[], Any]) -> Routing:
+        """The model's own call of its router, which a pass on demand makes too."""
+        begun = time.perf_counter()
         routing = flat_routing(route())
-        self._count(layer.index, chosen, routing.ids)
-        return routing if self.policy is Policy.PREFETCH else speculation
+        self._router_seconds = time.perf_counter() - begun
+        return routing
 
     def _count(self, index: int, chosen: torch.Tensor, experts: torch.Tensor) -> None:
         # Compared by the hundred: one token at a time it would cost as much as a router.

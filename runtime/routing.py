@@ -8,7 +8,7 @@ what they cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -184,12 +184,17 @@ def _candidates(ids: Ids, wrong: Ids, hits: Ids, found: NDArray[np.bool_]) -> Id
     return np.concatenate(guesses, axis=1)
 
 
+Candidates = Callable[[int, torch.Tensor], torch.Tensor]
+"""From a target layer and its speculated candidates `[tokens, m]` to those in their place."""
+
+
 @contextmanager
-def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[None]:
+def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Candidates]:
     """Puts `routing` into the model of `layers` for the length of a `with`, which offloading must lie within.
 
     A forward pass over one token is the next step of the routing. One over more is a prompt: it is routed by the model,
-    and the step after it is the first of the routing again. Weights are those of the model's router.
+    and the step after it is the first of the routing again. Weights are those of the model's router. What is yielded is
+    for `ExpertOffload.replay`, which has the routing's candidates speculated.
 
     Raises `RoutingError` where the routing is one of another shape.
     """
@@ -202,8 +207,9 @@ def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[None
             f"{first.top_k}, and {first.num_experts} experts; give a routing of this model"
         )
     device = next(first.router.parameters()).device
-    decided = _ranks(routing.ids, first.num_experts, behind=routing.candidates)
-    guessed = _ranks(routing.candidates, first.num_experts)
+    decided = _ranks(routing, first.num_experts).to(device)
+    guessed = torch.from_numpy(routing.candidates).to(device).unsqueeze(2)
+    by_layer = {layer.index: guessed[:, number].unbind() for number, layer in enumerate(layers)}
     places = {"step": -1}
     with ExitStack() as stack:
 
@@ -211,47 +217,43 @@ def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[None
             is_decoding = first_tensor((*args, *kwargs.values())).numel() == first.hidden_size
             places["step"] = places["step"] + 1 if is_decoding else -1
 
+        def candidates(target: int, speculated: torch.Tensor) -> torch.Tensor:
+            if places["step"] < 0 or len(speculated) != 1:
+                return speculated
+            steps = by_layer[target]
+            return steps[places["step"] % len(steps)][:, : speculated.shape[1]]
+
         # The speculation for the first layer is made when its decoder layer is entered, and the step begins before it.
         handle = first.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         stack.callback(handle.remove)
         for number, layer in enumerate(layers):
-            tables = decided[:, number].to(device), guessed[:, number].to(device)
-            _attach(stack, layer, *tables, places)
-        yield
+            _attach(stack, layer, decided[:, number], places)
+        yield candidates
 
 
-def _attach(
-    stack: ExitStack, layer: MoELayer, decided: torch.Tensor, guessed: torch.Tensor, places: dict[str, int]
-) -> None:
-    """Overrides one router; `decided` and `guessed` are `[steps, experts]` values to choose by."""
-    asked = [False]
-
-    def ask(*_: Any) -> None:
-        asked[0] = True  # by the model: a speculation calls the router's `forward`, past its hooks
+def _attach(stack: ExitStack, layer: MoELayer, decided: torch.Tensor, places: dict[str, int]) -> None:
+    """Overrides one router; `decided` is `[steps, experts]`, the values to choose by."""
 
     def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
-        by_model, asked[0] = asked[0], False
         logits, weights, ids = original(x, *args, **kwargs)
         if places["step"] < 0 or x.numel() != layer.hidden_size:
             return Routing(logits, weights, ids)
-        table = decided if by_model else guessed
-        values = table[places["step"] % len(table)].unsqueeze(0)
+        values = decided[places["step"] % len(decided)].unsqueeze(0)
         # Chosen by topk, as a router chooses: a policy that restricts the router's choice restricts this one too.
         chosen = torch.topk(values, layer.top_k, dim=-1).indices
         return Routing(values.view_as(logits), weights, chosen.to(ids.dtype).view_as(ids))
 
-    stack.callback(layer.router.register_forward_pre_hook(ask).remove)
     original = stack.enter_context(override_forward(layer.router, route))
 
 
-def _ranks(first: Ids, num_experts: int, behind: Ids | None = None) -> torch.Tensor:
-    """Values `[steps, layers, experts]` by which a topk gives the ids `first`, and then those `behind` them.
+def _ranks(routing: ReplayedRouting, num_experts: int) -> torch.Tensor:
+    """Values `[steps, layers, experts]` by which a topk gives the ids, and then the candidates behind them.
 
     They are small integers, which are exact in every dtype, and fall by one from expert to expert.
     """
-    values = np.zeros((*first.shape[:2], num_experts), dtype=np.float32)
+    values = np.zeros((*routing.ids.shape[:2], num_experts), dtype=np.float32)
     base = 0
-    for part in (first,) if behind is None else (behind, first):  # an expert of both keeps what `first` gives it
+    for part in (routing.candidates, routing.ids):  # an expert of both keeps what the ids give it
         falling = base + np.arange(part.shape[-1], 0, -1, dtype=np.float32)
         np.put_along_axis(values, part, np.broadcast_to(falling, part.shape), axis=-1)
         base += part.shape[-1]

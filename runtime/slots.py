@@ -163,6 +163,7 @@ class ExpertSlots:
         # Where the guess is executed whatever the router says, the host has known the experts since the layer before,
         # and on CUDA it need not wait for the router.
         known = guess is not None and len(x) == 1 and self._executes_guess
+        # The router returns a guess that is executed in the order of the guess.
         jobs = self._jobs(x, guess.experts[: ids.shape[-1]] if guess is not None and known else None, ids, number)
         if guess is not None:
             self._release(number, guess, jobs.keys())
@@ -204,8 +205,6 @@ class ExpertSlots:
             self._cache.unpin(key)
             self._begin_copies()
         self._open_mail()
-        if guess is not None and known:  # from the order of the guess into that of the router
-            outputs = outputs[(guess.candidates[:, : ids.shape[-1]] == ids.T).int().argmax(-1)]
         result = combine(outputs, weights)
         self._broke_off = False
         return result

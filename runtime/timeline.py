@@ -94,8 +94,9 @@ class WatchedStore:
 def watching(timeline: Timeline, layers: list[MoELayer], offload: ExpertOffload | None) -> Iterator[None]:
     """Puts what the layers compute on the timeline, and where `offload` waits for a copy. For a model on the CPU.
 
-    Each decoder layer is a span, and within it its router and its experts.
+    Each decoder layer is a span, and within it its router, the speculations made there, and its experts.
     """
+    numbers = {layer.index: number for number, layer in enumerate(layers)}
     with ExitStack() as stack:
         for number, layer in enumerate(layers):
             for module, name in (
@@ -117,6 +118,15 @@ def watching(timeline: Timeline, layers: list[MoELayer], offload: ExpertOffload 
 
             transfers.wait = wait
             stack.callback(delattr, transfers, "wait")
+            control: Any = offload._control
+            speculate = control._speculate
+
+            def speculated(target: MoELayer, *states: Any) -> None:
+                with timeline.span("computing", f"speculate {numbers[target.index]}"):
+                    speculate(target, *states)
+
+            control._speculate = speculated
+            stack.callback(delattr, control, "_speculate")
         yield
 
 

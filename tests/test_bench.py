@@ -136,10 +136,9 @@ def test_the_timeline_shows_copies_beside_computing(build_moe: Callable[..., Pre
         computing = [e for e in of_run if e["cat"] == "computing"]
         assert copies
         assert {e["tid"] for e in copies}.isdisjoint(e["tid"] for e in computing)
-        for name in ("layer", "experts"):  # four tokens through four layers
+        for name in ("layer", "router", "experts"):  # four tokens through four layers
             assert sum(e["name"].startswith(name) for e in computing) == 16
-        # A speculation asks the router as well.
-        assert sum(e["name"].startswith("router") for e in computing) == (16 if run == 0 else 32)
+        assert sum(e["name"].startswith("speculate") for e in computing) == (0 if run == 0 else 16)
 
 
 def run(command: Any, *arguments: object) -> None:

@@ -36,7 +36,8 @@ def test_a_restricted_router_chooses_among_the_allowed(model: PreTrainedModel, d
     for row in allowed:
         row[sorted(data.draw(st.sets(st.integers(0, 7), min_size=2)))] = True
     free_logits, free_weights, free_ids = layer.router(x)
-    with RestrictedChoice(~allowed, layer.top_k) as choice:
+    choose = RestrictedChoice.allowed(~allowed, layer.top_k)
+    with RestrictedChoice((tokens, layer.num_experts), layer.top_k, choose) as choice:
         logits, weights, ids = layer.router(x)
     assert allowed.gather(1, ids).all()
     assert torch.equal(logits, free_logits)
@@ -53,7 +54,8 @@ def test_restricted_weights_are_normalised_as_the_router_does(build_moe: Callabl
     x = torch.randn(6, layer.hidden_size)
     allowed = torch.zeros(6, layer.num_experts, dtype=torch.bool)
     allowed[:, [1, 4]] = True
-    with RestrictedChoice(~allowed, layer.top_k):
+    choose = RestrictedChoice.allowed(~allowed, layer.top_k)
+    with RestrictedChoice((6, layer.num_experts), layer.top_k, choose):
         logits, weights, ids = layer.router(x)
     torch.testing.assert_close(weights, logits.gather(1, ids).softmax(-1))
 

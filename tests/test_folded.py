@@ -1,0 +1,101 @@
+"""A folded speculator names the candidates of the one that it was folded from, and only plain routers are folded."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from data_collection import catalog
+from predictors.architecture import MoELayer, UnsupportedModelError
+from predictors.discovery import find_moe_layers
+from predictors.folded import FoldedSpeculator
+from predictors.mlp import ResidualMLP
+from predictors.speculation import Router, Routing, Speculator, candidates
+
+PLAIN = {"qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "jamba", "granitemoe"}
+
+
+def layers_of(model_type: str, seed: int = 0) -> list[MoELayer]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = catalog.tiny_model(model_type, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for module in model.modules():  # gains, biases and corrections start as ones and zeros, which would hide them
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
+    return find_moe_layers(model)
+
+
+def speculator_of(layer: MoELayer, seed: int, trained: bool) -> Speculator:
+    torch.manual_seed(seed)
+    mlp = None
+    if trained:
+        mlp = ResidualMLP(layer.hidden_size, layer.num_experts, 24)
+        for parameter in mlp.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    vectors = torch.randn(layer.num_experts, layer.hidden_size)
+    return Speculator(layer.norm, Router.of(layer), vectors, mlp).requires_grad_(False)
+
+
+def routing_of(layer: MoELayer, tokens: int, generator: torch.Generator) -> Routing:
+    logits = torch.randn(tokens, layer.num_experts, generator=generator)
+    values, ids = logits.topk(layer.top_k, dim=-1)
+    return Routing(logits, values.softmax(-1), ids)
+
+
+@pytest.mark.parametrize("model_type", catalog.moe_types())
+def test_it_is_the_speculator_to_rounding(model_type: str) -> None:
+    try:
+        layer = layers_of(model_type)[-1]
+    except UnsupportedModelError:
+        pytest.skip("not supported")
+    generator = torch.Generator().manual_seed(5)
+    folded_any = False
+    for trained in (False, True):
+        speculator = speculator_of(layer, 3, trained)
+        folded = FoldedSpeculator.of(speculator, layer)
+        if folded is None:
+            continue
+        folded_any = True
+        # Behind the choice a speculator ranks by logits; a router that adds a bias to them is ranked by the sum here.
+        m = min(layer.top_k + 2 * (model_type in PLAIN), layer.num_experts)
+        for tokens in (1, 1, 1, 200):
+            residual = 0.5 * torch.randn(tokens, layer.hidden_size, generator=generator)
+            for source in (routing_of(layer, tokens, generator), None):
+                expected = candidates(speculator(residual, source), m).sort(-1).values
+                named = folded.candidates(residual, source, m).sort(-1).values
+                assert named.shape == expected.shape
+                # A tie to rounding may be decided either way.
+                assert (named == expected).all(-1).float().mean() >= (1.0 if tokens == 1 else 0.98)
+    if model_type in PLAIN:
+        assert folded_any, "this router is plain"
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe", "minimax_m2"])
+def test_a_router_that_corrects_its_choice_is_not_folded(model_type: str) -> None:
+    layer = layers_of(model_type)[-1]
+    assert FoldedSpeculator.of(speculator_of(layer, 0, trained=True), layer) is None
+
+
+def test_in_bfloat16_the_same_experts_are_found() -> None:
+    layer = layers_of("qwen3_moe")[-1]
+    exact = speculator_of(layer, 3, trained=True)
+    generator = torch.Generator().manual_seed(6)
+    residual, source = torch.randn(400, layer.hidden_size, generator=generator), routing_of(layer, 400, generator)
+    true = exact(residual, source).ids
+    layer.norm.bfloat16(), layer.router.bfloat16()
+    speculator = speculator_of(layer, 3, trained=True)
+    assert speculator.mlp is not None
+    speculator.mlp.bfloat16()
+    folded = FoldedSpeculator.of(speculator, layer)
+    assert folded is not None
+
+    def recall(ids: torch.Tensor) -> float:
+        return (true.unsqueeze(-1) == ids.unsqueeze(-2)).any(-1).float().mean().item()
+
+    rounded = Routing(source.logits.bfloat16(), source.weights.bfloat16(), source.ids)
+    in_bf16 = recall(speculator(residual.bfloat16(), rounded).ids)
+    assert recall(folded.candidates(residual.bfloat16(), rounded, layer.top_k)) >= in_bf16 - 0.01
