@@ -37,7 +37,7 @@ class Costs:
     speculation: float = 0.0
     """One layer's speculation: norm, predictor and router."""
     beside: float = 0.0
-    """What one copy takes from the computation beside it, where both go through the same memory."""
+    """What one copy takes from what is computed while it is made, where both go through the same memory."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ class _Link:
             self._begin_next()
         return self._over[key]
 
-    def begun_until(self, now: float) -> int:
-        """Copies that have begun before `now`, before which nothing more is asked for."""
+    def busy_before(self, now: float) -> float:
+        """Seconds that the link was busy before `now`, until when nothing more is asked for."""
         self._begin_until(now)
-        return self.made
+        return self.busy - max(0.0, self._ends[-1] - now)
 
     def _begin_until(self, now: float) -> None:
         while self._asked and self._next_begin() < now:
@@ -200,7 +200,6 @@ class _Run:
         self.costs, self.layers, self.policy, self.gating = costs, layers, policy, gating
         self.now = self.computing = self.stalled = 0.0
         self.hits = self.misses = self.cancelled = 0
-        self.met = 0  # copies that began so far, beside computation or while it waited
         self.link = _Link(costs.copy, queue, readers)
         self.cache = SlotCache(slots, layers, eviction)
         self.held: dict[int, Key] = {}  # by slot
@@ -213,16 +212,14 @@ class _Run:
 
     def compute(self, seconds: float) -> None:
         if self.costs.beside:
-            begun = self.link.begun_until(self.now + seconds)
-            seconds += self.costs.beside * (begun - self.met)
-            self.met = begun
+            copying = self.link.busy_before(self.now + seconds) - self.link.busy_before(self.now)
+            seconds += self.costs.beside * copying / self.costs.copy
         self.now += seconds
         self.computing += seconds
 
     def stall(self, until: float) -> None:
         self.stalled += max(0.0, until - self.now)
         self.now = max(self.now, until)
-        self.met = self.link.begun_until(self.now)
 
     def busy(self, slot: int) -> bool:
         return self.link.copying(self.held[slot], self.now)

@@ -126,7 +126,7 @@ def test_plan_looks_as_far_ahead_as_it_is_told(
     found = []
     for horizon in (1, 2):
         file = tmp_path / f"{horizon}.json"
-        code = run(monkeypatch, "plan", tiny_moe_folder, "--device-memory", "2MB", "--reserve", "1MB", "--link", "1GB/s",
+        code = run(monkeypatch, "plan", tiny_moe_folder, "--device-memory", "2MB", "--reserve", "1MB", "--link", "10MB/s",
                    "--memory-bandwidth", "9GB/s", "--slots", 9, "--horizon", horizon, "--json", file)  # fmt: skip
         assert code == 0
         found.append({row["policy"]: row["stall_ms_per_token"] for row in json.loads(file.read_text())["results"]})
@@ -174,9 +174,8 @@ WRONG = {
     "a horizon too far to evaluate": (["evaluate", "{moe}", "--horizon", "0"], "guess 1 or 2 layers ahead"),
     "a horizon too far to plan": (
         ["plan", "{moe}", "--device-memory", "2MB", "--link", "1GB/s", "--memory-bandwidth", "9GB/s", "--horizon", "3"],
-        "--horizon",
+        "1 or 2 layers ahead",
     ),
-    "a horizon that is no number": (["bench", "{moe}", "--horizon", "far"], "--horizon"),
     "a horizon that nobody was trained for": (
         ["generate", "{moe}", "--predictors", "{loop}/predictors", "--prompt", "x", "--horizon", "2"],
         "trained to read other layers",
