@@ -15,7 +15,7 @@ import json
 import statistics
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,20 @@ class ThrottledStore(KeptHostStore):
 
 
 def reading_speed() -> float:
-    """Bytes of weights per second that a computation at batch size 1 reads from memory."""
-    x = torch.randn(1, 1024, dtype=torch.bfloat16)
-    weights = [torch.randn(1024, 1024, dtype=torch.bfloat16) for _ in range(128)]  # more than any cache holds
-    times = []
-    for _ in range(10):
-        begun = time.perf_counter()
-        for weight in weights:
-            F.linear(x, weight)
-        times.append(time.perf_counter() - begun)
-    return sum(w.nbytes for w in weights) / statistics.median(times)
+    """Bytes of weights per second that a computation at batch size 1 reads: what it takes longer than with next to none."""
+
+    def seconds(size: int) -> float:
+        weights = torch.randn(128, size, size).bfloat16()  # at 1024 more than any cache holds
+        times = []
+        for _ in range(10):
+            x = torch.randn(1, size).bfloat16()
+            begun = time.perf_counter()
+            for weight in weights:
+                x = F.silu(F.linear(x, weight))  # as in a model, threads have something else to do between two weights
+            times.append(time.perf_counter() - begun)
+        return statistics.median(times)
+
+    return 128 * 2 * 1024**2 / (seconds(1024) - seconds(32))
 
 
 def starting_time() -> float:
@@ -102,8 +106,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "overlap.json")
     arguments = parser.parse_args()
 
-    machine = {"memory_bandwidth": reading_speed(), "launch": starting_time(), "latency": 0.0, "is_cuda": False}
-    print(f"this machine: {json.dumps(machine)}", flush=True)
     config = AutoConfig.from_pretrained(CONFIG)
     model: Any = load_offloaded(config, device="cpu", dtype=torch.bfloat16)
     model.expert_offload.detach()
@@ -123,12 +125,15 @@ def main() -> None:
             found = measure(WAYS, arguments.tokens, WARMUP)
             trial = measure(f"{FIXED},auto", BLOCK * BLOCKS, 0)
             rows = results(found)
+            # Now, since what others do on this machine changes from minute to minute.
+            here = Hardware(reading_speed(), found.link, latency=0.0, launch=starting_time(), is_cuda=False)
             expected(rows, found.link, slots, routing, config)
-            planned(rows, Hardware(link=found.link, **machine), slots, routing, config, predictor)
+            planned(rows, here, slots, routing, config, predictor)
             cell = {
                 "link_bytes_per_second": None if part == "none" else link,
                 "measured_link_bytes_per_second": found.link,
                 "slots": slots,
+                "machine": asdict(here),
                 "results": rows,
                 "auto_over_best": over_best(found),
                 "auto_over_best_while_it_tries": over_best(trial),
@@ -139,7 +144,6 @@ def main() -> None:
         "warmup": WARMUP,
         "rounds": arguments.rounds,
         "tokens": arguments.tokens,
-        "machine": machine,
         "cells": cells,
     }
     result |= {"command": command(), "versions": versions(), "hardware": hardware()}
@@ -148,7 +152,8 @@ def main() -> None:
 
 def report(cell: dict[str, Any]) -> None:
     print(
-        f"link {cell['measured_link_bytes_per_second'] / 1e9:.2f} GB/s, {cell['slots']} slots; auto over the best fixed exact "
+        f"link {cell['measured_link_bytes_per_second'] / 1e9:.2f} GB/s, {cell['slots']} slots, weights read at "
+        f"{cell['machine']['memory_bandwidth'] / 1e9:.1f} GB/s, an operation {1e6 * cell['machine']['launch']:.0f} us; auto over the best fixed exact "
         f"policy {cell['auto_over_best']:+.1%}, while it tries {cell['auto_over_best_while_it_tries']:+.1%}"
     )
     for row in cell["results"]:
