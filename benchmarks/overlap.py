@@ -15,7 +15,7 @@ import json
 import statistics
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def main() -> None:
     known, routing = predictors_of(config, layers), routing_of(arguments.tokens)
     predictor = sum(p.nbytes for p in known.mlps[0].parameters())
     cells: list[dict[str, Any]] = []
+    machine: list[tuple[float, float]] = []
     for part in arguments.links.split(","):
         for slots in map(int, arguments.slots.split(",")):
             link = float("inf") if part == "none" else 1e9 * float(part)
@@ -125,25 +126,31 @@ def main() -> None:
             found = measure(WAYS, arguments.tokens, WARMUP)
             trial = measure(f"{FIXED},auto", BLOCK * BLOCKS, 0)
             rows = results(found)
-            # Now, since what others do on this machine changes from minute to minute.
-            here = Hardware(reading_speed(), found.link, latency=0.0, launch=starting_time(), is_cuda=False)
+            # By the cell, since what others do on this machine changes from minute to minute.
+            machine.append((reading_speed(), starting_time()))
             expected(rows, found.link, slots, routing, config)
-            planned(rows, here, slots, routing, config, predictor)
             cell = {
                 "link_bytes_per_second": None if part == "none" else link,
                 "measured_link_bytes_per_second": found.link,
                 "slots": slots,
-                "machine": asdict(here),
                 "results": rows,
                 "auto_over_best": over_best(found),
                 "auto_over_best_while_it_tries": over_best(trial),
             }
             cells.append(cell)
-            report(cell)
+            print(f"measured: {part} GB/s, {slots} slots", flush=True)
+    reading, starting = (statistics.median(figures) for figures in zip(*machine, strict=True))
+    print(f"weights are read at {reading / 1e9:.1f} GB/s, an operation starts in {1e6 * starting:.1f} us")
+    for cell in cells:
+        link = cell["measured_link_bytes_per_second"]
+        here = Hardware(reading, link, latency=0.0, launch=starting, is_cuda=False)
+        planned(cell["results"], here, cell["slots"], routing, config, predictor)
+        report(cell)
     result = {
         "warmup": WARMUP,
         "rounds": arguments.rounds,
         "tokens": arguments.tokens,
+        "machine": {"memory_bandwidth": reading, "launch": starting},
         "cells": cells,
     }
     result |= {"command": command(), "versions": versions(), "hardware": hardware()}
@@ -152,8 +159,7 @@ def main() -> None:
 
 def report(cell: dict[str, Any]) -> None:
     print(
-        f"link {cell['measured_link_bytes_per_second'] / 1e9:.2f} GB/s, {cell['slots']} slots, weights read at "
-        f"{cell['machine']['memory_bandwidth'] / 1e9:.1f} GB/s, an operation {1e6 * cell['machine']['launch']:.0f} us; auto over the best fixed exact "
+        f"link {cell['measured_link_bytes_per_second'] / 1e9:.2f} GB/s, {cell['slots']} slots; auto over the best fixed exact "
         f"policy {cell['auto_over_best']:+.1%}, while it tries {cell['auto_over_best_while_it_tries']:+.1%}"
     )
     for row in cell["results"]:

@@ -93,6 +93,7 @@ def test_horizon_and_candidates_reach_every_command(
     for known in (["--predictors", farther], []):
         both = [*known, "--horizon", 2, "--candidates", "auto"]
         texts = set()
+        capsys.readouterr()
         for policy in (["on_demand"], ["prefetch", *both], ["auto", *both]):
             code = run(monkeypatch, "generate", tiny_moe_folder, "--prompt", "The stone", "--max-new-tokens", 8,
                        "--slots", 9, "--policy", *policy)  # fmt: skip
