@@ -16,6 +16,8 @@ BLOCKS = 8
 """Turns of a trial, of both together."""
 TRIED_AGAIN_AFTER = 2048
 """Tokens until the next trial: the text, and with it the routing, may have changed."""
+CLOSE, CLOSE_TRIED_AGAIN_AFTER = 0.1, 256
+"""Where the two are closer than this share, chance may have picked, and the next trial comes so many tokens later."""
 
 
 class Trial:
@@ -24,6 +26,7 @@ class Trial:
     def __init__(self) -> None:
         self.prefetches = True
         self._token = 0
+        self._again = 0  # the token at which the next trial begins
         self._times: dict[bool, list[float]] = {True: [], False: []}
 
     @property
@@ -41,6 +44,8 @@ class Trial:
         elif self._token == BLOCK * BLOCKS:
             demand, prefetch = (statistics.median(self._times[kind]) for kind in (False, True))
             self.prefetches = prefetch < demand
-        elif self._token >= BLOCK * BLOCKS + TRIED_AGAIN_AFTER:
+            is_close = abs(prefetch - demand) < CLOSE * max(prefetch, demand)
+            self._again = self._token + (CLOSE_TRIED_AGAIN_AFTER if is_close else TRIED_AGAIN_AFTER)
+        elif self._token >= self._again:
             self._token = 0
             self._times = {True: [], False: []}

@@ -308,7 +308,7 @@ def _record(
                 yield
                 timeline.end()
 
-            with watching(timeline, layers, offload):
+            with watching(timeline, model, layers, offload):
                 _decode(model, settings, TIMELINE_TOKENS, counted())
     if on_cpu:
         timeline.save(file)

@@ -202,7 +202,7 @@ def plan(
         int | None,
         typer.Option(min=1, help="Experts fetched for each layer [default: top k, and 2 more under resident]."),
     ] = None,
-    horizon: Annotated[int, typer.Option(min=1, max=2, help="MoE layers ahead that are guessed, 1 or 2.")] = 1,
+    horizon: Annotated[int, typer.Option(help="MoE layers ahead that are guessed, 1 or 2.")] = 1,
     eviction: Eviction = "least_stale",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to simulate.")] = 64,
     cuda: Annotated[bool, typer.Option(help="Whether copies go through a CUDA stream, or threads read them.")] = True,
@@ -224,6 +224,8 @@ def plan(
     from runtime.plan import plan as job
 
     _check_outputs(None, json_file, None)
+    if horizon not in (1, 2):
+        raise UserError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
     chosen = resolve_dtype(dtype, torch.device("cuda"))
     shape = read_shape(_config(model), chosen if isinstance(chosen, torch.dtype) else None)
     hardware = Hardware(

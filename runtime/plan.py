@@ -19,7 +19,7 @@ from runtime.simulation import Costs, Simulated, simulate
 
 KERNELS = {"layer": 30, "expert": 5, "speculation": 15, "rest": 10}
 """Operations that transformers starts one by one for each of these in a decode step, counted on Qwen3-MoE; they cost
-their `launch` wherever they are too small to cost more."""
+their `launch`: on CUDA wherever they are too small to cost more, on the CPU always, since it starts none while it computes."""
 
 
 class PlanError(UserError):
@@ -126,7 +126,8 @@ def costs_of(shape: Shape, hardware: Hardware, predictor_bytes: int = 0) -> Cost
     """What each part of a decode step takes; `predictor_bytes` are those of one layer's predictor."""
 
     def reading(size: int, kernels: int) -> float:
-        return max(size / hardware.memory_bandwidth, kernels * hardware.launch)
+        read, started = size / hardware.memory_bandwidth, kernels * hardware.launch
+        return max(read, started) if hardware.is_cuda else read + started
 
     return Costs(
         layer=reading(shape.layer_bytes, KERNELS["layer"]),
@@ -134,6 +135,8 @@ def costs_of(shape: Shape, hardware: Hardware, predictor_bytes: int = 0) -> Cost
         copy=hardware.latency + shape.expert_bytes / hardware.link,
         rest=reading(shape.rest_bytes, KERNELS["rest"]),
         speculation=reading(shape.router_bytes + predictor_bytes, KERNELS["speculation"]),
+        # A block is read and written where the weights are read; beside the memory of a GPU, its link is nothing.
+        beside=0.0 if hardware.is_cuda else 2 * shape.expert_bytes / hardware.memory_bandwidth,
     )
 
 

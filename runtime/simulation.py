@@ -1,8 +1,9 @@
 """A decode step after another as the runtime would run it, with times in the place of work: what `plan` tells.
 
 Computing and copying are two machines beside each other. Computing goes through the layers in order and waits for an
-expert that is not there; copying does one expert at a time, first what a layer demands and then what is guessed. Who sits in
-which slot is decided by the runtime's own `SlotCache`.
+expert that is not there; copying does one expert at a time, first what a layer demands and then what is guessed. A reader
+that has taken a copy up goes through with it, though another may be on the link before it. Who sits in which slot is decided
+by the runtime's own `SlotCache`.
 
     computing   attention l | router l | speculate t | experts l (present first) | attention t ...
     copying                            | misses of l | candidates of t that have no slot
@@ -35,6 +36,8 @@ class Costs:
     """Once a token: embedding, head, sampling, dense layers."""
     speculation: float = 0.0
     """One layer's speculation: norm, predictor and router."""
+    beside: float = 0.0
+    """What one copy takes from what is computed while it is made, where both go through the same memory."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,15 @@ def simulate(
     horizon: int = 1,
     eviction: Eviction | str = Eviction.LEAST_STALE,
     queue: bool = False,
+    readers: int = 2,
     warmup: int = 8,
 ) -> Simulated:
     """Runs the steps of `routing` and returns the mean of those after the first `warmup`, which fill the slots.
 
     `slots` are shared by all layers and are at least the routing's top k; `candidates` is at most what the routing has, by
-    default the top k, and two more under gating `resident`; a guess is made `horizon` layers ahead. With `queue` copies are made in the order in which they are
-    asked for and can't be taken back, as on a CUDA stream. Raises `ValueError` for a routing of too few steps, or too few
-    slots.
+    default the top k, and two more under gating `resident`; a guess is made `horizon` layers ahead. With `queue` copies are
+    made in the order in which they are asked for and can't be taken back, as on a CUDA stream; else `readers` threads make
+    them. Raises `ValueError` for a routing of too few steps, or too few slots.
     """
     policy, gating = Policy(policy), Gating(gating)
     steps, layers, top_k = routing.ids.shape
@@ -94,7 +98,7 @@ def simulate(
         raise ValueError(f"{steps} steps and {slots} slots are too few for {warmup} of warm-up and top {top_k}")
     wide = policy is Policy.SPECULATIVE and gating is Gating.RESIDENT
     m = candidates or min(top_k + 2 * wide, routing.candidates.shape[-1])
-    run = _Run(costs, layers, slots, policy, gating, horizon, Eviction(eviction), queue)
+    run = _Run(costs, layers, slots, policy, gating, horizon, Eviction(eviction), queue, readers)
     ids, guesses = routing.ids.tolist(), routing.candidates[:, :, :m].tolist()
     for step in range(warmup):
         run.token(ids[step], guesses[step])
@@ -109,14 +113,15 @@ def simulate(
 class _Link:
     """One copy at a time: the urgent before the others, and else in order of their asking.
 
-    As a `queue` it is a CUDA stream: copies go in the order of their asking, and none can be taken back.
+    Each of `readers` takes up one copy, which then can't be overtaken or taken back, and waits for the link with it. As a
+    `queue` it is a CUDA stream: copies go in the order of their asking, and none can be taken back.
     """
 
-    def __init__(self, seconds: float, queue: bool):
+    def __init__(self, seconds: float, queue: bool, readers: int):
         self.seconds, self.queue = seconds, queue
         self.busy = 0.0
         self.made = 0
-        self._free = 0.0  # when the last copy that has begun is over
+        self._ends = deque([0.0] * readers, readers)  # of the copies that were taken up last
         self._order = itertools.count()
         self._heap: list[tuple[bool, int, int, Key]] = []  # whether it can wait, its order, the number of the asking
         self._asked: dict[Key, tuple[int, float]] = {}  # number and time of those that have not begun
@@ -149,6 +154,11 @@ class _Link:
             self._begin_next()
         return self._over[key]
 
+    def busy_before(self, now: float) -> float:
+        """Seconds that the link was busy before `now`, until when nothing more is asked for."""
+        self._begin_until(now)
+        return self.busy - max(0.0, self._ends[-1] - now)
+
     def _begin_until(self, now: float) -> None:
         while self._asked and self._next_begin() < now:
             self._begin_next()
@@ -157,14 +167,15 @@ class _Link:
         while True:
             _, _, number, key = self._heap[0]
             if key in self._asked and self._asked[key][0] == number:
-                return max(self._free, self._asked[key][1])
+                return max(self._ends[0], self._asked[key][1])
             heapq.heappop(self._heap)  # cancelled, or hurried and begun
 
     def _begin_next(self) -> None:
         begin = self._next_begin()
         key = heapq.heappop(self._heap)[-1]
         del self._asked[key]
-        self._over[key] = self._free = begin + self.seconds
+        self._over[key] = max(begin, self._ends[-1]) + self.seconds
+        self._ends.append(self._over[key])
         self.busy += self.seconds
         self.made += 1
 
@@ -182,13 +193,14 @@ class _Run:
         horizon: int,
         eviction: Eviction,
         queue: bool,
+        readers: int,
     ):
         source_of = farther({layer: layer - 1 if layer else None for layer in range(layers)}, horizon)
         self.targets = [[target for target, source in source_of.items() if source == layer] for layer in range(layers)]
         self.costs, self.layers, self.policy, self.gating = costs, layers, policy, gating
         self.now = self.computing = self.stalled = 0.0
         self.hits = self.misses = self.cancelled = 0
-        self.link = _Link(costs.copy, queue)
+        self.link = _Link(costs.copy, queue, readers)
         self.cache = SlotCache(slots, layers, eviction)
         self.held: dict[int, Key] = {}  # by slot
         self.demands: deque[Key] = deque()
@@ -199,6 +211,9 @@ class _Run:
         return self.now, self.computing, self.stalled, self.link.busy, *counts
 
     def compute(self, seconds: float) -> None:
+        if self.costs.beside:
+            copying = self.link.busy_before(self.now + seconds) - self.link.busy_before(self.now)
+            seconds += self.costs.beside * copying / self.costs.copy
         self.now += seconds
         self.computing += seconds
 

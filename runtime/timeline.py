@@ -11,10 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from predictors.architecture import MoELayer, override_forward
 from runtime.offload import ExpertOffload
 from runtime.store import Bytes, ExpertStore
+
+COLOURS = {
+    "token": "grey",
+    "layer": "rail_response",
+    "router": "olive",
+    "speculate": "yellow",
+    "experts": "thread_state_running",
+    "wait": "terrible",
+    "copying": "thread_state_iowait",
+}
+"""Chrome's names of them (blue, green, red, orange), by the first word of a span's name, or of its track. Perfetto colours by
+name, whatever it is told."""
 
 
 class Timeline:
@@ -57,11 +70,13 @@ class Timeline:
             for tid, track in enumerate(tracks):
                 events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": track}})
         for run, track, name, begin, end in sorted(self.spans, key=lambda span: (span[3], -span[4])):
+            kind = track.split()[0]
             events.append(
                 {
                     "ph": "X",
                     "name": name,
-                    "cat": track.split()[0],
+                    "cat": kind,
+                    "cname": COLOURS.get(name.split()[0]) or COLOURS[kind],
                     "pid": runs.index(run),
                     "tid": tracks.index(track),
                     "ts": 1e6 * begin,
@@ -72,7 +87,7 @@ class Timeline:
 
 
 class WatchedStore:
-    """A store whose reads are put on a timeline, a track for each thread that reads."""
+    """A store whose reads are put on a timeline, a track for each thread that reads, as `layer:expert`."""
 
     def __init__(self, store: ExpertStore, timeline: Timeline):
         self.layout = store.layout
@@ -80,7 +95,7 @@ class WatchedStore:
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:
         track = f"copying {threading.current_thread().name.rpartition('-')[2]}"
-        with self._timeline.span(track, f"layer {layer} expert {expert}"):
+        with self._timeline.span(track, f"{layer}:{expert}"):
             self._store.read(layer, expert, into)
 
     def restore(self) -> None:
@@ -91,13 +106,16 @@ class WatchedStore:
 
 
 @contextmanager
-def watching(timeline: Timeline, layers: list[MoELayer], offload: ExpertOffload | None) -> Iterator[None]:
-    """Puts what the layers compute on the timeline, and where `offload` waits for a copy. For a model on the CPU.
+def watching(
+    timeline: Timeline, model: PreTrainedModel, layers: list[MoELayer], offload: ExpertOffload | None
+) -> Iterator[None]:
+    """Puts what the model computes on the timeline, and where `offload` waits for a copy. For a model on the CPU.
 
-    Each decoder layer is a span, and within it its router, the speculations made there, and its experts.
+    Each token is a span, within it each decoder layer, and within it its router, the speculations made there, and its experts.
     """
     numbers = {layer.index: number for number, layer in enumerate(layers)}
     with ExitStack() as stack:
+        _watch(stack, timeline, model, "token")
         for number, layer in enumerate(layers):
             for module, name in (
                 (layer.decoder, f"layer {number}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from test_offload import everything_resident, greedy, prompt
 from transformers import PreTrainedModel
 
 from runtime import offloaded
-from runtime.automatic import BLOCK, BLOCKS, TRIED_AGAIN_AFTER, Trial
+from runtime.automatic import BLOCK, BLOCKS, CLOSE_TRIED_AGAIN_AFTER, TRIED_AGAIN_AFTER, Trial
 
 
 @given(st.floats(0.01, 10), st.floats(0.01, 10), st.lists(st.integers(0, BLOCK * BLOCKS - 1), max_size=4, unique=True))
@@ -26,13 +27,16 @@ def test_the_faster_policy_is_picked(demand: float, prefetch: float, interrupted
         trial.took(1e9)
 
 
-def test_it_tries_again() -> None:
+@pytest.mark.parametrize(("slower", "after"), [(2.0, TRIED_AGAIN_AFTER), (1.05, CLOSE_TRIED_AGAIN_AFTER)])
+def test_it_tries_again_and_sooner_where_it_was_close(slower: float, after: int) -> None:
     trial = Trial()
-    for cost in ({True: 1.0, False: 2.0}, {True: 2.0, False: 1.0}):
+    for cost in ({True: 1.0, False: slower}, {True: slower, False: 1.0}):
         for _ in range(BLOCK * BLOCKS):
+            assert not trial.is_over
             trial.took(cost[trial.prefetches])
-        assert trial.prefetches == (cost[True] < cost[False])
-        for _ in range(TRIED_AGAIN_AFTER):
+        for _ in range(after):
+            assert trial.is_over
+            assert trial.prefetches == (cost[True] < cost[False])
             trial.took(1.0)
 
 

@@ -24,6 +24,11 @@ from runtime.routing import Statistics, draw_routing
 
 ALL = "resident,on_demand,prefetch,speculative"
 TINY = {"layers": 4, "num_experts": 8, "top_k": 2, "candidates": 4}
+ROW = {
+    "policy", "gating", "time_per_output_token_ms", "time_to_first_token_ms", "hit_rate", "bytes_per_token",
+    "stall_ms_per_token", "limit_ms_per_token", "overlap_efficiency", "peak_host_bytes", "peak_device_bytes",
+}  # fmt: skip
+"""What others read from the JSON."""
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -158,6 +163,8 @@ def test_the_command_on_random_weights_in_a_packed_file(tiny_moe_folder: Path, t
     assert result["routing"]["routing"] == "synthetic"
     assert result["routing"]["kept"] == 0.38
     assert list(result["skipped"]) == ["resident"]
+    assert all(row.keys() >= ROW for row in result["results"])
+    assert all(row["time_per_output_token_ms"].keys() == {"median", "min", "max"} for row in result["results"])
     assert [row["policy"] for row in result["results"]] == ["on_demand", "prefetch"] + 3 * ["speculative"]
     assert plot.stat().st_size > 1000
 

@@ -67,6 +67,74 @@ def test_evaluate_writes_its_figures(
     assert result["tokens"] == 300 - 5
 
 
+@pytest.fixture(scope="module")
+def farther(loop: Path) -> Path:
+    """Predictors that read two layers back."""
+    folder = loop / "farther"
+    with pytest.MonkeyPatch.context() as patch:
+        assert (
+            run(patch, "fit", loop / "trace", "--out", loop / "far-run", "--epochs", 1, "--width", 8, "--horizon", 2)
+            == 0
+        )
+        assert run(patch, "export", loop / "far-run", "--out", folder) == 0
+    return folder
+
+
+def test_horizon_and_candidates_reach_every_command(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_moe_folder: Path,
+    text_corpus: Path,
+    farther: Path,
+    tmp_path: Path,
+) -> None:
+    """With predictors of that horizon, which go without the flag as well, and without any."""
+    file, guessed = tmp_path / "figures.json", []
+    for known in (["--predictors", farther], []):
+        both = [*known, "--horizon", 2, "--candidates", "auto"]
+        texts = set()
+        capsys.readouterr()
+        for policy in (["on_demand"], ["prefetch", *both], ["auto", *both]):
+            code = run(monkeypatch, "generate", tiny_moe_folder, "--prompt", "The stone", "--max-new-tokens", 8,
+                       "--slots", 9, "--policy", *policy)  # fmt: skip
+            assert code == 0
+            texts.add(capsys.readouterr().out)
+        assert len(texts) == 1, "exact policies give one text, however far is guessed"
+
+        code = run(monkeypatch, "bench", tiny_moe_folder, *both, "--policies", "prefetch,speculative/resident",
+                   "--tokens", 4, "--rounds", 1, "--slots", 9, "--json", file)  # fmt: skip
+        assert code == 0
+        result = json.loads(file.read_text())
+        assert (result["settings"]["horizon"], result["settings"]["candidates"]) == (2, "auto")
+        assert all(0 < row["hit_rate"] <= 1 for row in result["results"])
+
+        code = run(monkeypatch, "evaluate", tiny_moe_folder, *both, "--corpus", text_corpus, "--tokens", 200,
+                   "--sequence-length", 64, "--json", file)  # fmt: skip
+        assert code == 0
+        guessed.append([row["training_free"] for row in json.loads(file.read_text())["layers"]])
+    code = run(monkeypatch, "evaluate", tiny_moe_folder, "--corpus", text_corpus, "--tokens", 200, "--sequence-length", 64,
+               "--json", file)  # fmt: skip
+    assert code == 0
+    nearest = [row["training_free"] for row in json.loads(file.read_text())["layers"]]
+    for farther_rates in guessed:
+        assert nearest[0] == farther_rates[0], "the first layer reads its own input either way"
+        assert nearest[2:] != farther_rates[2:]
+
+
+def test_plan_looks_as_far_ahead_as_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, tiny_moe_folder: Path, tmp_path: Path
+) -> None:
+    found = []
+    for horizon in (1, 2):
+        file = tmp_path / f"{horizon}.json"
+        code = run(monkeypatch, "plan", tiny_moe_folder, "--device-memory", "2MB", "--reserve", "1MB", "--link", "10MB/s",
+                   "--memory-bandwidth", "9GB/s", "--slots", 9, "--horizon", horizon, "--json", file)  # fmt: skip
+        assert code == 0
+        found.append({row["policy"]: row["stall_ms_per_token"] for row in json.loads(file.read_text())["results"]})
+    assert found[0]["on_demand"] == found[1]["on_demand"], "it guesses nothing"
+    assert found[0]["prefetch"] != found[1]["prefetch"]
+
+
 def test_flags_beat_the_file_and_the_file_beats_defaults(
     monkeypatch: pytest.MonkeyPatch, tiny_moe_folder: Path, text_corpus: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +170,24 @@ WRONG = {
     "an empty prompt": (["generate", "{moe}", "--prompt", ""], "prompt is empty"),
     "more slots than experts": (["generate", "{moe}", "--prompt", "x", "--slots", "33"], "to 32"),
     "an unknown policy": (["generate", "{moe}", "--prompt", "x", "--policy", "magic"], "policies are"),
+    "a horizon too far": (["generate", "{moe}", "--prompt", "x", "--horizon", "3"], "guess 1 or 2 layers ahead"),
+    "a horizon too far to measure": (["bench", "{moe}", "--horizon", "3"], "guess 1 or 2 layers ahead"),
+    "a horizon too far to evaluate": (["evaluate", "{moe}", "--horizon", "0"], "guess 1 or 2 layers ahead"),
+    "a horizon too far to plan": (
+        ["plan", "{moe}", "--device-memory", "2MB", "--link", "1GB/s", "--memory-bandwidth", "9GB/s", "--horizon", "3"],
+        "1 or 2 layers ahead",
+    ),
+    "a horizon that nobody was trained for": (
+        ["generate", "{moe}", "--predictors", "{loop}/predictors", "--prompt", "x", "--horizon", "2"],
+        "trained to read other layers",
+    ),
+    "the same to evaluate": (
+        ["evaluate", "{moe}", "--predictors", "{loop}/predictors", "--horizon", "2"], "trained to read other layers",
+    ),
+    "candidates that are no number": (["generate", "{moe}", "--prompt", "x", "--candidates", "many"], "can't be many"),
+    "no candidates to measure": (["bench", "{moe}", "--candidates", "0"], "--candidates can't be 0"),
+    "fewer candidates than the top k": (["bench", "{moe}", "--candidates", "1"], "from 2 to 8, or auto"),
+    "more candidates than experts": (["evaluate", "{moe}", "--candidates", "9"], "from 2 to 8, or auto"),
     "CUDA where there is none": (["generate", "{moe}", "--prompt", "x", "--device", "cuda"], "no CUDA device"),
     "CUDA for a collection": (["collect", "{moe}", "--device", "cuda", "--out", "{out}"], "no CUDA device"),
     "nowhere to write figures": (["evaluate", "{moe}", "--json", "{tmp}/no/where.json"], "no folder"),

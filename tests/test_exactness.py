@@ -130,6 +130,49 @@ def test_two_models_at_once(build_moe: Callable[..., PreTrainedModel]) -> None:
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(tokens, alone, strict=True))
 
 
+def test_an_assistant_may_be_offloaded_as_well(build_moe: Callable[..., PreTrainedModel]) -> None:
+    """Two models in one call of `generate`, each with slots of its own."""
+    model, assistant = build_moe("qwen3_moe"), build_moe("qwen3_moe", num_hidden_layers=2)
+    arguments: dict[str, Any] = {"assistant_model": assistant, "do_sample": False}
+    with everything_resident(model), everything_resident(assistant):
+        expected = generated(model, prompt(1, 6), **arguments)
+    for mine, its in itertools.product(POLICIES, POLICIES):
+        with (
+            offloaded(model, policy=mine, slots=5, device="cpu"),
+            offloaded(assistant, policy=its, slots=TOP_K, device="cpu") as offload,
+        ):
+            for _ in range(2):
+                assert torch.equal(generated(model, prompt(1, 6), **arguments), expected)
+            assert offload.counters.tokens > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_half_precision_is_exact_too(
+    build_moe: Callable[..., PreTrainedModel], architecture: str, dtype: torch.dtype
+) -> None:
+    model = build_moe(architecture).to(dtype)
+    for ids in (prompt(1, 7), prompt(3, 40)):
+        with everything_resident(model):
+            expected = greedy(model, ids)
+        for policy, slots in itertools.product((*POLICIES, "auto"), (TOP_K, 7)):
+            with offloaded(model, policy=policy, slots=slots, device="cpu"):
+                assert torch.equal(greedy(model, ids), expected), (policy, slots)
+
+
+def test_two_models_in_two_threads(build_moe: Callable[..., PreTrainedModel]) -> None:
+    models = [build_moe("qwen3_moe"), build_moe("gpt_oss")]
+    expected = []
+    for model in models:
+        with everything_resident(model):
+            expected.append(greedy(model, prompt(1, 9), 20))
+        offload_experts(model, policy="prefetch", slots=3, device="cpu")
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            outputs = list(pool.map(lambda model: greedy(model, prompt(1, 9), 20), models))
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, expected, strict=True))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_threads_that_share_a_model_take_turns(tiny_moe: PreTrainedModel, policy: str) -> None:
     prompts = [prompt(1 + i % 2, 3 + i) for i in range(6)]
@@ -175,6 +218,7 @@ def shared_model() -> PreTrainedModel:
     batch=st.integers(1, 2),
     eviction=st.sampled_from(list(Eviction)),
     candidates=st.integers(TOP_K, 5),
+    horizon=st.integers(1, 2),
 )
 @settings(max_examples=40)
 def test_no_order_of_arrival_changes_a_token(
@@ -186,10 +230,12 @@ def test_no_order_of_arrival_changes_a_token(
     batch: int,
     eviction: Eviction,
     candidates: int,
+    horizon: int,
 ) -> None:
     ids = prompt(batch, 5)
     with everything_resident(shared_model):
         expected = greedy(shared_model, ids, 5)
     arguments = {"slots": slots, "readers": readers, "policy": policy, "eviction": eviction, "candidates": candidates}
+    arguments["horizon"] = horizon
     with any_order(shared_model, delays, **arguments):
         assert torch.equal(greedy(shared_model, ids, 5), expected)

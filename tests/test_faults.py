@@ -34,10 +34,12 @@ def expected(tiny_moe_folder: Path) -> torch.Tensor:
         return greedy(whole, IDS)
 
 
-@pytest.mark.parametrize("policy", ["on_demand", "prefetch"])
+@pytest.mark.parametrize("policy", ["on_demand", "prefetch", "speculative", "auto"])
 def test_a_file_that_shrinks(tiny_moe_folder: Path, policy: str, expected: torch.Tensor, tmp_path: Path) -> None:
-    file = tmp_path / "experts"
+    file, resident = tmp_path / "experts", expected
     model = load_offloaded(tiny_moe_folder, device="cpu", pack=file, slots=3, policy=policy)
+    if policy == "speculative":
+        expected = greedy(model, IDS)  # its own, undisturbed
     whole = file.read_bytes()
     os.truncate(file, len(whole) // 2)
     for _ in range(2):
@@ -52,7 +54,7 @@ def test_a_file_that_shrinks(tiny_moe_folder: Path, policy: str, expected: torch
     file.write_bytes(whole)
     load_experts(model)
     with everything_resident(model):
-        assert torch.equal(greedy(model, IDS), expected)
+        assert torch.equal(greedy(model, IDS), resident)
 
 
 class Failing(HostStore):
@@ -103,10 +105,11 @@ def test_a_disk_that_never_comes_back(tiny_moe: PreTrainedModel, expected: torch
         assert torch.equal(greedy(tiny_moe, IDS), expected)
 
 
+@pytest.mark.parametrize("policy", ["on_demand", "prefetch", "speculative"])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_readers_that_are_killed(tiny_moe: PreTrainedModel, expected: torch.Tensor) -> None:
+def test_readers_that_are_killed(tiny_moe: PreTrainedModel, policy: str, expected: torch.Tensor) -> None:
     before = set(threading.enumerate())
-    offload_experts(tiny_moe, policy="prefetch", slots=3, device="cpu", readers=2)
+    offload_experts(tiny_moe, policy=policy, slots=3, device="cpu", readers=2)
     for reader in set(threading.enumerate()) - before:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(reader.ident or 0), ctypes.py_object(SystemExit))
     for _ in range(2):
@@ -135,12 +138,14 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, former)
 
 
-@pytest.mark.parametrize("policy", ["on_demand", "prefetch"])
+@pytest.mark.parametrize("policy", ["on_demand", "prefetch", "speculative", "auto"])
 def test_ctrl_c_at_any_moment(tiny_moe: PreTrainedModel, policy: str, expected: torch.Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_moe.state_dict().items()}
     moments = random.Random(1)
     offload_experts(tiny_moe, policy=policy, slots=3, device="cpu")
-    greedy(tiny_moe, IDS)
+    undisturbed = greedy(tiny_moe, IDS)
+    if policy == "speculative":
+        expected = undisturbed
     for _ in range(30):
         with interrupted_after(moments.uniform(0.001, 0.04)):
             greedy(tiny_moe, IDS, 30)

@@ -37,6 +37,7 @@ ways: Any = st.fixed_dictionaries(
         "horizon": st.integers(1, 2),
         "eviction": st.sampled_from(["lru", "least_stale"]),
         "queue": st.booleans(),
+        "readers": st.integers(1, 3),
     }
 )
 copies = st.floats(0.01, 5.0)
@@ -55,6 +56,27 @@ def test_a_token_is_never_faster_than_its_work(routing: ReplayedRouting, copy: f
     if way["policy"] != "on_demand":
         work += layers * costs.speculation
     assert result.computing == pytest.approx(work)
+
+
+@given(routings, copies, st.floats(0.01, 2.0), ways)
+def test_copies_take_from_the_computation_beside_them_and_no_more(
+    routing: ReplayedRouting, copy: float, beside: float, way: dict[str, Any]
+) -> None:
+    undisturbed = simulate(costs_of(copy), routing, warmup=0, **way)
+    result = simulate(dataclasses.replace(costs_of(copy), beside=beside), routing, warmup=0, **way)
+    taken = result.computing - undisturbed.computing
+    assert -1e-9 <= taken <= beside * result.copies + 1e-9
+    assert result.seconds == pytest.approx(result.computing + result.stalled)
+
+
+def test_copies_that_are_waited_for_take_next_to_nothing() -> None:
+    """Of each long copy only the short part counts in which something is computed."""
+    routing = routing_of(0, kept=0.0)
+    for copy, most in ((1000.0, 0.01), (1.0, 1.0)):
+        costs = dataclasses.replace(costs_of(copy), beside=1.0)
+        result = simulate(costs, routing, slots=6, policy="on_demand")
+        taken = result.computing - (costs.rest + 6 * (costs.layer + 3 * costs.expert))
+        assert 0 < taken < most * result.copies
 
 
 @given(routings, copies, ways)
