@@ -1,6 +1,6 @@
-"""What a predictor should minimise, what it should correct, and how far ahead: `fit` run once for each.
+"""What a predictor should minimise, what it should correct, and how far ahead: `fit` run once for each combination.
 
-    predict-train collect checkpoints/tiny-moe --inputs --tokens 150000 --out trace
+    predict-train collect checkpoints/tiny-moe --inputs --tokens 1000000 --out trace
     python -m benchmarks.objectives trace
 
 Every row is a run of `fit` with its defaults but for what the row names, on the same trace, split and seed. Prints and writes,
@@ -25,17 +25,12 @@ from predictors.metrics import gap_closed
 from predictors.mlp import ResidualMLP
 from predictors.provenance import command, hardware, versions
 from train.fit import FitConfig, fit
+from train.losses import LOSSES
 
 RESULTS = Path(__file__).parent / "results"
-VARIANTS: list[dict[str, Any]] = [
-    {},
-    {"loss": "bce"},
-    {"loss": "ranking"},
-    {"source": "layer_input"},
-    {"horizon": 2},
-    {"width": 160},
-    {"width": 640},
-]
+FROM: list[dict[str, Any]] = [{}, {"horizon": 2}, {"source": "layer_input"}]
+VARIANTS: list[dict[str, Any]] = [{"loss": loss} | source for source in FROM for loss in LOSSES]
+VARIANTS += [{"width": width} for width in (80, 160, 640)]
 
 
 def measure(trace: Path, epochs: int, variant: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -65,7 +60,7 @@ def measure(trace: Path, epochs: int, variant: dict[str, Any], out: Path) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path, help="made with --inputs")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--json", type=Path, default=RESULTS / "objectives.json")
     arguments = parser.parse_args()
     rows = []

@@ -103,6 +103,9 @@ def main() -> None:
     parser.add_argument("--slots", default="60,150,300", help="with commas")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--predictors", type=int, default=3, help="of so many of the first layers, where guesses are weak"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS / "overlap.json")
     arguments = parser.parse_args()
 
@@ -110,8 +113,8 @@ def main() -> None:
     model: Any = load_offloaded(config, device="cpu", dtype=torch.bfloat16)
     model.expert_offload.detach()
     layers = find_moe_layers(model)
-    known, routing = predictors_of(config, layers), routing_of(arguments.tokens)
-    predictor = sum(p.nbytes for p in known.mlps[0].parameters())
+    known, routing = predictors_of(config, layers, arguments.predictors), routing_of(arguments.tokens)
+    predictor = sum(p.nbytes for mlp in known.mlps.values() for p in mlp.parameters()) // len(layers)  # in the mean
     cells: list[dict[str, Any]] = []
     machine: list[tuple[float, float]] = []
     for part in arguments.links.split(","):

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,8 +50,8 @@ def routing_of(tokens: int) -> Any:
     return draw_routing(PRESETS["moe-1b"], steps=WARMUP + tokens, layers=12, num_experts=64, top_k=4, candidates=6)
 
 
-def predictors_of(config: Any, layers: list[Any]) -> Any:
-    """Predictors of the default width with random weights, which cost what trained ones do."""
+def predictors_of(config: Any, layers: list[Any], count: int) -> Any:
+    """Predictors of the default width for the first `count` layers, with random weights, which cost what trained ones do."""
     import torch
 
     from predictors.architecture import moe_shape
@@ -60,7 +61,7 @@ def predictors_of(config: Any, layers: list[Any]) -> Any:
     size, experts = config.hidden_size, config.num_experts
     return Predictors(
         model={"name": "random"} | moe_shape(config, layers),
-        mlps={layer.index: ResidualMLP(size, experts, WIDTH).bfloat16() for layer in layers},
+        mlps={layer.index: ResidualMLP(size, experts, WIDTH).bfloat16() for layer in layers[:count]},
         default_vectors={layer.index: torch.zeros(experts, size) for layer in layers[:-1]},
     )
 
@@ -82,7 +83,7 @@ def make(scratch: Path) -> None:
         model.save_pretrained(scratch / "model")
 
 
-def ours(scratch: Path, tokens: int, rounds: int, slots: int) -> dict[str, Any]:
+def ours(scratch: Path, tokens: int, rounds: int, slots: int, predictors: int) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig
 
@@ -94,7 +95,7 @@ def ours(scratch: Path, tokens: int, rounds: int, slots: int) -> dict[str, Any]:
     model: Any = load_offloaded(config, pack=scratch / "experts.pack", device="cpu", dtype=torch.bfloat16)
     model.expert_offload.detach()
     routing = routing_of(tokens)
-    known = predictors_of(config, find_moe_layers(model))
+    known = predictors_of(config, find_moe_layers(model), predictors)
     measured = bench(model, parse_ways(WAYS), settings_of(tokens, rounds, slots), known, routing)
     rows = results(measured)
     expected(rows, measured.link, slots, routing, config)
@@ -134,8 +135,6 @@ def expected(rows: list[dict[str, Any]], link: float, slots: int, routing: Any, 
 
 
 def accelerate(scratch: Path, tokens: int, rounds: int) -> dict[str, Any]:
-    import statistics
-
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -222,6 +221,9 @@ def main() -> None:
     parser.add_argument("--slots", default="60,150,300", help="with commas")
     parser.add_argument("--tokens", type=int, default=24, help="counted in each round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--predictors", type=int, default=3, help="of so many of the first layers, where guesses are weak"
+    )
     parser.add_argument("--memory", type=int, default=1_400_000_000, help="bytes that the process may use")
     parser.add_argument("--without-accelerate", action="store_true")
     parser.add_argument(
@@ -235,7 +237,9 @@ def main() -> None:
     if arguments.child:
         work: dict[str, Callable[[], Any]] = {
             "make": lambda: make(arguments.scratch),
-            "ours": lambda: ours(arguments.scratch, arguments.tokens, arguments.rounds, int(arguments.slots)),
+            "ours": lambda: ours(
+                arguments.scratch, arguments.tokens, arguments.rounds, int(arguments.slots), arguments.predictors
+            ),
             "accelerate": lambda: accelerate(arguments.scratch, arguments.tokens, 1),
         }
         made = work[arguments.child]()
@@ -246,10 +250,11 @@ def main() -> None:
         scratch = arguments.scratch or Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)
         common = ("--scratch", scratch.absolute(), "--tokens", arguments.tokens, "--rounds", arguments.rounds)
+        common += ("--predictors", arguments.predictors)
         subprocess.run(
             [sys.executable, "-m", "benchmarks.runtime", "--child", "make", *map(str, common)], cwd=ROOT, check=True
         )
-        result: dict[str, Any] = {"ours": []}
+        result: dict[str, Any] = {"predictors": arguments.predictors, "ours": []}
         drop_from_memory(scratch)
         for slots in arguments.slots.split(","):
             measured = limited(arguments.memory, "--child", "ours", "--slots", slots, *common)
@@ -276,12 +281,14 @@ def report(slots: str, measured: dict[str, Any]) -> None:
         f"{slots} slots, link {measured['link_bytes_per_second'] / 1e9:.2f} GB/s, {measured['limit']['kind']}: "
         f"peak {peak / 1e6:,.0f} MB, slots and weights {measured['bytes_of_slots_and_weights'] / 1e6:,.0f} MB"
     )
-    first = measured["results"][0]["time_per_output_token_ms"]["median"]
-    for row in measured["results"]:
+    on_demand = measured["times_by_round_ms"]["on_demand"]
+    for row, times in zip(measured["results"], measured["times_by_round_ms"].values(), strict=True):
+        # Round by round, since what drifts meets the policies of a round alike.
+        change = statistics.median(own / other for own, other in zip(times, on_demand, strict=True)) - 1
         time, name = row["time_per_output_token_ms"], "/".join(filter(None, (row["policy"], row["gating"])))
         print(
             f"  {name:<24}{time['median']:7.1f} ms ({time['min']:.1f} to {time['max']:.1f}), "
-            f"{time['median'] / first - 1:+6.1%}; limit {row['limit_ms_per_token']:.1f}, "
+            f"{change:+6.1%}; limit {row['limit_ms_per_token']:.1f}, "
             f"expected {row['expected_ms_per_token']:.1f}; {row['bytes_per_token'] / 1e6:.0f} MB, "
             f"stalled {row['stall_ms_per_token']:.1f}, speculating {row['speculating_ms_per_token']:.2f}",
             flush=True,

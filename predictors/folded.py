@@ -13,47 +13,107 @@ and `c` even `r` is of no account. Symbols as in `predictors.speculation`.
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 
 from predictors.architecture import MoELayer
-from predictors.speculation import Routing, Speculator
+from predictors.speculation import Router, Routing, Speculator
 
 PROBES = 256
 """Random states on which a norm and a router are compared with what they are taken for."""
 
 
+Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From logits `[tokens, experts]` and ids `[tokens, top_k]` to weights `[tokens, top_k]`, fp32."""
+
+
+def _softmax(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return logits.softmax(-1, dtype=torch.float32).gather(-1, ids)
+
+
+def _normalised_softmax(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    scores = _softmax(logits, ids)
+    return scores / scores.sum(-1, keepdim=True)
+
+
+def _softmax_of_chosen(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return logits.gather(-1, ids).softmax(-1, dtype=torch.float32)
+
+
+WEIGHS: tuple[Weigh, ...] = (_softmax, _normalised_softmax, _softmax_of_chosen)
+
+
+class PlainRouter(NamedTuple):
+    """A router that takes the largest of its logits."""
+
+    weight: torch.Tensor
+    """`[experts, hidden]`: the router's own, not a copy."""
+    bias: torch.Tensor | None
+    """`[experts]`, or None where it is zero."""
+    top_k: int
+    weigh: Weigh | None
+    """How it weights what it chose; None where that is another way than those known here."""
+    dtype: torch.dtype
+    """Of its weights."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, router: Router, num_experts: int, states: torch.Tensor) -> Self | None:
+        """What `router` is on `states` `[n, hidden]`; None where it chooses by more than its logits."""
+        shape = num_experts, states.shape[1]
+        matrices = [p for p in router.router.parameters() if p.shape == shape]
+        if len(matrices) != 1:
+            return None
+        weight = matrices[0]
+        routing = router.forward(states)
+        ids, close = routing.ids.long(), _close(weight.dtype)
+        held = [*router.router.parameters(), *router.router.buffers(), *router.arguments]
+        for bias in (None, *(tensor.to(weight.dtype) for tensor in held if tensor.shape == shape[:1])):
+            logits = F.linear(states, weight, bias)
+            chosen, largest = logits.gather(-1, ids).sort(descending=True).values, logits.topk(ids.shape[-1]).values
+            if torch.allclose(chosen, largest, rtol=0, atol=close * float(logits.abs().max())):
+                dtype, near = routing.weights.dtype, max(1e-5, 2 * torch.finfo(weight.dtype).eps)
+                for weigh in WEIGHS:
+                    if torch.allclose(weigh(logits, ids).to(dtype), routing.weights, rtol=near, atol=near / 8):
+                        return cls(weight, bias, ids.shape[-1], weigh, dtype)
+                return cls(weight, bias, ids.shape[-1], None, dtype)
+        return None
+
+    def routing(self, state: torch.Tensor, ids: torch.Tensor) -> Routing:
+        """What the router gives for `state` `[tokens, hidden]` if it must choose `ids` `[tokens, top_k]`, int64."""
+        assert self.weigh is not None
+        logits = F.linear(state, self.weight, self.bias)
+        return Routing(logits, self.weigh(logits, ids).to(self.dtype), ids)
+
+
+def _close(dtype: torch.dtype) -> float:
+    return max(1e-5, 8 * torch.finfo(dtype).eps)
+
+
 class FoldedSpeculator:
     """The candidates of one target layer, those of its `Speculator` to rounding. Made by `of`."""
 
-    def __init__(
-        self,
-        speculator: Speculator,
-        gain: torch.Tensor,
-        eps: float,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        top_k: int,
-    ):
-        """`gain` `[hidden]` and `eps` are the norm's, `weight` `[experts, hidden]` and `bias` `[experts]` the router's; fp32."""
-        mlp, table = speculator.mlp, speculator.default_vectors
-        self._experts, hidden_size = weight.shape
-        self._is_corrected = mlp is not None
-        matrix, offset = weight, bias
+    def __init__(self, speculator: Speculator, gain: torch.Tensor, eps: float, router: PlainRouter):
+        """`gain` `[hidden]`, fp32, and `eps` are the norm's."""
+        self.router, mlp, table = router, speculator.mlp, speculator.default_vectors
+        weight, hidden_size = router.weight.float(), len(gain)
+        self._experts = len(weight)
+        matrix, offset = weight, torch.zeros_like(weight[:, 0]) if router.bias is None else router.bias.float()
         if mlp is not None:
             w1, v, b1, w2, b2 = (p.float() for p in (mlp.w1, mlp.v, mlp.b1, mlp.w2, mlp.b2))
             self._out = (weight @ w2).T.contiguous()
-            matrix, offset = torch.cat([weight, w1]), torch.cat([bias + weight @ b2, b1])
-            table = torch.cat([torch.zeros_like(weight) if table is None else table, top_k * v.T], dim=1)
-        self._is_scale_free = not offset.any()
+            matrix, offset = torch.cat([weight, w1]), torch.cat([offset + weight @ b2, b1])
+            table = torch.cat([torch.zeros_like(weight) if table is None else table, router.top_k * v.T], dim=1)
+        self._is_corrected, self._is_scale_free = mlp is not None, not offset.any()
         # Times sqrt(hidden): the length of a vector is what there is an operation for, not its root mean square.
         self._matrix = hidden_size**0.5 * gain * matrix
         if self._is_corrected or matrix.is_cuda:  # a router alone is small, and on a CPU faster without conversions
-            self._matrix = self._matrix.to(next(speculator.router.parameters()).dtype)
+            self._matrix = self._matrix.to(router.weight.dtype)
         self._offset, self._table = offset, table
-        self._eps = (hidden_size * eps) ** 0.5 * torch.ones_like(bias[:1])
+        self._eps = (hidden_size * eps) ** 0.5 * torch.ones_like(offset[:1])
 
     @classmethod
     @torch.no_grad()
@@ -63,30 +123,20 @@ class FoldedSpeculator:
         Both are compared on random states: a router that chooses by more than its logits (groups, correction biases) is
         found out there.
         """
-        norm, router = speculator.norm, speculator.router
+        norm, weight = speculator.norm, next(speculator.router.parameters(), None)
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        shape = layer.num_experts, layer.hidden_size
-        weights = [p for p in router.router.parameters() if p.shape == shape]
-        if speculator.post_norm is not None or not isinstance(eps, float) or len(weights) != 1:
+        if speculator.post_norm is not None or not isinstance(eps, float) or weight is None:
             return None
-        weight = weights[0]
         states = torch.randn(PROBES, layer.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
-        close = max(1e-5, 8 * torch.finfo(weight.dtype).eps)
+        close = _close(weight.dtype)
         # A norm of ones is its gain, but for the epsilon.
         gain = norm.forward(torch.ones_like(states[:1]))[0].float() * (1 + eps) ** 0.5
         for scale in (1.0, eps**0.5):  # at the second the epsilon matters
             expected = F.rms_norm(scale * states.float(), gain.shape, gain, eps)
             if not torch.allclose(norm.forward(scale * states).float(), expected, rtol=close, atol=close):
                 return None
-        states = norm.forward(states)
-        ids = router.forward(states).ids.long()
-        held = [*router.router.parameters(), *router.router.buffers(), *router.arguments]
-        for bias in (torch.zeros_like(weight[:, 0]), *(tensor for tensor in held if tensor.shape == shape[:1])):
-            logits = F.linear(states, weight, bias.to(weight.dtype)).float()
-            chosen, largest = logits.gather(-1, ids).sort(descending=True).values, logits.topk(ids.shape[-1]).values
-            if torch.allclose(chosen, largest, rtol=0, atol=close * float(logits.abs().max())):
-                return cls(speculator, gain, eps, weight.float(), bias.float(), ids.shape[-1])
-        return None
+        router = PlainRouter.of(speculator.router, layer.num_experts, norm.forward(states))
+        return None if router is None else cls(speculator, gain, eps, router)
 
     @torch.no_grad()
     def candidates(self, residual: torch.Tensor, source: Routing | None, m: int) -> torch.Tensor:

@@ -27,8 +27,7 @@ from predictors.experts import expert_parameters
 from runtime.automatic import AUTO, Trial
 from runtime.cache import Eviction
 from runtime.packfile import PackedStore
-from runtime.policy import Gating, Policy, RoutingControl, candidates_from_recall
-from runtime.routing import Candidates
+from runtime.policy import Gating, Policy, Replay, RoutingControl, candidates_from_recall
 from runtime.slots import Counters, ExpertSlots
 from runtime.store import ExpertStore, HostStore
 
@@ -278,9 +277,9 @@ class ExpertOffload:
         self._slots.counters = Counters()
         self._control.reset()
 
-    def replay(self, candidates: Candidates) -> None:
-        """Has other candidates in the place of those that are speculated; see `runtime.routing.replaying`."""
-        self._control.replayed = candidates
+    def replay(self, routing: Replay) -> None:
+        """Has the candidates of `routing` in the place of those that are speculated; see `runtime.routing.replaying`."""
+        self._control.replayed = routing
 
     @property
     def expert_bytes(self) -> int:
@@ -324,8 +323,8 @@ class ExpertOffload:
                     return original(*args, **kwargs)
                 self._control.is_on = self._trial.prefetches
                 before, begun = self._slots.counters.tokens, time.perf_counter()
-                self._depth = 1
                 try:
+                    self._depth = 1
                     output = original(*args, **kwargs)
                 finally:
                     self._depth = 0

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from enum import StrEnum
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -114,6 +114,16 @@ class RestrictedChoice(TorchFunctionMode):
         return result
 
 
+class Replay(Protocol):
+    """A routing in the place of what the model and its speculation choose; see `runtime.routing.replaying`."""
+
+    def candidates(self, target: int, speculated: torch.Tensor) -> torch.Tensor:
+        """What takes the place of the speculated candidates `[tokens, m]` of a target layer."""
+
+    def decided(self, target: int, tokens: int) -> torch.Tensor | None:
+        """What its router is to choose, `[tokens, top_k]`; None where it chooses itself."""
+
+
 class RoutingControl:
     """Hooks on the MoE layers of a model that speculate one layer ahead and carry out a policy.
 
@@ -139,10 +149,10 @@ class RoutingControl:
         self.policy, self.gating = policy, gating
         self.is_on = True
         """While it is off, a forward pass that begins is executed as `on_demand` would."""
-        self.replayed: Callable[[int, torch.Tensor], torch.Tensor] | None = None
-        """From a target and its speculated candidates to those in their place, where a routing is replayed."""
+        self.replayed: Replay | None = None
         self.seconds = 0.0
         """Time that the host has spent on speculating: what a pass takes beyond the same pass on demand, but for copies."""
+        self._top_k = layers[0].top_k
         by_layer = num_candidates if isinstance(num_candidates, dict) else {}
         everywhere = num_candidates if isinstance(num_candidates, int) else 0
         self.num_candidates = {x.index: max(by_layer.get(x.index, everywhere), x.top_k) for x in layers}
@@ -277,7 +287,7 @@ class RoutingControl:
                 self._speculating = False
             chosen = candidates(speculation, m)
         if self.replayed is not None:
-            chosen = self.replayed(index, chosen)
+            chosen = self.replayed.candidates(index, chosen)
             speculation = speculation and speculation._replace(ids=chosen[:, : target.top_k])
         self._pending[index] = speculation, chosen
         if self._fetch is not None:
@@ -295,6 +305,17 @@ class RoutingControl:
             assert speculation is not None
             self._count(layer.index, chosen, self._routed(route).ids)
             return speculation
+        router = self._folded[layer.index].router if layer.index in self._folded else None
+        if self.gating is Gating.TRUE and router is not None and router.weigh is not None:
+            # Its weights follow from its logits, and what it would have chosen is only counted.
+            plain = router.routing
+            routing = self._routed(lambda: plain(x.reshape(-1, layer.hidden_size), chosen[:, : layer.top_k]))
+            wanted = routing.logits
+            if self.replayed is not None:
+                decided = self.replayed.decided(layer.index, len(chosen))
+                wanted = wanted.topk(layer.top_k, dim=-1).indices if decided is None else decided
+            self._count(layer.index, chosen, wanted)
+            return routing
         if self.gating is Gating.TRUE:
             choose = RestrictedChoice.fixed(chosen[:, : layer.top_k].long())
         else:
@@ -332,6 +353,8 @@ class RoutingControl:
         decisions = self._uncounted.pop(index, [])
         if decisions:
             chosen, experts = (torch.cat(parts) for parts in zip(*decisions, strict=True))
+            if experts.is_floating_point():  # logits, of which the largest would have been chosen
+                experts = experts.topk(self._top_k, dim=-1).indices
             hits = (experts.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum()
             self._hits[index] = self._hits[index] + hits if index in self._hits else hits
             self._seen[index] = self._seen.get(index, 0) + experts.numel()

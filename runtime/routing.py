@@ -8,7 +8,7 @@ what they cost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -184,12 +184,32 @@ def _candidates(ids: Ids, wrong: Ids, hits: Ids, found: NDArray[np.bool_]) -> Id
     return np.concatenate(guesses, axis=1)
 
 
-Candidates = Callable[[int, torch.Tensor], torch.Tensor]
-"""From a target layer and its speculated candidates `[tokens, m]` to those in their place."""
+class Replayed:
+    """A routing and the step of it that a model is at."""
+
+    def __init__(self, layers: list[MoELayer], routing: ReplayedRouting, device: torch.device):
+        self.step = -1
+        """Of the routing; -1 in a prompt."""
+        number = {layer.index: place for place, layer in enumerate(layers)}
+        ids, candidates = (torch.from_numpy(part).to(device).unsqueeze(2) for part in (routing.ids, routing.candidates))
+        self._ids = {index: ids[:, place].unbind() for index, place in number.items()}
+        self._candidates = {index: candidates[:, place].unbind() for index, place in number.items()}
+
+    def candidates(self, target: int, speculated: torch.Tensor) -> torch.Tensor:
+        """See `runtime.policy.Replay`."""
+        if self.step < 0 or len(speculated) != 1:
+            return speculated
+        steps = self._candidates[target]
+        return steps[self.step % len(steps)][:, : speculated.shape[1]]
+
+    def decided(self, target: int, tokens: int) -> torch.Tensor | None:
+        """See `runtime.policy.Replay`."""
+        steps = self._ids[target]
+        return None if self.step < 0 or tokens != 1 else steps[self.step % len(steps)]
 
 
 @contextmanager
-def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Candidates]:
+def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Replayed]:
     """Puts `routing` into the model of `layers` for the length of a `with`, which offloading must lie within.
 
     A forward pass over one token is the next step of the routing. One over more is a prompt: it is routed by the model,
@@ -208,37 +228,29 @@ def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Cand
         )
     device = next(first.router.parameters()).device
     decided = _ranks(routing, first.num_experts).to(device)
-    guessed = torch.from_numpy(routing.candidates).to(device).unsqueeze(2)
-    by_layer = {layer.index: guessed[:, number].unbind() for number, layer in enumerate(layers)}
-    places = {"step": -1}
+    replayed = Replayed(layers, routing, device)
     with ExitStack() as stack:
 
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             is_decoding = first_tensor((*args, *kwargs.values())).numel() == first.hidden_size
-            places["step"] = places["step"] + 1 if is_decoding else -1
-
-        def candidates(target: int, speculated: torch.Tensor) -> torch.Tensor:
-            if places["step"] < 0 or len(speculated) != 1:
-                return speculated
-            steps = by_layer[target]
-            return steps[places["step"] % len(steps)][:, : speculated.shape[1]]
+            replayed.step = replayed.step + 1 if is_decoding else -1
 
         # The speculation for the first layer is made when its decoder layer is entered, and the step begins before it.
         handle = first.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         stack.callback(handle.remove)
         for number, layer in enumerate(layers):
-            _attach(stack, layer, decided[:, number], places)
-        yield candidates
+            _attach(stack, layer, decided[:, number], replayed)
+        yield replayed
 
 
-def _attach(stack: ExitStack, layer: MoELayer, decided: torch.Tensor, places: dict[str, int]) -> None:
+def _attach(stack: ExitStack, layer: MoELayer, decided: torch.Tensor, replayed: Replayed) -> None:
     """Overrides one router; `decided` is `[steps, experts]`, the values to choose by."""
 
     def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
         logits, weights, ids = original(x, *args, **kwargs)
-        if places["step"] < 0 or x.numel() != layer.hidden_size:
+        if replayed.step < 0 or x.numel() != layer.hidden_size:
             return Routing(logits, weights, ids)
-        values = decided[places["step"] % len(decided)].unsqueeze(0)
+        values = decided[replayed.step % len(decided)].unsqueeze(0)
         # Chosen by topk, as a router chooses: a policy that restricts the router's choice restricts this one too.
         chosen = torch.topk(values, layer.top_k, dim=-1).indices
         return Routing(values.view_as(logits), weights, chosen.to(ids.dtype).view_as(ids))

@@ -10,9 +10,10 @@ import torch
 from data_collection import catalog
 from predictors.architecture import MoELayer, UnsupportedModelError
 from predictors.discovery import find_moe_layers
-from predictors.folded import FoldedSpeculator
+from predictors.folded import FoldedSpeculator, PlainRouter
 from predictors.mlp import ResidualMLP
 from predictors.speculation import Router, Routing, Speculator, candidates
+from runtime.policy import RestrictedChoice
 
 PLAIN = {"qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "jamba", "granitemoe"}
 
@@ -99,3 +100,29 @@ def test_in_bfloat16_the_same_experts_are_found() -> None:
     rounded = Routing(source.logits.bfloat16(), source.weights.bfloat16(), source.ids)
     in_bf16 = recall(speculator(residual.bfloat16(), rounded).ids)
     assert recall(folded.candidates(residual.bfloat16(), rounded, layer.top_k)) >= in_bf16 - 0.01
+
+
+@pytest.mark.parametrize("model_type", catalog.moe_types())
+def test_a_plain_router_weights_what_it_must_choose_as_it_does(model_type: str) -> None:
+    """Of what it chose itself the weights are its own, and of other experts those that its restricted choice gives."""
+    try:
+        layer = layers_of(model_type)[-1]
+    except UnsupportedModelError:
+        pytest.skip("not supported")
+    states = torch.randn(64, layer.hidden_size, generator=torch.Generator().manual_seed(7))
+    router = Router.of(layer)
+    plain = PlainRouter.of(router, layer.num_experts, states)
+    if plain is None or plain.weigh is None:
+        assert model_type not in {"qwen3_moe", "mixtral", "olmoe", "gpt_oss"}
+        return
+    with torch.no_grad():
+        own = router.forward(states[:9])
+        torch.testing.assert_close(plain.routing(states[:9], own.ids.long()).weights, own.weights, rtol=1e-4, atol=1e-5)
+        ids = torch.rand(9, layer.num_experts, generator=torch.Generator().manual_seed(8)).topk(layer.top_k).indices
+        choose = RestrictedChoice.fixed(ids)
+        with RestrictedChoice((9, layer.num_experts), layer.top_k, choose) as choice:
+            restricted = router.forward(states[:9])
+        assert choice.free_ids is not None
+        forced = plain.routing(states[:9], ids)
+    assert torch.equal(forced.ids, restricted.ids)
+    torch.testing.assert_close(forced.weights, restricted.weights, rtol=1e-4, atol=1e-5)

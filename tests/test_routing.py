@@ -145,10 +145,10 @@ def test_a_model_follows_the_routing(
         Statistics(0.4, 0.6), steps=steps, layers=len(layers), num_experts=8, top_k=2, candidates=m, seed=3
     )
     with (
-        replaying(layers, routing) as candidates,
+        replaying(layers, routing) as replayed,
         offloaded(model, policy=policy, gating=gating, slots=6, candidates=m) as offload,
     ):
-        offload.replay(candidates)
+        offload.replay(replayed)
         for _ in range(2):  # each generation begins at the first step again
             offload.reset()
             did = np.sort(executed(model, layers, steps), axis=-1)
