@@ -189,6 +189,9 @@ class RoutingControl:
     def detach(self) -> None:
         """Takes every hook away; the model is as it was."""
         self._attached.close()
+        # The hooks and this object name one another, and what waits for the garbage collector fills memory meanwhile.
+        self._folded.clear()
+        self._speculators.clear()
 
     def hit_rates(self) -> dict[int, float]:
         """Recall of the candidates against the router's free choice, by target layer, since the last `reset`."""
@@ -333,6 +336,10 @@ class RoutingControl:
             )
         self._router_seconds -= choice.seconds
         self._count(layer.index, chosen, choice.free_ids)
+        if self.gating is Gating.TRUE:  # in the order of the guess, in which its experts are executed
+            ids = chosen[:, : layer.top_k].to(routing.ids.dtype)
+            places = (routing.ids.unsqueeze(-1) == ids.unsqueeze(-2)).int().argmax(1)
+            return Routing(routing.logits, routing.weights.gather(-1, places), ids)
         return routing
 
     def _routed(self, route: Callable[[], Any]) -> Routing:
