@@ -157,8 +157,9 @@ class RoutingControl:
         everywhere = num_candidates if isinstance(num_candidates, int) else 0
         self.num_candidates = {x.index: max(by_layer.get(x.index, everywhere), x.top_k) for x in layers}
         self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
-        weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED  # where the experts alone are not enough
-        folded = {} if weighs else {x.index: FoldedSpeculator.of(speculators[x.index], x) for x in layers}
+        # Where the weights of a guess are executed the experts alone are not enough, and on demand nothing is guessed.
+        guesses = policy is Policy.PREFETCH or (policy is Policy.SPECULATIVE and gating is not Gating.SPECULATED)
+        folded = {x.index: FoldedSpeculator.of(speculators[x.index], x) for x in layers} if guesses else {}
         self._folded = {index: speculator for index, speculator in folded.items() if speculator is not None}
         # What is folded has no use for the rest of its predictor.
         self._speculators = {index: s for index, s in speculators.items() if index not in self._folded}

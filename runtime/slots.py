@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,15 +38,6 @@ class Counters:
     """Share of the router's own choice that was among the candidates; None where nothing was speculated."""
 
 
-class Guess(NamedTuple):
-    """The candidates of a target layer, on the device and on the host."""
-
-    candidates: torch.Tensor
-    """`[tokens, m]`"""
-    experts: list[int]
-    """The distinct ones, every token's best guess before anyone's second."""
-
-
 class Mailbox:
     """Candidates on their way to the host: on CUDA the copy is under way while the host goes on enqueuing.
 
@@ -56,13 +46,13 @@ class Mailbox:
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
-        self._messages: deque[tuple[int, torch.Tensor, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._messages: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
         self._spare: list[tuple[torch.Tensor, torch.cuda.Event]] = []
 
     def put(self, number: int, candidates: torch.Tensor) -> None:
         """Takes the candidates `[tokens, m]` of layer `number`."""
         if not self._is_cuda:
-            self._messages.append((number, candidates, candidates, None))
+            self._messages.append((number, candidates, None))
             return
         memory, copied = self._spare.pop() if self._spare else (torch.empty(0, dtype=torch.int64), torch.cuda.Event())
         if memory.numel() < candidates.numel():
@@ -70,15 +60,16 @@ class Mailbox:
         host = memory[: candidates.numel()].view(candidates.shape)
         host.copy_(candidates.to(torch.int64), non_blocking=True)
         copied.record(torch.cuda.current_stream(candidates.device))
-        self._messages.append((number, candidates, host, copied))
+        self._messages.append((number, host, copied))
 
-    def take(self) -> Iterator[tuple[int, Guess]]:
-        """The layers and their guesses, in the order in which they were put. Waits for each until it has arrived."""
+    def take(self) -> Iterator[tuple[int, list[int]]]:
+        """The layers and their distinct candidates, every token's best guess before anyone's second, in the order in which
+        they were put. Waits for each until it has arrived."""
         while self._messages:
-            number, candidates, host, copied = self._messages.popleft()
+            number, host, copied = self._messages.popleft()
             if copied is not None:
                 copied.synchronize()
-            guess = Guess(candidates, list(dict.fromkeys(host.T.flatten().tolist())))
+            guess = list(dict.fromkeys(host.T.flatten().tolist()))
             if copied is not None:
                 self._spare.append((host.view(-1), copied))
             yield number, guess
@@ -108,7 +99,7 @@ class ExpertSlots:
         self._slot_tensors = [store.layout.views(slot) for slot in memory]
         self._cache = SlotCache(slots, len(num_experts), eviction)
         self._mailbox = Mailbox(device)
-        self._guesses: dict[int, Guess] = {}
+        self._guesses: dict[int, list[int]] = {}
         self._demands: deque[Key] = deque()  # copies not begun for want of a slot
         self._prefetches: deque[Key] = deque()
         self._broke_off = False
@@ -164,7 +155,7 @@ class ExpertSlots:
         # and on CUDA it need not wait for the router.
         known = guess is not None and len(x) == 1 and self._executes_guess
         # The router returns a guess that is executed in the order of the guess.
-        jobs = self._jobs(x, guess.experts[: ids.shape[-1]] if guess is not None and known else None, ids, number)
+        jobs = self._jobs(x, guess[: ids.shape[-1]] if guess is not None and known else None, ids, number)
         if guess is not None:
             self._release(number, guess, jobs.keys())
 
@@ -209,9 +200,9 @@ class ExpertSlots:
         self._broke_off = False
         return result
 
-    def _release(self, number: int, guess: Guess, needed: Collection[int]) -> None:
+    def _release(self, number: int, guess: list[int], needed: Collection[int]) -> None:
         """Lets go of what was guessed for a layer; wrong guesses whose copies have not begun are never copied."""
-        for expert in guess.experts:
+        for expert in guess:
             key = number, expert
             if key not in self._cache:
                 continue
@@ -225,7 +216,7 @@ class ExpertSlots:
     def _open_mail(self) -> None:
         for number, guess in self._mailbox.take():
             self._guesses[number] = guess
-            keys = [(number, expert) for expert in guess.experts]
+            keys = [(number, expert) for expert in guess]
             # A nearer layer's go before a farther one's, however early those were known.
             nearer = [key for key in self._prefetches if key[0] <= number]
             self._prefetches = deque([*nearer, *keys, *(key for key in self._prefetches if key[0] > number)])

@@ -174,7 +174,7 @@ def test_afterwards_the_model_routes_itself(build_moe: Callable[..., PreTrainedM
         torch.testing.assert_close(model(ids).logits, before)  # a prompt is the model's own
         decode(model, 3)
     assert torch.equal(model(ids).logits, before)
-    assert all("forward" not in vars(layer.router) for layer in layers)
+    assert all("forward" not in vars(layer.router) and not layer.router._forward_pre_hooks for layer in layers)
 
 
 def test_a_routing_of_another_shape_is_refused(build_moe: Callable[..., PreTrainedModel]) -> None:
