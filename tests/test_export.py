@@ -72,7 +72,7 @@ def test_an_export_speculates_the_same_in_a_new_process(exported, tiny_moe, tiny
 def test_an_export_is_what_was_trained(exported, fitted, collected):
     result = json.loads((fitted / "result.json").read_text())
     trace = Trace.open(collected)
-    targets = [Target(layer, source, 32, 0.0) for layer, source in trace.sources.items()]
+    targets = [Target(layer, source, 32) for layer, source in trace.sources.items()]
     module = PredictorTraining(trace, targets, "kl", learning_rate=1e-3, weight_decay=0.0)
     module.load_state_dict(torch.load(fitted / result["checkpoint"], weights_only=True)["state_dict"])
     predictors = load_predictors(exported)

@@ -47,7 +47,7 @@ def quiet() -> Console:
 
 
 def training(trace: Trace, width: int, loss: str = "kl") -> PredictorTraining:
-    targets = [Target(layer, source, width, 0.0) for layer, source in trace.sources.items()]
+    targets = [Target(layer, source, width) for layer, source in trace.sources.items()]
     return PredictorTraining(trace, targets, loss, learning_rate=1e-3, weight_decay=0.0)
 
 

@@ -52,8 +52,7 @@ def train(trace: Path, out: Path, **changes: object) -> Path:
 
 
 def test_auto_takes_the_layers_below_the_threshold(collected):
-    rates = {target.layer: target.training_free for target in choose(collected)}
-    assert rates == pytest.approx({e.layer: e.training_free for e in Trace.open(collected).manifest.layers}, abs=1e-6)
+    rates = {entry.layer: entry.training_free for entry in Trace.open(collected).manifest.layers}
     middle = sorted(rates.values())[1]
     chosen = choose(collected, layers="auto", threshold=middle + 1e-6)
     assert {target.layer for target in chosen} == {layer for layer, rate in rates.items() if rate <= middle}

@@ -30,8 +30,6 @@ class Target(NamedTuple):
     """The layer whose residual and routing the guess is made of; None for the target's own input."""
     width: int
     """Of its predictor."""
-    training_free: float
-    """Hit rate without a predictor, on a sample of the trace."""
 
 
 def sources_in(trace: Trace, source: Source, horizon: int) -> dict[int, int | None]:
@@ -76,7 +74,7 @@ def choose_targets(
     sources = {target: sources[target] for target in sources if target in named}
     if not sources:
         raise FitError("no layer is named; give --layers all, auto, or layer numbers like 0,1,5")
-    rates = hit_rates_of(trace, sources)
+    rates = hit_rates_of(trace, sources) if layers == "auto" or budget is not None else {}
     if layers == "auto":
         below = {target: source for target, source in sources.items() if rates[target] < threshold}
         if not below:
@@ -88,11 +86,14 @@ def choose_targets(
     widths = dict.fromkeys(sources, width)
     if budget is not None:
         widths = share_out(trace, {target: 1 - rates[target] for target in sources}, budget)
-    return [Target(target, source, widths[target], rates[target]) for target, source in sources.items()]
+    return [Target(target, source, widths[target]) for target, source in sources.items()]
 
 
 def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, float]:
     """Training-free hit rate of each target with such `sources`, on a sample of the trace."""
+    recorded = {(entry.layer, entry.source): entry.training_free for entry in trace.manifest.layers}
+    if recorded.keys() >= sources.items():  # measured by `collect`, on the same sample
+        return {target: recorded[target, source] for target, source in sources.items()}
     parts = trace.sample(SAMPLE_ROWS, trace.columns_for(sources))
     [rates] = training_free_hit_rates(parts, sources, trace.stacked(sources), [trace.manifest.model.top_k])
     return rates
