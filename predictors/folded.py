@@ -6,9 +6,10 @@ experts are asked for, not their weights. With a router that takes the largest o
 
     R (q + W2 silu(W1 a + V m + b1) + b2) + c  =  R' u / r(u) + (R W2) silu(W1' s / r(s) + V m + b1) + (R b2 + c)
 
-with `u = s + sum_j w_j D[id_j]`, `R' = R diag(g)` and `W1' = W1 diag(g)`: one matrix for both, `R W2` `[experts, width]` in
-the place of `W2` `[hidden, width]`, and one table `[D | k V^T]`, since both sums weight the same rows. Without a predictor
-and `c` even `r` is of no account. Symbols as in `predictors.speculation`.
+with `u = s + sum_j w_j D[id_j]`, `R' = R diag(g)` and `W1' = W1 diag(g)`. One matrix `[R'; W1']` meets `s` alone, since
+`R' u = R' s + sum_j w_j (D R'^T)[id_j]`; `R W2` `[experts, width]` is in the place of `W2` `[hidden, width]`; and one table
+`[D R'^T | k V^T | D]` serves all that is weighted alike. Without a predictor and `c`, and where no weights are asked for,
+even `r` is of no account, and so `u` isn't either. Symbols as in `predictors.speculation`.
 """
 
 from __future__ import annotations
@@ -84,8 +85,11 @@ class PlainRouter(NamedTuple):
 
     def routing(self, state: torch.Tensor, ids: torch.Tensor) -> Routing:
         """What the router gives for `state` `[tokens, hidden]` if it must choose `ids` `[tokens, top_k]`, int64."""
+        return self.weighted(F.linear(state, self.weight, self.bias), ids)
+
+    def weighted(self, logits: torch.Tensor, ids: torch.Tensor) -> Routing:
+        """What it gives for its `logits` `[tokens, experts]` if it must choose `ids`."""
         assert self.weigh is not None
-        logits = F.linear(state, self.weight, self.bias)
         return Routing(logits, self.weigh(logits, ids).to(self.dtype), ids)
 
 
@@ -94,11 +98,11 @@ def _close(dtype: torch.dtype) -> float:
 
 
 class FoldedSpeculator:
-    """The candidates of one target layer, those of its `Speculator` to rounding. Made by `of`."""
+    """The speculated logits of one target layer, those of its `Speculator` to rounding. Made by `of`."""
 
-    def __init__(self, speculator: Speculator, gain: torch.Tensor, eps: float, router: PlainRouter):
-        """`gain` `[hidden]`, fp32, and `eps` are the norm's."""
-        self.router, mlp, table = router, speculator.mlp, speculator.default_vectors
+    def __init__(self, speculator: Speculator, gain: torch.Tensor, eps: float, router: PlainRouter, to_scale: bool):
+        """`gain` `[hidden]`, fp32, and `eps` are the norm's; for `to_scale` see `of`."""
+        self.router, mlp, vectors = router, speculator.mlp, speculator.default_vectors
         weight, hidden_size = router.weight.float(), len(gain)
         self._experts = len(weight)
         matrix, offset = weight, torch.zeros_like(weight[:, 0]) if router.bias is None else router.bias.float()
@@ -106,20 +110,28 @@ class FoldedSpeculator:
             w1, v, b1, w2, b2 = (p.float() for p in (mlp.w1, mlp.v, mlp.b1, mlp.w2, mlp.b2))
             self._out = (weight @ w2).T.contiguous()
             matrix, offset = torch.cat([weight, w1]), torch.cat([offset + weight @ b2, b1])
-            table = torch.cat([torch.zeros_like(weight) if table is None else table, router.top_k * v.T], dim=1)
-        self._is_corrected, self._is_scale_free = mlp is not None, not offset.any()
+            vectors = torch.zeros_like(weight) if vectors is None else vectors
+        self._is_corrected = mlp is not None
+        self._is_scale_free = mlp is None and not offset.any() and not to_scale
         # Times sqrt(hidden): the length of a vector is what there is an operation for, not its root mean square.
         self._matrix = hidden_size**0.5 * gain * matrix
+        self._table = None
+        if vectors is not None:
+            parts = [vectors @ self._matrix[: self._experts].T]
+            parts += [router.top_k * v.T] if self._is_corrected else []
+            parts += [] if self._is_scale_free else [vectors]
+            self._table = torch.cat(parts, dim=1)
         if self._is_corrected or matrix.is_cuda:  # a router alone is small, and on a CPU faster without conversions
             self._matrix = self._matrix.to(router.weight.dtype)
-        self._offset, self._table = offset, table
+        self._offset = offset
         self._eps = (hidden_size * eps) ** 0.5 * torch.ones_like(offset[:1])
 
     @classmethod
     @torch.no_grad()
-    def of(cls, speculator: Speculator, layer: MoELayer) -> Self | None:
+    def of(cls, speculator: Speculator, layer: MoELayer, to_scale: bool = False) -> Self | None:
         """The speculator of target `layer` folded, or None where its norm or router is another than it would be taken for.
 
+        Its logits have the speculator's order; `to_scale` they have its values, and are of a router whose weights are known.
         Both are compared on random states: a router that chooses by more than its logits (groups, correction biases) is
         found out there.
         """
@@ -136,30 +148,34 @@ class FoldedSpeculator:
             if not torch.allclose(norm.forward(scale * states).float(), expected, rtol=close, atol=close):
                 return None
         router = PlainRouter.of(speculator.router, layer.num_experts, norm.forward(states))
-        return None if router is None else cls(speculator, gain, eps, router)
+        if router is None or (to_scale and router.weigh is None):
+            return None
+        return cls(speculator, gain, eps, router, to_scale)
 
-    @torch.no_grad()
-    def candidates(self, residual: torch.Tensor, source: Routing | None, m: int) -> torch.Tensor:
-        """The `m` candidates by falling logit, `[tokens, m]`, for `residual` `[tokens, hidden]` of the source layer."""
-        guess, mixed = residual, None
-        if source is not None and self._table is not None:
-            weights, ids = source.weights.to(self._table.dtype), source.ids.long()
-            if len(ids) == 1:  # half of what a bag of one costs
-                sums = torch.mm(weights, self._table.index_select(0, ids[0]))
-            else:
-                sums = F.embedding_bag(ids, self._table, per_sample_weights=weights, mode="sum")
-            guess = residual + sums[:, : residual.shape[-1]]
-            mixed = sums[:, residual.shape[-1] :]
-        if not self._is_corrected:
-            logits = F.linear(guess.to(self._matrix.dtype), self._matrix)
-            if not self._is_scale_free:
-                logits = torch.addcdiv(self._offset, logits, self._length(guess))
-            return logits.topk(m, dim=-1).indices
-        both = torch.stack((guess, residual.to(guess.dtype)))
-        both = torch.addcdiv(self._offset, F.linear(both.to(self._matrix.dtype), self._matrix), self._length(both))
-        hidden = both[1, :, self._experts :]
-        hidden = F.silu(hidden if mixed is None else hidden + mixed)
-        return torch.addmm(both[0, :, : self._experts], hidden, self._out).topk(m, dim=-1).indices
+    def logits(self, residual: torch.Tensor, source: Routing | None) -> torch.Tensor:
+        """The speculated logits `[tokens, experts]` for `residual` `[tokens, hidden]` of the source layer."""
+        residual = residual.detach()  # a fifth of what it costs to switch gradients off and on
+        logits = F.linear(residual.to(self._matrix.dtype), self._matrix)
+        sums = None if source is None or self._table is None else self._weighted(self._table, source)
+        if self._is_scale_free:
+            return logits if sums is None else logits + sums
+        logits, hidden = logits.split((self._experts, logits.shape[-1] - self._experts), dim=-1)
+        mixed, guess = None, residual
+        if sums is not None:
+            moved, mixed, added = sums.split((self._experts, hidden.shape[-1], residual.shape[-1]), dim=-1)
+            logits, guess = logits + moved, residual + added
+        logits = torch.addcdiv(self._offset[: self._experts], logits, self._length(guess))
+        if self._is_corrected:
+            hidden = torch.addcdiv(self._offset[self._experts :], hidden, self._length(residual))
+            logits = torch.addmm(logits, F.silu(hidden if mixed is None else hidden + mixed), self._out)
+        return logits
+
+    def _weighted(self, table: torch.Tensor, source: Routing) -> torch.Tensor:
+        """The rows of `table` that the source chose, times its weights: `[tokens, columns]`."""
+        weights, ids = source.weights.detach().to(table.dtype), source.ids.long()
+        if len(ids) == 1:  # half of what a bag of one costs
+            return torch.mm(weights, table.index_select(0, ids[0]))
+        return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
 
     def _length(self, states: torch.Tensor) -> torch.Tensor:
         """`sqrt(hidden) r(states)`, `[..., 1]`, fp32."""

@@ -157,9 +157,10 @@ class RoutingControl:
         everywhere = num_candidates if isinstance(num_candidates, int) else 0
         self.num_candidates = {x.index: max(by_layer.get(x.index, everywhere), x.top_k) for x in layers}
         self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
-        # Where the weights of a guess are executed the experts alone are not enough, and on demand nothing is guessed.
-        guesses = policy is Policy.PREFETCH or (policy is Policy.SPECULATIVE and gating is not Gating.SPECULATED)
-        folded = {x.index: FoldedSpeculator.of(speculators[x.index], x) for x in layers} if guesses else {}
+        # Where the weights of a guess are executed its logits must be to scale, and on demand nothing is guessed.
+        weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
+        guesses = layers if policy is not Policy.ON_DEMAND else []
+        folded = {x.index: FoldedSpeculator.of(speculators[x.index], x, to_scale=weighs) for x in guesses}
         self._folded = {index: speculator for index, speculator in folded.items() if speculator is not None}
         # What is folded has no use for the rest of its predictor.
         self._speculators = {index: s for index, s in speculators.items() if index not in self._folded}
@@ -281,7 +282,11 @@ class RoutingControl:
     ) -> None:
         index, m = target.index, self.num_candidates[target.index]
         if index in self._folded:
-            speculation, chosen = None, self._folded[index].candidates(residual, source, m)
+            folded, speculation = self._folded[index], None
+            logits = folded.logits(residual, source)
+            chosen = logits.topk(m, dim=-1).indices
+            if self.gating is Gating.SPECULATED and self.policy is Policy.SPECULATIVE:
+                speculation = folded.router.weighted(logits, chosen[:, : target.top_k])
         else:
             self._speculating = True
             try:

@@ -67,12 +67,30 @@ def test_it_is_the_speculator_to_rounding(model_type: str) -> None:
             residual = 0.5 * torch.randn(tokens, layer.hidden_size, generator=generator)
             for source in (routing_of(layer, tokens, generator), None):
                 expected = candidates(speculator(residual, source), m).sort(-1).values
-                named = folded.candidates(residual, source, m).sort(-1).values
+                named = folded.logits(residual, source).topk(m).indices.sort(-1).values
                 assert named.shape == expected.shape
                 # A tie to rounding may be decided either way.
                 assert (named == expected).all(-1).float().mean() >= (1.0 if tokens == 1 else 0.98)
     if model_type in PLAIN:
         assert folded_any, "this router is plain"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("model_type", sorted(PLAIN))
+def test_to_scale_it_weights_its_guess_as_the_speculator_does(model_type: str, trained: bool) -> None:
+    layer = layers_of(model_type)[-1]
+    speculator = speculator_of(layer, 3, trained)
+    if trained and speculator.mlp is not None:  # as training begins: nothing here may rest on a bias that is not zero
+        torch.nn.init.zeros_(speculator.mlp.b1)
+        torch.nn.init.zeros_(speculator.mlp.b2)
+    folded = FoldedSpeculator.of(speculator, layer, to_scale=True)
+    assert folded is not None
+    generator = torch.Generator().manual_seed(9)
+    residual = 0.5 * torch.randn(50, layer.hidden_size, generator=generator)
+    for source in (routing_of(layer, 50, generator), None):
+        expected = speculator(residual, source)
+        weighted = folded.router.weighted(folded.logits(residual, source), expected.ids.long())
+        torch.testing.assert_close(weighted.weights, expected.weights, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe", "minimax_m2"])
@@ -99,7 +117,7 @@ def test_in_bfloat16_the_same_experts_are_found() -> None:
 
     rounded = Routing(source.logits.bfloat16(), source.weights.bfloat16(), source.ids)
     in_bf16 = recall(speculator(residual.bfloat16(), rounded).ids)
-    assert recall(folded.candidates(residual.bfloat16(), rounded, layer.top_k)) >= in_bf16 - 0.01
+    assert recall(folded.logits(residual.bfloat16(), rounded).topk(layer.top_k).indices) >= in_bf16 - 0.01
 
 
 @pytest.mark.parametrize("model_type", catalog.moe_types())
