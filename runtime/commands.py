@@ -202,9 +202,9 @@ def plan(
         int | None,
         typer.Option(min=1, help="Experts fetched for each layer [default: top k, and 2 more under resident]."),
     ] = None,
-    horizon: Annotated[int, typer.Option(help="MoE layers ahead that are guessed, 1 or 2.")] = 1,
+    horizon: Horizon = None,
     eviction: Eviction = "least_stale",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to simulate.")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens that count, behind as many that fill the slots.")] = 100,
     cuda: Annotated[bool, typer.Option(help="Whether copies go through a CUDA stream, or threads read them.")] = True,
     seed: Seed = 0,
     dtype: Annotated[str, typer.Option(help="auto (the config's own), float32, bfloat16 or float16.")] = "auto",
@@ -220,12 +220,10 @@ def plan(
     from predictors.loading import resolve_dtype
     from predictors.provenance import command, versions
     from runtime.figures import print_plan
-    from runtime.plan import Hardware, costs_of, read_shape, slots_that_fit
+    from runtime.plan import Hardware, costs_of, read_shape, slots_that_fit, sources_of
     from runtime.plan import plan as job
 
     _check_outputs(None, json_file, None)
-    if horizon not in (1, 2):
-        raise UserError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
     chosen = resolve_dtype(dtype, torch.device("cuda"))
     shape = read_shape(_config(model), chosen if isinstance(chosen, torch.dtype) else None)
     hardware = Hardware(
@@ -247,12 +245,13 @@ def plan(
         "candidates": max(m, shape.top_k),
     }
     known = None if predictors is None else load_predictors(predictors)
-    replayed = _routing(routing, _statistics(preset, kept, hit_rate, skew), 8 + tokens, seed, known, sizes)
+    sources = sources_of(shape, known, horizon)
+    replayed = _routing(routing, _statistics(preset, kept, hit_rate, skew), 2 * tokens, seed, known, sizes)
     mlps = [] if known is None else [sum(p.nbytes for p in mlp.parameters()) for mlp in known.mlps.values()]
     costs = costs_of(shape, hardware, sum(mlps) // shape.layers)
     result = {
         "results": job(
-            costs, replayed, shape, count, is_cuda=cuda, candidates=candidates, horizon=horizon, eviction=eviction
+            costs, replayed, shape, count, is_cuda=cuda, candidates=candidates, sources=sources, eviction=eviction
         ),
         "model": model,
         "shape": asdict(shape),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from predictors.architecture import UnsupportedModelError, override_forward, skeleton
+from predictors.architecture import UnsupportedModelError, farther, override_forward, skeleton
+from predictors.checkpoint import Predictors
 from predictors.errors import UserError
 from predictors.experts import expert_modules
 from runtime.cache import Eviction
 from runtime.policy import Gating, Policy
 from runtime.routing import ReplayedRouting
-from runtime.simulation import Costs, Simulated, simulate
+from runtime.simulation import Costs, Simulated, nearest, simulate
 
-KERNELS = {"layer": 30, "expert": 5, "speculation": 15, "rest": 10}
+KERNELS = {"layer": 30, "expert": 5, "speculation": 12, "rest": 10}
 """Operations that transformers starts one by one for each of these in a decode step, counted on Qwen3-MoE; they cost
 their `launch`: on CUDA wherever they are too small to cost more, on the CPU always, since it starts none while it computes."""
 
@@ -155,6 +157,34 @@ def slots_that_fit(shape: Shape, memory: int, reserve: int) -> int:
     return slots
 
 
+def sources_of(shape: Shape, predictors: Predictors | None, horizon: int | None) -> dict[int, int | None]:
+    """The source of each MoE layer, both counted from 0, for `predictors` or a `horizon` without them.
+
+    Raises `PlanError` where the predictors are of another shape, or were trained for another horizon.
+    """
+    if horizon not in (None, 1, 2):
+        raise PlanError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
+    asked = farther(nearest(shape.layers), horizon or 1)
+    if predictors is None:
+        return asked
+    own = predictors.model
+    if (len(own["moe_layers"]), own["num_experts"], own["top_k"]) != (shape.layers, shape.num_experts, shape.top_k):
+        raise PlanError(
+            f"these predictors are of a model of {len(own['moe_layers'])} layers with {own['num_experts']} experts, top "
+            f"{own['top_k']}, and this one has {shape.layers} with {shape.num_experts}, top {shape.top_k}; give predictors of "
+            "this model"
+        )
+    place = {layer: number for number, layer in enumerate(own["moe_layers"])}
+    trained = nearest(shape.layers)
+    for target, source in predictors.sources.items():
+        trained[place[target]] = None if source is None else place[source]
+    if horizon is not None and trained != asked:
+        raise PlanError(
+            f"a horizon of {horizon} is asked for, and these predictors were trained to read other layers; leave it out"
+        )
+    return trained
+
+
 def plan(
     costs: Costs,
     routing: ReplayedRouting,
@@ -163,10 +193,13 @@ def plan(
     *,
     is_cuda: bool = True,
     candidates: int | None = None,
-    horizon: int = 1,
+    sources: Mapping[int, int | None] | None = None,
     eviction: Eviction | str = Eviction.LEAST_STALE,
 ) -> list[dict[str, Any]]:
-    """A row of plain values for each policy and gating: what a token takes there, and what bounds it."""
+    """A row of plain values for each policy and gating: what a token takes there, and what bounds it.
+
+    Half of the steps of `routing` fill the slots and do not count.
+    """
     ways: list[tuple[Policy, Gating | None]] = [(Policy.ON_DEMAND, None), (Policy.PREFETCH, None)]
     ways += [(Policy.SPECULATIVE, gating) for gating in (Gating.TRUE, Gating.RESIDENT)]
     rows: list[dict[str, Any]] = []
@@ -179,9 +212,10 @@ def plan(
             policy=policy,
             gating=gating or Gating.TRUE,
             candidates=candidates,
-            horizon=horizon,
+            sources=sources,
             eviction=eviction,
             queue=is_cuda,
+            warmup=routing.steps // 2,
         )
         first = first or result
         rows.append(

@@ -14,9 +14,9 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from predictors.architecture import farther
 from runtime.cache import Eviction, Key, SlotCache
 from runtime.policy import Gating, Policy
 from runtime.routing import ReplayedRouting
@@ -79,7 +79,7 @@ def simulate(
     policy: Policy | str,
     gating: Gating | str = Gating.TRUE,
     candidates: int | None = None,
-    horizon: int = 1,
+    sources: Mapping[int, int | None] | None = None,
     eviction: Eviction | str = Eviction.LEAST_STALE,
     queue: bool = False,
     readers: int = 2,
@@ -88,9 +88,9 @@ def simulate(
     """Runs the steps of `routing` and returns the mean of those after the first `warmup`, which fill the slots.
 
     `slots` are shared by all layers and are at least the routing's top k; `candidates` is at most what the routing has, by
-    default the top k, and two more under gating `resident`; a guess is made `horizon` layers ahead. With `queue` copies are
-    made in the order in which they are asked for and can't be taken back, as on a CUDA stream; else `readers` threads make
-    them. Raises `ValueError` for a routing of too few steps, or too few slots.
+    default the top k, and two more under gating `resident`. Layers count from 0; a target is guessed in its layer of `sources`,
+    by default the one before it, or where that is None as its own begins. With `queue` copies are made in the order in
+    which they are asked for and can't be taken back, as on a CUDA stream; else `readers` threads make them. Raises `ValueError` for a routing of too few steps, or too few slots.
     """
     policy, gating = Policy(policy), Gating(gating)
     steps, layers, top_k = routing.ids.shape
@@ -98,7 +98,8 @@ def simulate(
         raise ValueError(f"{steps} steps and {slots} slots are too few for {warmup} of warm-up and top {top_k}")
     wide = policy is Policy.SPECULATIVE and gating is Gating.RESIDENT
     m = candidates or min(top_k + 2 * wide, routing.candidates.shape[-1])
-    run = _Run(costs, layers, slots, policy, gating, horizon, Eviction(eviction), queue, readers)
+    source_of = nearest(layers) if sources is None else sources
+    run = _Run(costs, layers, slots, policy, gating, source_of, Eviction(eviction), queue, readers)
     ids, guesses = routing.ids.tolist(), routing.candidates[:, :, :m].tolist()
     for step in range(warmup):
         run.token(ids[step], guesses[step])
@@ -108,6 +109,11 @@ def simulate(
     counted = [after - begun for begun, after in zip(before, run.totals(), strict=True)]
     seconds, computing, stalled, copying, copies, cancelled, hits, misses = (x / (steps - warmup) for x in counted)
     return Simulated(seconds, computing, stalled, copying, copies, cancelled, hits / (hits + misses))
+
+
+def nearest(layers: int) -> dict[int, int | None]:
+    """The nearest source of each of so many layers: the one before, and none of the first."""
+    return {layer: layer - 1 if layer else None for layer in range(layers)}
 
 
 class _Link:
@@ -190,13 +196,13 @@ class _Run:
         slots: int,
         policy: Policy,
         gating: Gating,
-        horizon: int,
+        source_of: Mapping[int, int | None],
         eviction: Eviction,
         queue: bool,
         readers: int,
     ):
-        source_of = farther({layer: layer - 1 if layer else None for layer in range(layers)}, horizon)
         self.targets = [[target for target, source in source_of.items() if source == layer] for layer in range(layers)]
+        self.without_source = {target for target, source in source_of.items() if source is None}
         self.costs, self.layers, self.policy, self.gating = costs, layers, policy, gating
         self.now = self.computing = self.stalled = 0.0
         self.hits = self.misses = self.cancelled = 0
@@ -229,10 +235,10 @@ class _Run:
         speculates = self.policy is not Policy.ON_DEMAND
         self.cache.unpin_all()
         self.prefetches.clear()
-        if speculates:  # the first layer has no source: it overlaps its attention only
-            self.compute(self.costs.speculation)
-            self.prefetch(0, guesses[0])
         for layer in range(self.layers):
+            if speculates and layer in self.without_source:  # it overlaps its attention only
+                self.compute(self.costs.speculation)
+                self.prefetch(layer, guesses[layer])
             self.compute(self.costs.layer)
             executed = self.choose(layer, ids[layer], guesses[layer])
             if speculates:

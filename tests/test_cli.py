@@ -174,7 +174,7 @@ WRONG = {
     "a horizon too far to measure": (["bench", "{moe}", "--horizon", "3"], "guess 1 or 2 layers ahead"),
     "a horizon too far to evaluate": (["evaluate", "{moe}", "--horizon", "0"], "guess 1 or 2 layers ahead"),
     "a horizon too far to plan": (
-        ["plan", "{moe}", "--device-memory", "2MB", "--link", "1GB/s", "--memory-bandwidth", "9GB/s", "--horizon", "3"],
+        ["plan", "{moe}", "--device-memory", "2GB", "--link", "1GB/s", "--memory-bandwidth", "9GB/s", "--horizon", "3"],
         "1 or 2 layers ahead",
     ),
     "a horizon that nobody was trained for": (

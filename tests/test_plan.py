@@ -12,11 +12,12 @@ import typer
 from transformers import AutoConfig
 
 from data_collection.catalog import tiny_config, tiny_model
-from predictors.architecture import UnsupportedModelError
+from predictors.architecture import UnsupportedModelError, moe_shape, sources
+from predictors.checkpoint import Predictors
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from runtime.commands import plan as plan_command
-from runtime.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit
+from runtime.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit, sources_of
 
 QWEN = Path(__file__).parent.parent / "benchmarks" / "models" / "qwen3-30b-a3b.json"
 TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoehybrid", "nemotron_h", "glm4_moe", "qwen3_next"]
@@ -85,6 +86,23 @@ def test_the_command_on_a_recorded_trace(tiny_moe_folder: Path, collected: Path,
     assert json.loads(out.read_text())["routing"]["path"] == str(collected)
     for row in rows(out).values():
         assert row["time_per_output_token_ms"] >= row["compute_ms_per_token"]
+
+
+def test_predictors_are_planned_as_far_ahead_as_they_read() -> None:
+    model = tiny_model("qwen3_moe")
+    layers, shape = find_moe_layers(model), read_shape(tiny_config("qwen3_moe"))
+
+    def trained(horizon: int) -> Predictors:
+        return Predictors(moe_shape(model.config, layers), {}, sources(layers, horizon))
+
+    for horizon in (1, 2):
+        expected = sources(layers, horizon)  # of this model every layer is one of experts
+        assert sources_of(shape, trained(horizon), None) == sources_of(shape, trained(horizon), horizon) == expected
+        assert sources_of(shape, None, horizon) == expected
+        with pytest.raises(PlanError, match="other layers"):
+            sources_of(shape, trained(horizon), 3 - horizon)
+    with pytest.raises(PlanError, match="predictors of this model"):
+        sources_of(read_shape(AutoConfig.from_pretrained(QWEN)), trained(1), None)
 
 
 @pytest.mark.parametrize(

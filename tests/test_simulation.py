@@ -9,8 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from predictors.architecture import farther
 from runtime.routing import ReplayedRouting, Statistics, draw_routing
-from runtime.simulation import Costs, simulate
+from runtime.simulation import Costs, nearest, simulate
 
 POLICIES = ["on_demand", "prefetch", "speculative"]
 WARMUP = 4
@@ -34,7 +35,7 @@ ways: Any = st.fixed_dictionaries(
         "policy": st.sampled_from(POLICIES),
         "gating": st.sampled_from(["true", "speculated", "resident"]),
         "slots": st.integers(3, 96),
-        "horizon": st.integers(1, 2),
+        "sources": st.sampled_from([None, farther(nearest(6), 2), {**nearest(6), 3: None}]),
         "eviction": st.sampled_from(["lru", "least_stale"]),
         "queue": st.booleans(),
         "readers": st.integers(1, 3),
