@@ -94,6 +94,31 @@ def test_an_io_error(tiny_moe: PreTrainedModel, policy: str, when: int, expected
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="the file that fails is one of Linux'")
+@pytest.mark.parametrize("policy", ["on_demand", "prefetch", "speculative"])
+def test_a_packed_file_whose_reads_fail(
+    tiny_moe_folder: Path, policy: str, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    """The system's own I/O error: the open file becomes the process's memory at addresses where there is none."""
+    pack = tmp_path / "experts"
+    model = load_offloaded(tiny_moe_folder, device="cpu", pack=pack, slots=3, policy=policy)
+    if policy == "speculative":
+        expected = greedy(model, IDS)  # its own, undisturbed
+    [file] = [int(fd.name) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and fd.readlink() == pack]
+    kept, failing = os.dup(file), os.open("/proc/self/mem", os.O_RDONLY)
+    try:
+        os.dup2(failing, file)
+        for _ in range(2):
+            with pytest.raises(StoreError, match=r"can't be read from .*Input/output error.*; check its disk"):
+                greedy(model, IDS)
+        os.dup2(kept, file)
+    finally:
+        os.close(kept)
+        os.close(failing)
+    assert torch.equal(greedy(model, IDS), expected)
+    model.expert_offload.detach()
+
+
 def test_a_disk_that_never_comes_back(tiny_moe: PreTrainedModel, expected: torch.Tensor) -> None:
     store = Failing(tiny_moe, lambda number: number > 20)
     offload_experts(tiny_moe, policy="prefetch", slots=3, store=store, device="cpu")
