@@ -12,8 +12,8 @@ import statistics
 AUTO = "auto"
 BLOCK = 4
 """Tokens that are run under one policy before the other has its turn; the first of them is not counted."""
-BLOCKS = 8
-"""Turns of a trial, of both together."""
+BLOCKS = 9
+"""Turns of a trial, of both together. The first is not counted: what follows a prompt waits for most of its experts."""
 TRIED_AGAIN_AFTER = 2048
 """Tokens until the next trial: the text, and with it the routing, may have changed."""
 CLOSE, CLOSE_TRIED_AGAIN_AFTER = 0.1, 256
@@ -35,12 +35,12 @@ class Trial:
 
     def took(self, seconds: float) -> None:
         """Takes note of how long the forward pass over a decoded token took."""
-        if not self.is_over and self._token % BLOCK:
+        if not self.is_over and self._token > BLOCK and self._token % BLOCK:
             self._times[self.prefetches].append(seconds)
         self._token += 1
         if not self.is_over:
             turn = self._token // BLOCK
-            self.prefetches = turn % 4 in (0, 3)  # there and back, so that what drifts meets both alike
+            self.prefetches = turn == 0 or turn % 4 in (2, 3)  # there and back, so that what drifts meets both alike
         elif self._token == BLOCK * BLOCKS:
             demand, prefetch = (statistics.median(self._times[kind]) for kind in (False, True))
             self.prefetches = prefetch < demand
