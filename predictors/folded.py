@@ -1,7 +1,6 @@
 """A speculator folded into few operations, where the model's norm and router are as plain as they are in most models.
 
-When one token is decoded, speculation is bound by how many operations it starts and by how many weights it reads. Only the
-experts are asked for, not their weights. With a router that takes the largest of `R x + c`, and the RMS norm
+When one token is decoded, speculation is bound by how many operations it starts and by how many weights it reads. With a router that takes the largest of `R x + c`, and the RMS norm
 `norm_t(x) = g x / r(x)`, `r(x) = sqrt(mean(x^2) + eps)`, what is to be compared is
 
     R (q + W2 silu(W1 a + V m + b1) + b2) + c  =  R' u / r(u) + (R W2) silu(W1' s / r(s) + V m + b1) + (R b2 + c)
@@ -83,12 +82,12 @@ class PlainRouter(NamedTuple):
                 return cls(weight, bias, ids.shape[-1], None, dtype)
         return None
 
-    def routing(self, state: torch.Tensor, ids: torch.Tensor) -> Routing:
-        """What the router gives for `state` `[tokens, hidden]` if it must choose `ids` `[tokens, top_k]`, int64."""
-        return self.weighted(F.linear(state, self.weight, self.bias), ids)
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """`[tokens, experts]` for `state` `[tokens, hidden]`."""
+        return F.linear(state, self.weight, self.bias)
 
     def weighted(self, logits: torch.Tensor, ids: torch.Tensor) -> Routing:
-        """What it gives for its `logits` `[tokens, experts]` if it must choose `ids`."""
+        """What it gives for its `logits` `[tokens, experts]` if it must choose `ids` `[tokens, top_k]`, int64."""
         assert self.weigh is not None
         return Routing(logits, self.weigh(logits, ids).to(self.dtype), ids)
 
@@ -98,12 +97,12 @@ def _close(dtype: torch.dtype) -> float:
 
 
 class FoldedSpeculator:
-    """The speculated logits of one target layer, those of its `Speculator` to rounding. Made by `of`."""
+    """What orders the experts of one target layer as the logits of its `Speculator` do, to rounding. Made by `of`."""
 
     def __init__(self, speculator: Speculator, gain: torch.Tensor, eps: float, router: PlainRouter, to_scale: bool):
         """`gain` `[hidden]`, fp32, and `eps` are the norm's; for `to_scale` see `of`."""
         self.router, mlp, vectors = router, speculator.mlp, speculator.default_vectors
-        weight, hidden_size = router.weight.float(), len(gain)
+        weight, self._root = router.weight.float(), len(gain) ** 0.5
         self._experts = len(weight)
         matrix, offset = weight, torch.zeros_like(weight[:, 0]) if router.bias is None else router.bias.float()
         if mlp is not None:
@@ -113,18 +112,18 @@ class FoldedSpeculator:
             vectors = torch.zeros_like(weight) if vectors is None else vectors
         self._is_corrected = mlp is not None
         self._is_scale_free = mlp is None and not offset.any() and not to_scale
-        # Times sqrt(hidden): the length of a vector is what there is an operation for, not its root mean square.
-        self._matrix = hidden_size**0.5 * gain * matrix
+        self._matrix = gain * matrix
         self._table = None
         if vectors is not None:
+            vectors = vectors.float()
             parts = [vectors @ self._matrix[: self._experts].T]
             parts += [router.top_k * v.T] if self._is_corrected else []
             parts += [] if self._is_scale_free else [vectors]
             self._table = torch.cat(parts, dim=1)
         if self._is_corrected or matrix.is_cuda:  # a router alone is small, and on a CPU faster without conversions
             self._matrix = self._matrix.to(router.weight.dtype)
-        self._offset = offset
-        self._eps = (hidden_size * eps) ** 0.5 * torch.ones_like(offset[:1])
+        self._offset = offset.detach()
+        self._eps = self._root * eps**0.5 * torch.ones_like(self._offset[:1])
 
     @classmethod
     @torch.no_grad()
@@ -153,7 +152,8 @@ class FoldedSpeculator:
         return cls(speculator, gain, eps, router, to_scale)
 
     def logits(self, residual: torch.Tensor, source: Routing | None) -> torch.Tensor:
-        """The speculated logits `[tokens, experts]` for `residual` `[tokens, hidden]` of the source layer."""
+        """For `residual` `[tokens, hidden]` of the source layer `[tokens, experts]`: the speculated logits if `to_scale`, else
+        what they are but for a factor a token."""
         residual = residual.detach()  # a fifth of what it costs to switch gradients off and on
         logits = F.linear(residual.to(self._matrix.dtype), self._matrix)
         sums = None if source is None or self._table is None else self._weighted(self._table, source)
@@ -164,9 +164,9 @@ class FoldedSpeculator:
         if sums is not None:
             moved, mixed, added = sums.split((self._experts, hidden.shape[-1], residual.shape[-1]), dim=-1)
             logits, guess = logits + moved, residual + added
-        logits = torch.addcdiv(self._offset[: self._experts], logits, self._length(guess))
+        logits = torch.addcdiv(self._offset[: self._experts], logits, self._length(guess), value=self._root)
         if self._is_corrected:
-            hidden = torch.addcdiv(self._offset[self._experts :], hidden, self._length(residual))
+            hidden = torch.addcdiv(self._offset[self._experts :], hidden, self._length(residual), value=self._root)
             logits = torch.addmm(logits, F.silu(hidden if mixed is None else hidden + mixed), self._out)
         return logits
 
@@ -178,5 +178,5 @@ class FoldedSpeculator:
         return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
 
     def _length(self, states: torch.Tensor) -> torch.Tensor:
-        """`sqrt(hidden) r(states)`, `[..., 1]`, fp32."""
+        """`sqrt(hidden) r(states)`, `[..., 1]`, fp32: there is an operation for a length, and none for a root mean square."""
         return torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32), self._eps)

@@ -40,7 +40,8 @@ class Trial:
         self._token += 1
         if not self.is_over:
             turn = self._token // BLOCK
-            self.prefetches = turn == 0 or turn % 4 in (2, 3)  # there and back, so that what drifts meets both alike
+            if turn:  # there and back, so that what drifts meets both alike
+                self.prefetches = turn % 4 in (2, 3)
         elif self._token == BLOCK * BLOCKS:
             demand, prefetch = (statistics.median(self._times[kind]) for kind in (False, True))
             self.prefetches = prefetch < demand

@@ -123,7 +123,7 @@ def bench(
     replayed = None
     if routing != "model":
         chosen = _statistics(preset, kept, hit_rate, skew)
-        replayed = _routing(routing, chosen, warmup + tokens, seed, known, shape)
+        replayed = _routing(routing, chosen, warmup + tokens, seed, known, horizon, shape)
     settings = Settings(
         token_ids,
         where,
@@ -246,7 +246,7 @@ def plan(
     }
     known = None if predictors is None else load_predictors(predictors)
     sources = sources_of(shape, known, horizon)
-    replayed = _routing(routing, _statistics(preset, kept, hit_rate, skew), 2 * tokens, seed, known, sizes)
+    replayed = _routing(routing, _statistics(preset, kept, hit_rate, skew), 2 * tokens, seed, known, horizon, sizes)
     mlps = [] if known is None else [sum(p.nbytes for p in mlp.parameters()) for mlp in known.mlps.values()]
     costs = costs_of(shape, hardware, sum(mlps) // shape.layers)
     result = {
@@ -344,7 +344,13 @@ def _statistics(preset: str, kept: float | None, hit_rate: float | None, skew: f
 
 
 def _routing(
-    kind: str, statistics: Statistics, steps: int, seed: int, predictors: Predictors | None, shape: dict[str, int]
+    kind: str,
+    statistics: Statistics,
+    steps: int,
+    seed: int,
+    predictors: Predictors | None,
+    horizon: int | None,
+    shape: dict[str, int],
 ) -> ReplayedRouting:
     """A drawn routing, or that of the trace in the folder `kind`."""
     from runtime.routing import draw_routing
@@ -354,7 +360,7 @@ def _routing(
     from data_collection.trace import Trace  # only here: `import runtime` loads no training library
     from runtime.replay import replay
 
-    return replay(Trace.open(kind), steps, shape["candidates"], predictors)
+    return replay(Trace.open(kind), steps, shape["candidates"], predictors, horizon)
 
 
 def parse_candidates(text: str | None) -> int | str | None:

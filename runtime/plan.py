@@ -20,7 +20,8 @@ from runtime.routing import ReplayedRouting
 from runtime.simulation import Costs, Simulated, nearest, simulate
 
 KERNELS = {"layer": 30, "expert": 5, "speculation": 12, "rest": 10}
-"""Operations that transformers starts one by one for each of these in a decode step, counted on Qwen3-MoE; they cost
+"""Operations that are started one by one for each of these in a decode step, counted on Qwen3-MoE (a speculation: 9 without
+a predictor and 20 with one, of which a few of the first layers have one); they cost
 their `launch`: on CUDA wherever they are too small to cost more, on the CPU always, since it starts none while it computes."""
 
 
@@ -34,6 +35,8 @@ class Shape:
 
     layers: int
     """MoE layers."""
+    places: tuple[int, ...]
+    """Their numbers among all layers."""
     num_experts: int
     top_k: int
     expert_bytes: int
@@ -107,6 +110,7 @@ def read_shape(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Sh
     hidden = config.get_text_config().hidden_size
     return Shape(
         layers=len(top_ks),
+        places=tuple(int(_decoder(name).rpartition(".")[2]) for name in top_ks),
         num_experts=count,
         top_k=top_ks[name],
         expert_bytes=experts // (len(top_ks) * count),
@@ -164,7 +168,7 @@ def sources_of(shape: Shape, predictors: Predictors | None, horizon: int | None)
     """
     if horizon not in (None, 1, 2):
         raise PlanError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
-    asked = farther(nearest(shape.layers), horizon or 1)
+    asked = farther(nearest(shape.places), horizon or 1)
     if predictors is None:
         return asked
     own = predictors.model
@@ -175,7 +179,7 @@ def sources_of(shape: Shape, predictors: Predictors | None, horizon: int | None)
             "this model"
         )
     place = {layer: number for number, layer in enumerate(own["moe_layers"])}
-    trained = nearest(shape.layers)
+    trained = nearest(shape.places)
     for target, source in predictors.sources.items():
         trained[place[target]] = None if source is None else place[source]
     if horizon is not None and trained != asked:
@@ -198,8 +202,14 @@ def plan(
 ) -> list[dict[str, Any]]:
     """A row of plain values for each policy and gating: what a token takes there, and what bounds it.
 
-    Half of the steps of `routing` fill the slots and do not count.
+    Half of the steps of `routing` fill the slots and do not count. Raises `PlanError` for a routing of another model.
     """
+    if routing.ids.shape[1:] != (shape.layers, shape.top_k):
+        layers, top_k = routing.ids.shape[1:]
+        raise PlanError(
+            f"the routing has {layers} layers, top {top_k}, and this model {shape.layers}, top {shape.top_k}; give a trace of "
+            "this model"
+        )
     ways: list[tuple[Policy, Gating | None]] = [(Policy.ON_DEMAND, None), (Policy.PREFETCH, None)]
     ways += [(Policy.SPECULATIVE, gating) for gating in (Gating.TRUE, Gating.RESIDENT)]
     rows: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from predictors.architecture import MoELayer, UnsupportedModelError, first_tensor, override_forward
 from predictors.architecture import sources as nearest_sources
-from predictors.folded import FoldedSpeculator
+from predictors.folded import FoldedSpeculator, PlainRouter
 from predictors.speculation import Routing, Speculator, candidates, flat_routing
 
 
@@ -120,8 +120,8 @@ class Replay(Protocol):
     def candidates(self, target: int, speculated: torch.Tensor) -> torch.Tensor:
         """What takes the place of the speculated candidates `[tokens, m]` of a target layer."""
 
-    def decided(self, target: int, tokens: int) -> torch.Tensor | None:
-        """What its router is to choose, `[tokens, top_k]`; None where it chooses itself."""
+    def values(self, target: int, tokens: int) -> torch.Tensor | None:
+        """What its router is to choose by, `[tokens, experts]`, in place of its logits; None where it chooses itself."""
 
 
 class RoutingControl:
@@ -158,9 +158,9 @@ class RoutingControl:
         self.num_candidates = {x.index: max(by_layer.get(x.index, everywhere), x.top_k) for x in layers}
         self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
         # Where the weights of a guess are executed its logits must be to scale, and on demand nothing is guessed.
-        weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
+        self._weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
         guesses = layers if policy is not Policy.ON_DEMAND else []
-        folded = {x.index: FoldedSpeculator.of(speculators[x.index], x, to_scale=weighs) for x in guesses}
+        folded = {x.index: FoldedSpeculator.of(speculators[x.index], x, to_scale=self._weighs) for x in guesses}
         self._folded = {index: speculator for index, speculator in folded.items() if speculator is not None}
         # What is folded has no use for the rest of its predictor.
         self._speculators = {index: s for index, s in speculators.items() if index not in self._folded}
@@ -285,7 +285,7 @@ class RoutingControl:
             folded, speculation = self._folded[index], None
             logits = folded.logits(residual, source)
             chosen = logits.topk(m, dim=-1).indices
-            if self.gating is Gating.SPECULATED and self.policy is Policy.SPECULATIVE:
+            if self._weighs:
                 speculation = folded.router.weighted(logits, chosen[:, : target.top_k])
         else:
             self._speculating = True
@@ -315,23 +315,17 @@ class RoutingControl:
             self._count(layer.index, chosen, self._routed(route).ids)
             return speculation
         router = self._folded[layer.index].router if layer.index in self._folded else None
-        if self.gating is Gating.TRUE and router is not None and router.weigh is not None:
-            # Its weights follow from its logits, and what it would have chosen is only counted.
-            plain = router.routing
-            routing = self._routed(lambda: plain(x.reshape(-1, layer.hidden_size), chosen[:, : layer.top_k]))
-            wanted = routing.logits
-            if self.replayed is not None:
-                decided = self.replayed.decided(layer.index, len(chosen))
-                wanted = wanted.topk(layer.top_k, dim=-1).indices if decided is None else decided
-            self._count(layer.index, chosen, wanted)
-            return routing
-        if self.gating is Gating.TRUE:
-            choose = RestrictedChoice.fixed(chosen[:, : layer.top_k].long())
-        else:
+        barred: torch.Tensor | None = None
+        if self.gating is Gating.RESIDENT:
             barred = torch.ones(len(chosen), layer.num_experts, dtype=torch.bool, device=x.device)
             barred.scatter_(1, chosen.long(), False)
             if self._resident is not None:
                 barred[:, self._resident(layer.index)] = False
+        if router is not None and router.weigh is not None:
+            return self._decide_plainly(layer, router, x.reshape(-1, layer.hidden_size), chosen, barred)
+        if barred is None:
+            choose = RestrictedChoice.fixed(chosen[:, : layer.top_k].long())
+        else:
             choose = RestrictedChoice.allowed(barred, layer.top_k)
         with RestrictedChoice((len(chosen), layer.num_experts), layer.top_k, choose) as choice:
             routing = self._routed(route)
@@ -346,6 +340,29 @@ class RoutingControl:
             ids = chosen[:, : layer.top_k].to(routing.ids.dtype)
             places = (routing.ids.unsqueeze(-1) == ids.unsqueeze(-2)).int().argmax(1)
             return Routing(routing.logits, routing.weights.gather(-1, places), ids)
+        return routing
+
+    def _decide_plainly(
+        self,
+        layer: MoELayer,
+        router: PlainRouter,
+        state: torch.Tensor,
+        chosen: torch.Tensor,
+        barred: torch.Tensor | None,
+    ) -> Routing:
+        """The guess, or the best that are not `barred`, without asking the router: its weights follow from its logits, and
+        what it would have chosen is only counted."""
+        begun = time.perf_counter()
+        logits = router.logits(state)
+        values = None if self.replayed is None else self.replayed.values(layer.index, len(chosen))
+        values = logits if values is None else values
+        if barred is None:
+            ids = chosen[:, : layer.top_k]
+        else:
+            ids = values.masked_fill(barred, float("-inf")).topk(layer.top_k, dim=-1).indices
+        routing = router.weighted(logits, ids)
+        self._router_seconds = time.perf_counter() - begun
+        self._count(layer.index, chosen, values)
         return routing
 
     def _routed(self, route: Callable[[], Any]) -> Routing:

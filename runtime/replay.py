@@ -7,27 +7,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from predictors.architecture import farther
 from predictors.checkpoint import Predictors
 from predictors.speculation import Routing, candidates
 from runtime.routing import ReplayedRouting, RoutingError
 
 
-def replay(trace: Any, steps: int, m: int, predictors: Predictors | None) -> ReplayedRouting:
+def replay(
+    trace: Any, steps: int, m: int, predictors: Predictors | None, horizon: int | None = None
+) -> ReplayedRouting:
     """The longest run of consecutive tokens in a trace, `steps` at the most, with the `m` candidates for each of them.
 
-    `trace` is a `data_collection.trace.Trace`; speculation is training-free without `predictors`. Raises `RoutingError` for
-    a trace that lacks layers.
+    `trace` is a `data_collection.trace.Trace`. Speculation reads what `predictors` were trained to read; without them it
+    is training-free, `horizon` layers ahead, by default 1. Raises `RoutingError` for a trace that lacks layers, or what is
+    to be read.
     """
     if sorted(trace.sources) != trace.manifest.model.moe_layers:
         raise RoutingError(f"{trace.path} does not have all layers as targets; collect it with --layers all")
+    sources = farther(trace.sources, horizon or 1) if predictors is None else trace.sources | predictors.sources
     shard, start, length = max(
         ((number, *_longest_run(trace, number)) for number in range(len(trace.manifest.shards))), key=lambda run: run[2]
     )
     rows = torch.arange(start, start + min(steps, length))
     columns = trace.read(shard, rows)
-    speculators = trace.speculators()
+    speculators = trace.speculators(sources=sources)
     guesses = []
-    for target, source in sorted(trace.sources.items()):
+    for target, source in sorted(sources.items()):
         speculator = speculators[target]
         if predictors is not None:
             speculator.mlp = predictors.mlps.get(target)
@@ -36,6 +41,8 @@ def replay(trace: Any, steps: int, m: int, predictors: Predictors | None) -> Rep
             weights = columns[f"layers.{source}.expert_weights"].float()
             routing = Routing(weights, weights, columns[f"layers.{source}.expert_ids"].long())
         name = f"layers.{target}.input" if source is None else f"layers.{source}.residual"
+        if name not in columns:
+            raise RoutingError(f"{trace.path} lacks the input of layer {target}; collect it again with --inputs")
         inner = columns.get(f"layers.{source}.inner")
         with torch.no_grad():
             speculation = speculator(columns[name].float(), routing, None if inner is None else inner.float())

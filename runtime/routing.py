@@ -191,8 +191,9 @@ class Replayed:
         self.step = -1
         """Of the routing; -1 in a prompt."""
         number = {layer.index: place for place, layer in enumerate(layers)}
-        ids, candidates = (torch.from_numpy(part).to(device).unsqueeze(2) for part in (routing.ids, routing.candidates))
-        self._ids = {index: ids[:, place].unbind() for index, place in number.items()}
+        values = _ranks(routing, layers[0].num_experts).to(device).unsqueeze(2)
+        candidates = torch.from_numpy(routing.candidates).to(device).unsqueeze(2)
+        self._values = {index: values[:, place].unbind() for index, place in number.items()}
         self._candidates = {index: candidates[:, place].unbind() for index, place in number.items()}
 
     def candidates(self, target: int, speculated: torch.Tensor) -> torch.Tensor:
@@ -202,9 +203,9 @@ class Replayed:
         steps = self._candidates[target]
         return steps[self.step % len(steps)][:, : speculated.shape[1]]
 
-    def decided(self, target: int, tokens: int) -> torch.Tensor | None:
+    def values(self, target: int, tokens: int) -> torch.Tensor | None:
         """See `runtime.policy.Replay`."""
-        steps = self._ids[target]
+        steps = self._values[target]
         return None if self.step < 0 or tokens != 1 else steps[self.step % len(steps)]
 
 
@@ -226,9 +227,7 @@ def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Repl
             f"{max(routing.ids.max(), routing.candidates.max())}, but the model has {len(layers)} layers, top "
             f"{first.top_k}, and {first.num_experts} experts; give a routing of this model"
         )
-    device = next(first.router.parameters()).device
-    decided = _ranks(routing, first.num_experts).to(device)
-    replayed = Replayed(layers, routing, device)
+    replayed = Replayed(layers, routing, next(first.router.parameters()).device)
     with ExitStack() as stack:
 
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -238,19 +237,19 @@ def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Repl
         # The speculation for the first layer is made when its decoder layer is entered, and the step begins before it.
         handle = first.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
         stack.callback(handle.remove)
-        for number, layer in enumerate(layers):
-            _attach(stack, layer, decided[:, number], replayed)
+        for layer in layers:
+            _attach(stack, layer, replayed)
         yield replayed
 
 
-def _attach(stack: ExitStack, layer: MoELayer, decided: torch.Tensor, replayed: Replayed) -> None:
-    """Overrides one router; `decided` is `[steps, experts]`, the values to choose by."""
+def _attach(stack: ExitStack, layer: MoELayer, replayed: Replayed) -> None:
+    """Overrides one router."""
 
     def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
         logits, weights, ids = original(x, *args, **kwargs)
-        if replayed.step < 0 or x.numel() != layer.hidden_size:
+        values = replayed.values(layer.index, x.numel() // layer.hidden_size)
+        if values is None:
             return Routing(logits, weights, ids)
-        values = decided[replayed.step % len(decided)].unsqueeze(0)
         # Chosen by topk, as a router chooses: a policy that restricts the router's choice restricts this one too.
         chosen = torch.topk(values, layer.top_k, dim=-1).indices
         return Routing(values.view_as(logits), weights, chosen.to(ids.dtype).view_as(ids))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from runtime.cache import Eviction, Key, SlotCache
@@ -88,9 +88,11 @@ def simulate(
     """Runs the steps of `routing` and returns the mean of those after the first `warmup`, which fill the slots.
 
     `slots` are shared by all layers and are at least the routing's top k; `candidates` is at most what the routing has, by
-    default the top k, and two more under gating `resident`. Layers count from 0; a target is guessed in its layer of `sources`,
-    by default the one before it, or where that is None as its own begins. With `queue` copies are made in the order in
-    which they are asked for and can't be taken back, as on a CUDA stream; else `readers` threads make them. Raises `ValueError` for a routing of too few steps, or too few slots.
+    default the top k, and two more under gating `resident`. Layers count from 0; a target is guessed in its layer of
+    `sources`, by default the one before it, or where that is None as its own begins. With `queue` copies are made in the
+    order in which they are asked for and can't be taken back, as on a CUDA stream; else `readers` threads make them.
+
+    Raises `ValueError` for a routing of too few steps, or too few slots.
     """
     policy, gating = Policy(policy), Gating(gating)
     steps, layers, top_k = routing.ids.shape
@@ -98,7 +100,7 @@ def simulate(
         raise ValueError(f"{steps} steps and {slots} slots are too few for {warmup} of warm-up and top {top_k}")
     wide = policy is Policy.SPECULATIVE and gating is Gating.RESIDENT
     m = candidates or min(top_k + 2 * wide, routing.candidates.shape[-1])
-    source_of = nearest(layers) if sources is None else sources
+    source_of = nearest(range(layers)) if sources is None else sources
     run = _Run(costs, layers, slots, policy, gating, source_of, Eviction(eviction), queue, readers)
     ids, guesses = routing.ids.tolist(), routing.candidates[:, :, :m].tolist()
     for step in range(warmup):
@@ -111,9 +113,12 @@ def simulate(
     return Simulated(seconds, computing, stalled, copying, copies, cancelled, hits / (hits + misses))
 
 
-def nearest(layers: int) -> dict[int, int | None]:
-    """The nearest source of each of so many layers: the one before, and none of the first."""
-    return {layer: layer - 1 if layer else None for layer in range(layers)}
+def nearest(places: Sequence[int]) -> dict[int, int | None]:
+    """The nearest source of each MoE layer, both counted from 0: the one before, if it is the layer before in the model.
+
+    `places` are their numbers among all of the model's layers. See `predictors.architecture.sources`.
+    """
+    return {n: n - 1 if n and place == places[n - 1] + 1 else None for n, place in enumerate(places)}
 
 
 class _Link:

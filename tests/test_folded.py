@@ -30,14 +30,14 @@ def layers_of(model_type: str, seed: int = 0) -> list[MoELayer]:
     return find_moe_layers(model)
 
 
-def speculator_of(layer: MoELayer, seed: int, trained: bool) -> Speculator:
+def speculator_of(layer: MoELayer, seed: int, trained: bool, has_vectors: bool = True) -> Speculator:
     torch.manual_seed(seed)
     mlp = None
     if trained:
         mlp = ResidualMLP(layer.hidden_size, layer.num_experts, 24)
         for parameter in mlp.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-    vectors = torch.randn(layer.num_experts, layer.hidden_size)
+    vectors = torch.randn(layer.num_experts, layer.hidden_size) if has_vectors else None
     return Speculator(layer.norm, Router.of(layer), vectors, mlp).requires_grad_(False)
 
 
@@ -75,22 +75,54 @@ def test_it_is_the_speculator_to_rounding(model_type: str) -> None:
         assert folded_any, "this router is plain"
 
 
+@pytest.mark.parametrize("has_vectors", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("model_type", sorted(PLAIN))
-def test_to_scale_it_weights_its_guess_as_the_speculator_does(model_type: str, trained: bool) -> None:
+def test_to_scale_it_weights_its_guess_as_the_speculator_does(
+    model_type: str, trained: bool, has_vectors: bool
+) -> None:
     layer = layers_of(model_type)[-1]
-    speculator = speculator_of(layer, 3, trained)
-    if trained and speculator.mlp is not None:  # as training begins: nothing here may rest on a bias that is not zero
+    speculator = speculator_of(layer, 3, trained, has_vectors)
+    if speculator.mlp is not None:  # as training begins: nothing here may rest on a bias that is not zero
         torch.nn.init.zeros_(speculator.mlp.b1)
         torch.nn.init.zeros_(speculator.mlp.b2)
-    folded = FoldedSpeculator.of(speculator, layer, to_scale=True)
+    folded, ordered = (FoldedSpeculator.of(speculator, layer, to_scale=to_scale) for to_scale in (True, False))
     assert folded is not None
+    assert ordered is not None
     generator = torch.Generator().manual_seed(9)
     residual = 0.5 * torch.randn(50, layer.hidden_size, generator=generator)
     for source in (routing_of(layer, 50, generator), None):
-        expected = speculator(residual, source)
-        weighted = folded.router.weighted(folded.logits(residual, source), expected.ids.long())
+        with torch.no_grad():
+            expected = speculator(residual, source)
+        logits = folded.logits(residual, source)
+        assert not logits.requires_grad
+        weighted = folded.router.weighted(logits, expected.ids.long())
         torch.testing.assert_close(weighted.weights, expected.weights, rtol=1e-3, atol=1e-4)
+        same = ordered.logits(residual, source).topk(layer.top_k).indices == logits.topk(layer.top_k).indices
+        assert same.all(-1).float().mean() >= 0.98
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_in_half_precision_large_states_have_weights_too(trained: bool) -> None:
+    """Some models' residuals have entries in the thousands, of which float16 may not hold a product."""
+    layer = layers_of("qwen3_moe")[-1]
+    generator = torch.Generator().manual_seed(10)
+    residual, source = torch.randn(50, layer.hidden_size, generator=generator), routing_of(layer, 50, generator)
+    residual[:, 3] = 6000.0
+    with torch.no_grad():
+        largest = speculator_of(layer, 3, trained)(residual, source).logits.abs().max()
+        layer.router.weight *= 20 / largest
+    layer.norm.half(), layer.router.half()
+    speculator = speculator_of(layer, 3, trained)
+    if speculator.mlp is not None:
+        speculator.mlp.half()
+    folded = FoldedSpeculator.of(speculator, layer, to_scale=True)
+    assert folded is not None
+    halved = Routing(source.logits.half(), source.weights.half(), source.ids)
+    with torch.no_grad():
+        expected = speculator(residual.half(), halved)
+    weighted = folded.router.weighted(folded.logits(residual.half(), halved), expected.ids.long())
+    torch.testing.assert_close(weighted.weights.float(), expected.weights.float(), rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe", "minimax_m2"])
@@ -135,12 +167,13 @@ def test_a_plain_router_weights_what_it_must_choose_as_it_does(model_type: str) 
         return
     with torch.no_grad():
         own = router.forward(states[:9])
-        torch.testing.assert_close(plain.routing(states[:9], own.ids.long()).weights, own.weights, rtol=1e-4, atol=1e-5)
+        logits = plain.logits(states[:9])
+        torch.testing.assert_close(plain.weighted(logits, own.ids.long()).weights, own.weights, rtol=1e-4, atol=1e-5)
         ids = torch.rand(9, layer.num_experts, generator=torch.Generator().manual_seed(8)).topk(layer.top_k).indices
         choose = RestrictedChoice.fixed(ids)
         with RestrictedChoice((9, layer.num_experts), layer.top_k, choose) as choice:
             restricted = router.forward(states[:9])
         assert choice.free_ids is not None
-        forced = plain.routing(states[:9], ids)
+        forced = plain.weighted(logits, ids)
     assert torch.equal(forced.ids, restricted.ids)
     torch.testing.assert_close(forced.weights, restricted.weights, rtol=1e-4, atol=1e-5)

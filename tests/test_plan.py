@@ -88,21 +88,40 @@ def test_the_command_on_a_recorded_trace(tiny_moe_folder: Path, collected: Path,
         assert row["time_per_output_token_ms"] >= row["compute_ms_per_token"]
 
 
-def test_predictors_are_planned_as_far_ahead_as_they_read() -> None:
-    model = tiny_model("qwen3_moe")
-    layers, shape = find_moe_layers(model), read_shape(tiny_config("qwen3_moe"))
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "jamba"])  # jamba's MoE layers have others between
+def test_predictors_are_planned_as_far_ahead_as_they_read(model_type: str) -> None:
+    model = tiny_model(model_type)
+    layers, shape = find_moe_layers(model), read_shape(tiny_config(model_type))
+    place = {layer.index: number for number, layer in enumerate(layers)}
 
     def trained(horizon: int) -> Predictors:
         return Predictors(moe_shape(model.config, layers), {}, sources(layers, horizon))
 
     for horizon in (1, 2):
-        expected = sources(layers, horizon)  # of this model every layer is one of experts
+        by_layer = sources(layers, horizon)
+        expected = {place[target]: None if source is None else place[source] for target, source in by_layer.items()}
         assert sources_of(shape, trained(horizon), None) == sources_of(shape, trained(horizon), horizon) == expected
         assert sources_of(shape, None, horizon) == expected
-        with pytest.raises(PlanError, match="other layers"):
-            sources_of(shape, trained(horizon), 3 - horizon)
+        if sources(layers, 1) != sources(layers, 2):
+            with pytest.raises(PlanError, match="other layers"):
+                sources_of(shape, trained(horizon), 3 - horizon)
     with pytest.raises(PlanError, match="predictors of this model"):
         sources_of(read_shape(AutoConfig.from_pretrained(QWEN)), trained(1), None)
+
+
+def test_a_trace_of_another_model_is_refused(collected: Path) -> None:
+    with pytest.raises(UserError, match="the routing has 4 layers"):
+        plan(
+            QWEN,
+            "--device-memory",
+            "24GiB",
+            "--link",
+            "25GB/s",
+            "--memory-bandwidth",
+            "768GB/s",
+            "--routing",
+            collected,
+        )
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ ways: Any = st.fixed_dictionaries(
         "policy": st.sampled_from(POLICIES),
         "gating": st.sampled_from(["true", "speculated", "resident"]),
         "slots": st.integers(3, 96),
-        "sources": st.sampled_from([None, farther(nearest(6), 2), {**nearest(6), 3: None}]),
+        "sources": st.sampled_from([None, farther(nearest(range(6)), 2), {**nearest(range(6)), 3: None}]),
         "eviction": st.sampled_from(["lru", "least_stale"]),
         "queue": st.booleans(),
         "readers": st.integers(1, 3),

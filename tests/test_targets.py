@@ -17,6 +17,8 @@ from data_collection.trace import Trace
 from predictors.checkpoint import load_predictors
 from predictors.mlp import ResidualMLP
 from runtime import offloaded
+from runtime.replay import replay
+from runtime.routing import RoutingError
 from train.data import FitError
 from train.export import export
 from train.fit import FitConfig, fit
@@ -88,7 +90,7 @@ def test_the_own_input_says_more_than_the_source_does(with_inputs):
 
 @pytest.mark.parametrize("changes", [{"source": "layer_input"}, {"horizon": 2}, {"loss": "bce"}, {"loss": "ranking"}])
 @torch.no_grad()
-def test_every_kind_is_trained_exported_and_run(with_inputs, tmp_path, tiny_moe_folder, tokenizer, changes):
+def test_every_kind_is_trained_exported_and_run(with_inputs, collected, tmp_path, tiny_moe_folder, tokenizer, changes):
     run = train(with_inputs, tmp_path / "run", **changes)
     result = json.loads((run / "result.json").read_text())
     assert result["mean"]["predictor"] > result["mean"]["training_free"]
@@ -96,6 +98,12 @@ def test_every_kind_is_trained_exported_and_run(with_inputs, tmp_path, tiny_moe_
     what_is_read = {name: value for name, value in changes.items() if name != "loss"}
     expected = {target.layer: target.source for target in choose(with_inputs, **what_is_read)}
     assert predictors.sources == expected
+    # Replayed from the trace they guess as well as on validation.
+    replayed = replay(Trace.open(with_inputs), 1000, 4, predictors)
+    assert replayed.hit_rate == pytest.approx(result["mean"]["predictor"], abs=0.1)
+    if "source" in changes:
+        with pytest.raises(RoutingError, match="lacks the input of layer 1"):
+            replay(Trace.open(collected), 1000, 4, predictors)
     model = AutoModelForCausalLM.from_pretrained(tiny_moe_folder, dtype=torch.float32).eval()
     prompt = tokenizer("The stone number 3", return_tensors="pt")
     outputs = []
