@@ -1,7 +1,8 @@
 """A speculator folded into few operations, where the model's norm and router are as plain as they are in most models.
 
-When one token is decoded, speculation is bound by how many operations it starts and by how many weights it reads. With a router that takes the largest of `R x + c`, and the RMS norm
-`norm_t(x) = g x / r(x)`, `r(x) = sqrt(mean(x^2) + eps)`, what is to be compared is
+When one token is decoded, speculation is bound by how many operations it starts and by how many weights it reads. With a
+router that takes the largest of `R x + c`, and the RMS norm `norm_t(x) = g x / r(x)`, `r(x) = sqrt(mean(x^2) + eps)`, what
+is to be compared is
 
     R (q + W2 silu(W1 a + V m + b1) + b2) + c  =  R' u / r(u) + (R W2) silu(W1' s / r(s) + V m + b1) + (R b2 + c)
 
@@ -130,9 +131,9 @@ class FoldedSpeculator:
     def of(cls, speculator: Speculator, layer: MoELayer, to_scale: bool = False) -> Self | None:
         """The speculator of target `layer` folded, or None where its norm or router is another than it would be taken for.
 
-        Its logits have the speculator's order; `to_scale` they have its values, and are of a router whose weights are known.
         Both are compared on random states: a router that chooses by more than its logits (groups, correction biases) is
-        found out there.
+        found out there. The folded logits have the order of the speculator's; `to_scale` they have their values too, and the
+        router is one whose weights follow from them (`PlainRouter.weighted`).
         """
         norm, weight = speculator.norm, next(speculator.router.parameters(), None)
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
