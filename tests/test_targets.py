@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from data_collection.collect import CollectConfig, collect
+from data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
 from data_collection.trace import Trace
 from predictors.checkpoint import load_predictors
 from predictors.mlp import ResidualMLP
@@ -54,7 +55,11 @@ def train(trace: Path, out: Path, **changes: object) -> Path:
 
 
 def test_auto_takes_the_layers_below_the_threshold(collected):
-    rates = {entry.layer: entry.training_free for entry in Trace.open(collected).manifest.layers}
+    trace = Trace.open(collected)
+    sample = trace.sample(SAMPLE_ROWS, trace.columns_for(trace.sources))
+    [rates] = training_free_hit_rates(sample, trace.sources, trace.stacked(), [trace.manifest.model.top_k])
+    assert rates == pytest.approx(hit_rates_of(trace, trace.sources), abs=1e-6)
+    assert rates == pytest.approx({e.layer: e.training_free for e in trace.manifest.layers}, abs=1e-6)
     middle = sorted(rates.values())[1]
     chosen = choose(collected, layers="auto", threshold=middle + 1e-6)
     assert {target.layer for target in chosen} == {layer for layer, rate in rates.items() if rate <= middle}
