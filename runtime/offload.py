@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, override_forward, sources
+from predictors.architecture import MoELayer, farther, override_forward, sources
 from predictors.checkpoint import Predictors, make_speculators
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
@@ -150,19 +150,26 @@ def candidates_of(
 
 
 def sources_for(layers: list[MoELayer], predictors: Predictors | None, horizon: int | None) -> dict[int, int | None]:
-    """The source of each target layer.
+    """The source of each target layer; raises what `sources_read` does."""
+    return sources_read(sources(layers), predictors, horizon)
+
+
+def sources_read(
+    nearest: dict[int, int | None], predictors: Predictors | None, horizon: int | None
+) -> dict[int, int | None]:
+    """The source of each target layer, where `nearest` names its nearest one: what `predictors` read, or without them what
+    is `horizon` layers before, by default 1.
 
     Raises `OffloadError` for a horizon that `predictors` were not trained for, or sources that the model does not have.
     """
     if horizon not in (None, 1, 2):
         raise OffloadError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
-    asked = sources(layers, horizon or 1)
+    asked = farther(nearest, horizon or 1)
     if predictors is None:
         return asked
-    trained = predictors.sources_of(layers)
-    known = {layer.index for layer in layers}
+    trained = {target: predictors.sources.get(target, source) for target, source in nearest.items()}
     for target, source in trained.items():
-        if source is not None and (source not in known or source >= target):
+        if source is not None and (source not in nearest or source >= target):
             raise OffloadError(
                 f"these predictors read layer {source} for layer {target}, which is no mixture-of-experts layer before it; "
                 "export them again"

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from predictors.architecture import UnsupportedModelError, farther, override_forward, skeleton
+from predictors.architecture import UnsupportedModelError, override_forward, skeleton
 from predictors.checkpoint import Predictors
 from predictors.errors import UserError
 from predictors.experts import expert_modules
 from runtime.cache import Eviction
+from runtime.offload import sources_read
 from runtime.policy import Gating, Policy
 from runtime.routing import ReplayedRouting
 from runtime.simulation import Costs, Simulated, nearest, simulate
@@ -164,29 +165,19 @@ def slots_that_fit(shape: Shape, memory: int, reserve: int) -> int:
 def sources_of(shape: Shape, predictors: Predictors | None, horizon: int | None) -> dict[int, int | None]:
     """The source of each MoE layer, both counted from 0, for `predictors` or a `horizon` without them.
 
-    Raises `PlanError` where the predictors are of another shape, or were trained for another horizon.
+    Raises `PlanError` where the predictors are of another shape, and what `sources_read` does.
     """
-    if horizon not in (None, 1, 2):
-        raise PlanError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
-    asked = farther(nearest(shape.places), horizon or 1)
-    if predictors is None:
-        return asked
-    own = predictors.model
-    if (len(own["moe_layers"]), own["num_experts"], own["top_k"]) != (shape.layers, shape.num_experts, shape.top_k):
+    shown = list(shape.places), shape.num_experts, shape.top_k
+    own = None if predictors is None else predictors.model
+    if own is not None and (own["moe_layers"], own["num_experts"], own["top_k"]) != shown:
         raise PlanError(
             f"these predictors are of a model of {len(own['moe_layers'])} layers with {own['num_experts']} experts, top "
             f"{own['top_k']}, and this one has {shape.layers} with {shape.num_experts}, top {shape.top_k}; give predictors of "
             "this model"
         )
-    place = {layer: number for number, layer in enumerate(own["moe_layers"])}
-    trained = nearest(shape.places)
-    for target, source in predictors.sources.items():
-        trained[place[target]] = None if source is None else place[source]
-    if horizon is not None and trained != asked:
-        raise PlanError(
-            f"a horizon of {horizon} is asked for, and these predictors were trained to read other layers; leave it out"
-        )
-    return trained
+    number = {place: count for count, place in enumerate(shape.places)}
+    found = sources_read(nearest(shape.places), predictors, horizon)
+    return {number[target]: None if source is None else number[source] for target, source in found.items()}
 
 
 def plan(

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from predictors.architecture import farther
 from predictors.checkpoint import Predictors
 from predictors.speculation import Routing, candidates
+from runtime.offload import sources_read
 from runtime.routing import ReplayedRouting, RoutingError
 
 
@@ -20,11 +20,11 @@ def replay(
 
     `trace` is a `data_collection.trace.Trace`. Speculation reads what `predictors` were trained to read; without them it
     is training-free, `horizon` layers ahead, by default 1. Raises `RoutingError` for a trace that lacks layers, or what is
-    to be read.
+    to be read, and what `sources_read` does.
     """
     if sorted(trace.sources) != trace.manifest.model.moe_layers:
         raise RoutingError(f"{trace.path} does not have all layers as targets; collect it with --layers all")
-    sources = farther(trace.sources, horizon or 1) if predictors is None else trace.sources | predictors.sources
+    sources = sources_read(trace.sources, predictors, horizon)
     shard, start, length = max(
         ((number, *_longest_run(trace, number)) for number in range(len(trace.manifest.shards))), key=lambda run: run[2]
     )

@@ -114,11 +114,11 @@ def simulate(
 
 
 def nearest(places: Sequence[int]) -> dict[int, int | None]:
-    """The nearest source of each MoE layer, both counted from 0: the one before, if it is the layer before in the model.
+    """The nearest source of each MoE layer, which are the model's layers `places`: the layer before, if it is one of them.
 
-    `places` are their numbers among all of the model's layers. See `predictors.architecture.sources`.
+    See `predictors.architecture.sources`.
     """
-    return {n: n - 1 if n and place == places[n - 1] + 1 else None for n, place in enumerate(places)}
+    return {place: place - 1 if place - 1 in places else None for place in places}
 
 
 class _Link:

@@ -17,6 +17,7 @@ from predictors.checkpoint import Predictors
 from predictors.discovery import find_moe_layers
 from predictors.errors import UserError
 from runtime.commands import plan as plan_command
+from runtime.offload import OffloadError
 from runtime.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit, sources_of
 
 QWEN = Path(__file__).parent.parent / "benchmarks" / "models" / "qwen3-30b-a3b.json"
@@ -103,7 +104,7 @@ def test_predictors_are_planned_as_far_ahead_as_they_read(model_type: str) -> No
         assert sources_of(shape, trained(horizon), None) == sources_of(shape, trained(horizon), horizon) == expected
         assert sources_of(shape, None, horizon) == expected
         if sources(layers, 1) != sources(layers, 2):
-            with pytest.raises(PlanError, match="other layers"):
+            with pytest.raises(OffloadError, match="other layers"):
                 sources_of(shape, trained(horizon), 3 - horizon)
     with pytest.raises(PlanError, match="predictors of this model"):
         sources_of(read_shape(AutoConfig.from_pretrained(QWEN)), trained(1), None)
@@ -111,17 +112,8 @@ def test_predictors_are_planned_as_far_ahead_as_they_read(model_type: str) -> No
 
 def test_a_trace_of_another_model_is_refused(collected: Path) -> None:
     with pytest.raises(UserError, match="the routing has 4 layers"):
-        plan(
-            QWEN,
-            "--device-memory",
-            "24GiB",
-            "--link",
-            "25GB/s",
-            "--memory-bandwidth",
-            "768GB/s",
-            "--routing",
-            collected,
-        )
+        plan(QWEN, "--device-memory", "24GiB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s",
+             "--routing", collected)  # fmt: skip
 
 
 @pytest.mark.parametrize(
