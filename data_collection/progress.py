@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from data_collection.settings import CollectConfig, CollectError
 from data_collection.trace import MANIFEST, Columns, ShardEntry, Trace
@@ -94,7 +94,8 @@ def save_progress(folder: Path, rank: int, snapshot: Snapshot) -> None:
     file = progress_file(folder, rank)
     aside = file.with_name(file.name + ".partial")
     try:
-        save_file(snapshot.sums, aside, metadata={"progress": snapshot.progress.model_dump_json()})
+        # save_file first writes to a name of its own choosing, which after a kill nobody would remove.
+        aside.write_bytes(save(snapshot.sums, metadata={"progress": snapshot.progress.model_dump_json()}))
         sync(aside)
         os.replace(aside, file)
         sync(folder)

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 
 from data_collection.collect import CollectConfig, collect
-from data_collection.progress import LOCK
+from data_collection.progress import LOCK, Plan, Progress, Snapshot, load_progress, progress_file, save_progress
 from data_collection.trace import Trace, TraceError, column_shapes
 from predictors.errors import UserError
 from train.fit import FitConfig, fit
@@ -186,6 +186,35 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(start, setting
     before = sorted((file.name, file.stat().st_mtime_ns) for file in out.iterdir())
     collect(config, Console(quiet=True))
     assert sorted((file.name, file.stat().st_mtime_ns) for file in out.iterdir()) == before
+
+
+def save_for_ever(folder: Path) -> None:
+    """What a child does: the progress written again and again, so large that a kill meets its writing."""
+    plan = Plan(targets=[1], row_bytes=1, shard_overhead=1, fixed_bytes=1, state_bytes=1)
+    snapshot = Snapshot(Progress(settings={}, processes=1, plan=plan), {"sums": torch.ones(16, 2**20)})
+    while True:
+        save_progress(folder, 0, snapshot)
+
+
+def test_a_kill_while_progress_is_written_leaves_nothing_under_another_name(start, tmp_path):  # noqa: ARG001
+    file = progress_file(tmp_path, 0)
+    for turn in range(5):
+        file.unlink(missing_ok=True)
+        child = multiprocessing.get_context("forkserver").Process(target=save_for_ever, args=(tmp_path,), daemon=True)
+        child.start()
+        until = time.monotonic() + 60
+        while not file.exists():
+            assert child.is_alive()
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        time.sleep(0.013 * turn)
+        child.kill()
+        child.join()
+        snapshot = load_progress(tmp_path, 0)
+        assert snapshot is not None
+        assert bool(snapshot.sums["sums"].eq(1).all())
+        # What is left is what the next writing begins by overwriting.
+        assert {name.removesuffix(".partial") for name in os.listdir(tmp_path)} == {file.name}
 
 
 @contextlib.contextmanager
