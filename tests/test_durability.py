@@ -34,11 +34,16 @@ KILLS = 6
 SHARDS = 24
 
 
-def command_line(arguments: list[str], log: Path, file_limit: int | None) -> None:
-    """What a child does: the command, its output in `log`."""
+def logged(log: Path, job: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """What a child does: the job, its output in `log`."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
+    job(*arguments)
+
+
+def command_line(arguments: list[str], file_limit: int | None) -> None:
+    """The job of a `collect`."""
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     # Children of a shell's background job ignore it, and so would this one.
@@ -50,20 +55,26 @@ def command_line(arguments: list[str], log: Path, file_limit: int | None) -> Non
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseProcess]:
-    """`start(config)` begins a `collect` in a process of its own; its `log` attribute is the file it prints to."""
+def begin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseProcess]:
+    """`begin(job, *arguments)` does a job in a process of its own; its `log` attribute is the file it prints to."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["predict_train", "data_collection.collect", "transformers.models.qwen3_moe"])
     logs = tmp_path_factory.mktemp("logs")
 
-    def begin(config: CollectConfig, file_limit: int | None = None) -> BaseProcess:
+    def process(job: Callable[..., None], *arguments: Any) -> BaseProcess:
         log = logs / f"{len(list(logs.iterdir()))}.txt"
-        child = server.Process(target=command_line, args=(flags(config), log, file_limit), daemon=True)
+        child = server.Process(target=logged, args=(log, job, arguments), daemon=True)
         child.log = log
         child.start()
         return child
 
-    return begin
+    return process
+
+
+@pytest.fixture(scope="module")
+def start(begin: Callable[..., BaseProcess]) -> Callable[..., BaseProcess]:
+    """`start(config)` begins a `collect`."""
+    return lambda config, file_limit=None: begin(command_line, flags(config), file_limit)
 
 
 def flags(config: CollectConfig) -> list[str]:
@@ -189,24 +200,19 @@ def test_killed_at_random_moments_it_ends_as_if_never_interrupted(start, setting
 
 
 def save_for_ever(folder: Path) -> None:
-    """What a child does: the progress written again and again, so large that a kill meets its writing."""
+    """The job of a child: the progress written again and again, so large that a kill meets its writing."""
     plan = Plan(targets=[1], row_bytes=1, shard_overhead=1, fixed_bytes=1, state_bytes=1)
     snapshot = Snapshot(Progress(settings={}, processes=1, plan=plan), {"sums": torch.ones(16, 2**20)})
     while True:
         save_progress(folder, 0, snapshot)
 
 
-def test_a_kill_while_progress_is_written_leaves_nothing_under_another_name(start, tmp_path):  # noqa: ARG001
+def test_a_kill_while_progress_is_written_leaves_nothing_under_another_name(begin, tmp_path):
     file = progress_file(tmp_path, 0)
     for turn in range(5):
         file.unlink(missing_ok=True)
-        child = multiprocessing.get_context("forkserver").Process(target=save_for_ever, args=(tmp_path,), daemon=True)
-        child.start()
-        until = time.monotonic() + 60
-        while not file.exists():
-            assert child.is_alive()
-            assert time.monotonic() < until
-            time.sleep(0.001)
+        child = begin(save_for_ever, tmp_path)
+        wait_for(child, file.exists)
         time.sleep(0.013 * turn)
         child.kill()
         child.join()
