@@ -2,10 +2,11 @@
 
     python -m benchmarks.overlap
 
-The model is that of `benchmarks.runtime`, whole in memory, behind a store that reads no faster than it is told: no disk is
-asked, so the link does not move. Beside each measured time stand two that nobody ran: what `runtime.simulation` expects of
-the link, the computation and the speculation measured in the same run, and what `predict-train plan` says of the config and
-three figures of this machine. For `auto` its trial is measured by itself.
+The model is that of `benchmarks.runtime`, its experts in a packed file that is read no faster than is told: what a disk
+reads it writes to memory by itself, as a GPU's link does, while a copy within memory would take from the processor. Beside
+each measured time stand two that nobody ran: what `runtime.simulation` expects of the link, the computation and the
+speculation measured in the same run, and what `predict-train plan` says of the config and three figures of this machine.
+For `auto` its trial is measured by itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -23,13 +25,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig
 
-from benchmarks.runtime import CONFIG, RESULTS, WARMUP, expected, predictors_of, routing_of, settings_of
-from predictors.architecture import MoELayer
+from benchmarks.runtime import CONFIG, RESULTS, WARMUP, expected, packed, predictors_of, routing_of, settings_of
 from predictors.discovery import find_moe_layers
 from predictors.provenance import command, hardware, versions
 from runtime.automatic import BLOCK, BLOCKS
 from runtime.bench import Measured, bench, parse_ways, results
-from runtime.link import KeptHostStore
+from runtime.link import KeptPackedStore
 from runtime.load import load_offloaded
 from runtime.plan import KERNELS, Hardware, costs_of, plan, read_shape
 from runtime.store import Bytes
@@ -38,11 +39,11 @@ FIXED = "on_demand,prefetch"
 WAYS = f"{FIXED},speculative/true,auto"
 
 
-class ThrottledStore(KeptHostStore):
-    """Experts in memory, behind one link of so many bytes per second that takes up one read after another."""
+class ThrottledStore(KeptPackedStore):
+    """A packed file behind one link of so many bytes per second that takes up one read after another."""
 
-    def __init__(self, layers: list[MoELayer], link: float):
-        super().__init__(layers, pinned=False)
+    def __init__(self, path: Path, link: float):
+        super().__init__(path)
         self._link, self._lock, self._free = link, threading.Lock(), 0.0
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:
@@ -99,18 +100,25 @@ def over_best(measured: Measured) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--links", default="0.5,1,2,4,none", help="GB/s, with commas; none is as fast as memory is")
-    parser.add_argument("--slots", default="60,150,300", help="with commas")
+    parser.add_argument("--links", default="0.5,1,2", help="GB/s, with commas; none is as fast as the disk is")
+    parser.add_argument("--slots", default="150,300,600", help="with commas")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--predictors", type=int, default=3, help="of so many of the first layers, where guesses are weak"
     )
+    parser.add_argument("--scratch", type=Path, help="where the packed file is kept [a temporary folder, removed]")
     parser.add_argument("--json", type=Path, default=RESULTS / "overlap.json")
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measured(arguments, packed(arguments.scratch or Path(folder)))
+    result |= {"command": command(), "versions": versions(), "hardware": hardware()}
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
+
+def measured(arguments: argparse.Namespace, pack: Path) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(CONFIG)
-    model: Any = load_offloaded(config, device="cpu", dtype=torch.bfloat16)
+    model: Any = load_offloaded(config, pack=pack, device="cpu", dtype=torch.bfloat16)
     model.expert_offload.detach()
     layers = find_moe_layers(model)
     known, routing = predictors_of(config, layers, arguments.predictors), routing_of(arguments.tokens)
@@ -123,7 +131,8 @@ def main() -> None:
 
             def measure(ways: str, tokens: int, warmup: int, link: float = link, slots: int = slots) -> Measured:
                 settings = replace(settings_of(tokens, arguments.rounds, slots), warmup=warmup)
-                store = ThrottledStore(layers, link)
+                store = ThrottledStore(pack, link)
+                store.check(model, layers)
                 return bench(model, parse_ways(ways), settings, known, routing, store=store)
 
             found = measure(WAYS, arguments.tokens, WARMUP)
@@ -149,15 +158,13 @@ def main() -> None:
         here = Hardware(reading, link, latency=0.0, launch=starting, is_cuda=False)
         planned(cell["results"], here, cell["slots"], routing, config, predictor)
         report(cell)
-    result = {
+    return {
         "warmup": WARMUP,
         "rounds": arguments.rounds,
         "tokens": arguments.tokens,
         "machine": {"memory_bandwidth": reading, "launch": starting},
         "cells": cells,
     }
-    result |= {"command": command(), "versions": versions(), "hardware": hardware()}
-    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def report(cell: dict[str, Any]) -> None:

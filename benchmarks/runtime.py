@@ -66,17 +66,28 @@ def predictors_of(config: Any, layers: list[Any], count: int) -> Any:
     )
 
 
+def packed(scratch: Path) -> Path:
+    """The packed file, written unless it is there."""
+    import torch
+    from transformers import AutoConfig
+
+    from runtime.pack import pack_random
+
+    pack = scratch / "experts.pack"
+    if not pack.exists():
+        pack_random(AutoConfig.from_pretrained(CONFIG), pack, torch.bfloat16)
+    return pack
+
+
 def make(scratch: Path) -> None:
     """The packed file, and for accelerate the same model as a checkpoint."""
     import torch
     from transformers import AutoConfig
 
     from runtime.load import load_offloaded
-    from runtime.pack import pack_random
 
     config = AutoConfig.from_pretrained(CONFIG)
-    if not (scratch / "experts.pack").exists():
-        pack_random(config, scratch / "experts.pack", torch.bfloat16)
+    packed(scratch)
     if not (scratch / "model").exists():
         model: Any = load_offloaded(config, device="cpu", dtype=torch.bfloat16)
         model.expert_offload.detach()
