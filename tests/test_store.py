@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import build_model
@@ -62,3 +65,15 @@ def test_more_memory_than_there_is_is_refused_in_a_sentence() -> None:
     layout = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).layout
     with pytest.raises(StoreError, match="GiB, which cpu has not left; ask for fewer"):
         empty_blocks(1 << 48, layout, torch.device("cpu"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says of what pages memory is")
+def test_slots_are_huge_pages_where_the_system_has_them() -> None:
+    layout = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).layout
+    blocks = empty_blocks(1 + (1 << 22) // layout.bytes, layout, torch.device("cpu"))
+    mappings = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
+    bounds = [[int(bound, 16) for bound in mapping.split(maxsplit=1)[0].split("-")] for mapping in mappings]
+    (mapping,) = (m for m, (begin, end) in zip(mappings, bounds, strict=True) if begin <= blocks.data_ptr() < end)
+    if "THPeligible" not in mapping:
+        pytest.skip("this kernel knows no transparent huge pages")
+    assert " hg" in mapping.split("VmFlags:")[1]
