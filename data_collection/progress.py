@@ -91,16 +91,9 @@ def progress_file(folder: Path, rank: int) -> Path:
 
 def save_progress(folder: Path, rank: int, snapshot: Snapshot) -> None:
     """Writes the progress of process `rank`, whole or not at all. Raises what the disk raises."""
-    file = progress_file(folder, rank)
-    aside = file.with_name(file.name + ".partial")
-    try:
+    with written_whole(progress_file(folder, rank)) as aside:
         # save_file first writes to a name of its own choosing, which after a kill nobody would remove.
         aside.write_bytes(save(snapshot.sums, metadata={"progress": snapshot.progress.model_dump_json()}))
-        sync(aside)
-        os.replace(aside, file)
-        sync(folder)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def load_progress(folder: Path, rank: int) -> Snapshot | None:
@@ -225,6 +218,19 @@ def is_finished(config: CollectConfig, processes: int) -> bool:
     if others and not progress:
         raise CollectError(f"{folder} holds no unfinished trace to resume; name another folder")
     return False
+
+
+@contextmanager
+def written_whole(file: Path) -> Iterator[Path]:
+    """Yields where to write a file that is to be there whole or not at all, even if the machine stops."""
+    aside = file.with_name(file.name + ".partial")
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, file)
+        sync(file.parent)
+    finally:
+        aside.unlink(missing_ok=True)  # on a full disk its room is wanted
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from data_collection.progress import Snapshot, save_progress, sync
+from data_collection.progress import Snapshot, save_progress, sync, written_whole
 from data_collection.trace import (
     CONFIG,
     MANIFEST,
@@ -165,15 +164,8 @@ class TraceWriter:
 
     def _write_shard(self, rows: Rows, snapshot: Snapshot | None) -> None:
         file = self.path / f"{self.prefix}-{len(self.shards):05d}.safetensors"
-        aside = file.with_name(file.name + ".partial")
-        with disk(file):
-            try:
-                digest = write_columns(aside, rows.columns())
-                sync(aside)
-                os.replace(aside, file)
-                sync(self.path)
-            finally:
-                aside.unlink(missing_ok=True)  # on a full disk its room is wanted
+        with disk(file), written_whole(file) as aside:
+            digest = write_columns(aside, rows.columns())
         entry = ShardEntry(file=file.name, rows=rows.count, bytes=file.stat().st_size, xxh3=digest)
         self.shards.append(entry)
         if snapshot is not None:
