@@ -34,6 +34,10 @@ WARMUP = 36
 ACCELERATE_MEMORY = 800_000_000
 """Bytes of weights that accelerate may keep; with more, what it loads for a layer does not fit beside them."""
 
+FREES = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**20), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""Has glibc give back what is freed. With the first threshold alone the second stays at 128 kB, and what a token allocates
+above it is mapped and unmapped, which beside readers takes milliseconds."""
+
 
 def settings_of(tokens: int, rounds: int, slots: int | None) -> Any:
     import torch
@@ -217,7 +221,7 @@ def limited(limit: int, *arguments: object) -> dict[str, Any]:
                 group[0].write_text(str(os.getpid()))
 
         command = [sys.executable, "-m", "benchmarks.runtime", *map(str, arguments)]
-        environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "65536"}  # frees what is free
+        environment = os.environ | FREES
         child = subprocess.run(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False, preexec_fn=enter
         )

@@ -95,7 +95,8 @@ class ExpertSlots:
         self.store, self.slots = store, slots
         self.counters = Counters()
         self._num_experts, self._eviction, self._executes_guess = num_experts, eviction, executes_guess
-        memory = empty_blocks(slots, store.layout, device)
+        # Written once, since a system that hands out pages at their first use would do it in the midst of a token.
+        memory = empty_blocks(slots, store.layout, device).zero_()
         self._slot_tensors = [store.layout.views(slot) for slot in memory]
         self._cache = SlotCache(slots, len(num_experts), eviction)
         self._mailbox = Mailbox(device)

@@ -10,6 +10,8 @@ import torch
 from conftest import build_model
 
 from predictors.discovery import find_moe_layers
+from runtime.cache import Eviction
+from runtime.slots import ExpertSlots
 from runtime.store import PAGE, HostStore, StoreError, as_bytes, empty_blocks
 
 
@@ -67,13 +69,34 @@ def test_more_memory_than_there_is_is_refused_in_a_sentence() -> None:
         empty_blocks(1 << 48, layout, torch.device("cpu"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says of what pages memory is")
-def test_slots_are_huge_pages_where_the_system_has_them() -> None:
-    layout = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).layout
-    blocks = empty_blocks(1 + (1 << 22) // layout.bytes, layout, torch.device("cpu"))
+needs_smaps = pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="only Linux says of what pages memory is"
+)
+
+
+def mapping_of(blocks: torch.Tensor) -> str:
+    """What Linux says of the memory that the blocks lie in."""
     mappings = re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]
     bounds = [[int(bound, 16) for bound in mapping.split(maxsplit=1)[0].split("-")] for mapping in mappings]
-    (mapping,) = (m for m, (begin, end) in zip(mappings, bounds, strict=True) if begin <= blocks.data_ptr() < end)
+    (found,) = (m for m, (begin, end) in zip(mappings, bounds, strict=True) if begin <= blocks.data_ptr() < end)
+    return found
+
+
+@needs_smaps
+def test_slots_are_huge_pages_where_the_system_has_them() -> None:
+    layout = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).layout
+    mapping = mapping_of(empty_blocks(1 + (1 << 22) // layout.bytes, layout, torch.device("cpu")))
     if "THPeligible" not in mapping:
         pytest.skip("this kernel knows no transparent huge pages")
     assert " hg" in mapping.split("VmFlags:")[1]
+
+
+@needs_smaps
+def test_slots_have_their_memory_before_the_first_token() -> None:
+    layers = find_moe_layers(build_model("qwen3_moe"))
+    store, experts = HostStore(layers, pinned=False), [layer.num_experts for layer in layers]
+    slots = ExpertSlots(store, experts, 200, torch.device("cpu"), 1, Eviction.LRU, executes_guess=False)
+    present = re.search(r"^Rss: +(\d+) kB", mapping_of(slots.transfers.slots), flags=re.MULTILINE)
+    slots.close()
+    assert present is not None
+    assert 1024 * int(present[1]) >= 200 * store.layout.bytes
