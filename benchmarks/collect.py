@@ -35,10 +35,9 @@ from typing import TYPE_CHECKING, Any
 
 # Torch is imported only where it is needed: the parent of a memory measurement stays small.
 if TYPE_CHECKING:
+    from predict_train.data_collection.batches import TokenBatch
+    from predict_train.data_collection.settings import CollectConfig
     from transformers import PreTrainedModel
-
-    from data_collection.batches import TokenBatch
-    from data_collection.settings import CollectConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "checkpoints" / "tiny-moe"
@@ -97,10 +96,9 @@ def _saved(model: Any, batches: Batches, folder: Path) -> None:
 
 def ours(model: PreTrainedModel, batches: Batches, folder: Path) -> None:
     import torch
-
-    from data_collection.hooks import Recorder
-    from data_collection.passes import run_batch
-    from data_collection.writer import TraceWriter
+    from predict_train.data_collection.hooks import Recorder
+    from predict_train.data_collection.passes import run_batch
+    from predict_train.data_collection.writer import TraceWriter
 
     layers = layers_of(model)
     tokens = sum(batch.tokens for batch in batches)
@@ -130,7 +128,7 @@ WAYS: dict[str, Callable[[PreTrainedModel, Batches, Path], None]] = {
 @functools.cache
 def layers_of(model: PreTrainedModel) -> list[Any]:
     """The MoE layers, found once a model, as in a collection."""
-    from predictors.discovery import find_moe_layers
+    from predict_train.predictors.discovery import find_moe_layers
 
     return find_moe_layers(model)
 
@@ -156,7 +154,7 @@ def load(name: str, dtype: str) -> PreTrainedModel:
 
 def settings(tokens: int, sequence_length: int = 256, batch_size: int = 16) -> CollectConfig:
     """Those of a collection of packed sequences: with nothing padded, a token costs the same in all three ways."""
-    from data_collection.settings import CollectConfig
+    from predict_train.data_collection.settings import CollectConfig
 
     return CollectConfig(
         model=str(EMBEDDED),
@@ -171,8 +169,8 @@ def settings(tokens: int, sequence_length: int = 256, batch_size: int = 16) -> C
 
 def batches_of(tokens: int, batch_size: int) -> Batches:
     """Text of the embedded corpus in whole batches; the embedded model's tokens serve both models."""
-    from data_collection.batches import read_batches
-    from predictors.loading import load_tokenizer
+    from predict_train.data_collection.batches import read_batches
+    from predict_train.predictors.loading import load_tokenizer
 
     count = max(1, tokens // (256 * batch_size))
     whole = count * 256 * batch_size
@@ -181,7 +179,7 @@ def batches_of(tokens: int, batch_size: int) -> Batches:
 
 def compare(name: str, dtype: str, tokens: int, rounds: int, batch_size: int, scratch: Path) -> dict[str, Any]:
     """Seconds of each way in each round, tokens per second (median) and ratios to the plain forward (median)."""
-    from data_collection.memory import keep_freed_memory
+    from predict_train.data_collection.memory import keep_freed_memory
 
     keep_freed_memory()
     model, batches = load(name, dtype), batches_of(tokens, batch_size)
@@ -239,11 +237,12 @@ def peak_memory(tokens: int, scratch: Path) -> dict[str, Any]:
     out = scratch / "trace"
     # Of VmHWM and not ru_maxrss: the latter goes on from the parent's memory where a process was made by vfork.
     script = (
-        "import atexit, pathlib, re, sys, predict_train\n"
+        "import atexit, pathlib, re, sys\n"
+        "from predict_train import cli\n"
         "status = pathlib.Path('/proc/self/status')\n"
         "atexit.register(lambda: print('PEAK', re.search(r'VmHWM:\\s*(\\d+) kB', status.read_text())[1]))\n"
         "sys.argv[0] = 'predict-train'\n"
-        "predict_train.main()\n"
+        "cli.main()\n"
     )
     arguments = ["collect", str(EMBEDDED), "--tokens", str(tokens), "--out", str(out)]
     started = time.perf_counter()
@@ -292,7 +291,7 @@ def main() -> None:
     if "speed" in result:
         report(result["speed"])
 
-    from predictors.provenance import command, hardware, versions
+    from predict_train.predictors.provenance import command, hardware, versions
 
     result |= {"command": command(), "versions": versions(), "hardware": hardware()}
     default = "collect-memory.json" if "memory" in result else "collect.json"

@@ -12,14 +12,13 @@ import argparse
 import json
 from pathlib import Path
 
+from predict_train.data_collection.statistics import training_free_hit_rates
+from predict_train.data_collection.trace import Trace
+from predict_train.predictors.provenance import command, versions
+from predict_train.predictors.speculation import Speculator
+from predict_train.predictors.stacked import StackedSpeculators
 from rich.console import Console
 from rich.table import Table
-
-from data_collection.statistics import training_free_hit_rates
-from data_collection.trace import Trace
-from predictors.provenance import command, versions
-from predictors.speculation import Speculator
-from predictors.stacked import StackedSpeculators
 
 ROWS = 60_000
 

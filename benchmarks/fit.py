@@ -25,15 +25,14 @@ from typing import Any
 
 import lightning
 import torch
+from predict_train.data_collection.memory import keep_freed_memory
+from predict_train.data_collection.trace import Trace
+from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.train.data import TraceData
+from predict_train.train.fit import FitConfig, fit, lightning_trainer, quiet
+from predict_train.train.module import PredictorTraining
+from predict_train.train.targets import Target, choose_targets
 from rich.console import Console
-
-from data_collection.memory import keep_freed_memory
-from data_collection.trace import Trace
-from predictors.provenance import command, hardware, versions
-from train.data import TraceData
-from train.fit import FitConfig, fit, lightning_trainer, quiet
-from train.module import PredictorTraining
-from train.targets import Target, choose_targets
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 5

@@ -17,15 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from predict_train.data_collection.trace import Trace
+from predict_train.predictors.metrics import gap_closed
+from predict_train.predictors.mlp import ResidualMLP
+from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.train.fit import FitConfig, fit
+from predict_train.train.losses import LOSSES
 from rich.console import Console
 from rich.table import Table
-
-from data_collection.trace import Trace
-from predictors.metrics import gap_closed
-from predictors.mlp import ResidualMLP
-from predictors.provenance import command, hardware, versions
-from train.fit import FitConfig, fit
-from train.losses import LOSSES
 
 RESULTS = Path(__file__).parent / "results"
 FROM: list[dict[str, Any]] = [{}, {"horizon": 2}, {"source": "layer_input"}]

@@ -23,17 +23,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.runtime.automatic import BLOCK, BLOCKS
+from predict_train.runtime.load import load_offloaded
+from predict_train.runtime.measure.bench import Measured, bench, parse_ways, results
+from predict_train.runtime.measure.link import KeptPackedStore
+from predict_train.runtime.measure.plan import KERNELS, Hardware, costs_of, plan, read_shape
+from predict_train.runtime.store import Bytes
 from transformers import AutoConfig
 
 from benchmarks.runtime import CONFIG, RESULTS, WARMUP, expected, packed, predictors_of, routing_of, settings_of
-from predictors.discovery import find_moe_layers
-from predictors.provenance import command, hardware, versions
-from runtime.automatic import BLOCK, BLOCKS
-from runtime.bench import Measured, bench, parse_ways, results
-from runtime.link import KeptPackedStore
-from runtime.load import load_offloaded
-from runtime.plan import KERNELS, Hardware, costs_of, plan, read_shape
-from runtime.store import Bytes
 
 FIXED = "on_demand,prefetch"
 WAYS = f"{FIXED},speculative/true,auto"

@@ -18,15 +18,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from predict_train.data_collection.examples import Batch, make_batch
+from predict_train.data_collection.trace import Trace
+from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.train.module import one_cycle
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm import tqdm
-
-from data_collection.examples import Batch, make_batch
-from data_collection.trace import Trace
-from predictors.provenance import command, hardware, versions
-from train.module import one_cycle
 
 CHUNK = 20_000
 

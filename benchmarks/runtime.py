@@ -41,15 +41,14 @@ above it is mapped and unmapped, which beside readers takes milliseconds."""
 
 def settings_of(tokens: int, rounds: int, slots: int | None) -> Any:
     import torch
-
-    from runtime.bench import Settings
+    from predict_train.runtime.measure.bench import Settings
 
     prompt = torch.randint(8192, (1, 32), generator=torch.Generator().manual_seed(0))
     return Settings(prompt, torch.device("cpu"), tokens=tokens, warmup=WARMUP, rounds=rounds, slots=slots)
 
 
 def routing_of(tokens: int) -> Any:
-    from runtime.routing import PRESETS, draw_routing
+    from predict_train.runtime.measure.routing import PRESETS, draw_routing
 
     return draw_routing(PRESETS["moe-1b"], steps=WARMUP + tokens, layers=12, num_experts=64, top_k=4, candidates=6)
 
@@ -57,10 +56,9 @@ def routing_of(tokens: int) -> Any:
 def predictors_of(config: Any, layers: list[Any], count: int) -> Any:
     """Predictors of the default width for the first `count` layers, with random weights, which cost what trained ones do."""
     import torch
-
-    from predictors.architecture import moe_shape
-    from predictors.checkpoint import Predictors
-    from predictors.mlp import ResidualMLP
+    from predict_train.predictors.architecture import moe_shape
+    from predict_train.predictors.checkpoint import Predictors
+    from predict_train.predictors.mlp import ResidualMLP
 
     size, experts = config.hidden_size, config.num_experts
     return Predictors(
@@ -73,9 +71,8 @@ def predictors_of(config: Any, layers: list[Any], count: int) -> Any:
 def packed(scratch: Path) -> Path:
     """The packed file, written unless it is there."""
     import torch
+    from predict_train.runtime.pack import pack_random
     from transformers import AutoConfig
-
-    from runtime.pack import pack_random
 
     pack = scratch / "experts.pack"
     if not pack.exists():
@@ -86,9 +83,8 @@ def packed(scratch: Path) -> Path:
 def make(scratch: Path) -> None:
     """The packed file, and for accelerate the same model as a checkpoint."""
     import torch
+    from predict_train.runtime.load import load_offloaded
     from transformers import AutoConfig
-
-    from runtime.load import load_offloaded
 
     config = AutoConfig.from_pretrained(CONFIG)
     packed(scratch)
@@ -100,11 +96,10 @@ def make(scratch: Path) -> None:
 
 def ours(scratch: Path, tokens: int, rounds: int, slots: int, predictors: int) -> dict[str, Any]:
     import torch
+    from predict_train.predictors.discovery import find_moe_layers
+    from predict_train.runtime.load import load_offloaded
+    from predict_train.runtime.measure.bench import bench, parse_ways, results
     from transformers import AutoConfig
-
-    from predictors.discovery import find_moe_layers
-    from runtime.bench import bench, parse_ways, results
-    from runtime.load import load_offloaded
 
     config = AutoConfig.from_pretrained(CONFIG)
     model: Any = load_offloaded(config, pack=scratch / "experts.pack", device="cpu", dtype=torch.bfloat16)
@@ -132,9 +127,8 @@ def expected(rows: list[dict[str, Any]], link: float, slots: int, routing: Any, 
     from dataclasses import replace
 
     import torch
-
-    from runtime.plan import Hardware, costs_of, read_shape
-    from runtime.simulation import simulate
+    from predict_train.runtime.measure.plan import Hardware, costs_of, read_shape
+    from predict_train.runtime.measure.simulation import simulate
 
     shape = read_shape(config, torch.bfloat16)
     compute = rows[0]["time_per_output_token_ms"]["median"] - rows[0]["stall_ms_per_token"]
@@ -151,11 +145,10 @@ def expected(rows: list[dict[str, Any]], link: float, slots: int, routing: Any, 
 
 def accelerate(scratch: Path, tokens: int, rounds: int) -> dict[str, Any]:
     import torch
+    from predict_train.predictors.discovery import find_moe_layers
+    from predict_train.runtime.measure.bench import measure_round
+    from predict_train.runtime.measure.routing import replaying
     from transformers import AutoModelForCausalLM
-
-    from predictors.discovery import find_moe_layers
-    from runtime.bench import measure_round
-    from runtime.routing import replaying
 
     model = AutoModelForCausalLM.from_pretrained(
         scratch / "model",
@@ -282,7 +275,7 @@ def main() -> None:
             result["accelerate"] = limited(arguments.memory, "--child", "accelerate", *common)
             print(f"accelerate: {json.dumps(result['accelerate'])}")
 
-    from predictors.provenance import command, hardware, versions
+    from predict_train.predictors.provenance import command, hardware, versions
 
     result |= {"command": command(), "versions": versions(), "hardware": hardware()}
     arguments.json.write_text(json.dumps(result, indent=2) + "\n")

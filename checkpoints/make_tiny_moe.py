@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from lightning.fabric import Fabric
+from predict_train.data_collection.corpus import read_documents, sequences
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
-
-from data_collection.corpus import read_documents, sequences
 
 OUT = Path(__file__).parent / "tiny-moe"
 STATE = Path(__file__).parent / "tiny-moe.state"

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_collection.corpus import read_documents, sequences
-from data_collection.settings import CollectConfig
+from .corpus import read_documents, sequences
+from .settings import CollectConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

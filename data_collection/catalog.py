@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from data_collection.hooks import LayerRecord, Recorder
-from predictors.architecture import MoELayer, UnsupportedModelError
-from predictors.discovery import find_moe_layers
+from ..predictors.architecture import MoELayer, UnsupportedModelError
+from ..predictors.discovery import find_moe_layers
+from .hooks import LayerRecord, Recorder
 
 LAYERS = 4
 SIZES: dict[str, Any] = {

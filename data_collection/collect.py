@@ -19,13 +19,17 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_collection.batches import TokenBatch, read_batches
-from data_collection.hooks import Recorder
-from data_collection.memory import keep_freed_memory
-from data_collection.passes import most_rows, run_batch
-from data_collection.pilot import make_plan, speculation_state
-from data_collection.processes import Group, joined
-from data_collection.progress import (
+from ..predictors.architecture import MoELayer, moe_shape
+from ..predictors.discovery import find_moe_layers
+from ..predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+from ..predictors.provenance import command, versions
+from .batches import TokenBatch, read_batches
+from .hooks import Recorder
+from .memory import keep_freed_memory
+from .passes import most_rows, run_batch
+from .pilot import make_plan, speculation_state
+from .processes import Group, joined
+from .progress import (
     LOCK,
     Digest,
     Progress,
@@ -38,14 +42,10 @@ from data_collection.progress import (
     remove_unfinished,
     save_progress,
 )
-from data_collection.settings import CollectConfig, CollectError
-from data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
-from data_collection.trace import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry, ShardEntry, Trace
-from data_collection.writer import TraceWriter, disk, write_manifest, write_speculation
-from predictors.architecture import MoELayer, moe_shape
-from predictors.discovery import find_moe_layers
-from predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
-from predictors.provenance import command, versions
+from .settings import CollectConfig, CollectError
+from .statistics import SAMPLE_ROWS, training_free_hit_rates
+from .trace import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry, ShardEntry, Trace
+from .writer import TraceWriter, disk, write_manifest, write_speculation
 
 __all__ = ["CollectConfig", "CollectError", "collect"]
 

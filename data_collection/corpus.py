@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from predictors.errors import UserError
+from ..predictors.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from data_collection.trace import Columns
-from predictors.speculation import Routing, mixture_of
-from predictors.stacked import StackedSpeculators
+from ..predictors.speculation import Routing, mixture_of
+from ..predictors.stacked import StackedSpeculators
+from .trace import Columns
 
 
 class Batch(NamedTuple):

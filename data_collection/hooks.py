@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from predictors.architecture import MoELayer, first_tensor, override_forward, sources
-from predictors.experts import Groups, expert_parameters, run_experts
-from predictors.metrics import HitRate
-from predictors.speculation import Router, Routing
+from ..predictors.architecture import MoELayer, first_tensor, override_forward, sources
+from ..predictors.experts import Groups, expert_parameters, run_experts
+from ..predictors.metrics import HitRate
+from ..predictors.speculation import Router, Routing
 
 CONTROL_STRIDE = 8
 

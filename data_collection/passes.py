@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from data_collection.batches import TokenBatch, sample_mask
-from data_collection.hooks import LayerRecord, Recorder
-from data_collection.settings import CollectConfig
-from data_collection.trace import Columns
+from .batches import TokenBatch, sample_mask
+from .hooks import LayerRecord, Recorder
+from .settings import CollectConfig
+from .trace import Columns
 
 
 def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:

@@ -12,16 +12,16 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_collection.batches import read_batches
-from data_collection.hooks import Recorder
-from data_collection.passes import run_batch
-from data_collection.progress import Plan
-from data_collection.settings import CollectConfig, CollectError
-from data_collection.statistics import training_free_hit_rates
-from data_collection.trace import Columns
-from predictors.architecture import MoELayer
-from predictors.speculation import Router, Speculator
-from predictors.stacked import StackedSpeculators
+from ..predictors.architecture import MoELayer
+from ..predictors.speculation import Router, Speculator
+from ..predictors.stacked import StackedSpeculators
+from .batches import read_batches
+from .hooks import Recorder
+from .passes import run_batch
+from .progress import Plan
+from .settings import CollectConfig, CollectError
+from .statistics import training_free_hit_rates
+from .trace import Columns
 
 RATES_TOKENS = 4096
 # The estimate costs a collection at most this share of its time, and no more than a few batches.

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from data_collection.settings import CollectConfig, CollectError
-from data_collection.trace import MANIFEST, Columns, ShardEntry, Trace
+from .settings import CollectConfig, CollectError
+from .trace import MANIFEST, Columns, ShardEntry, Trace
 
 LOCK = "collect.lock"
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field
 
-from data_collection.corpus import EMBEDDED, Split
-from predictors.errors import UserError
-from predictors.settings import Settings
+from ..predictors.errors import UserError
+from ..predictors.settings import Settings
+from .corpus import EMBEDDED, Split
 
 Count = Annotated[int, Field(gt=0)]
 Phase = Literal["prefill", "decode"]

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from data_collection.examples import make_batch
-from data_collection.trace import Columns, Trace
-from predictors.metrics import HitRate
-from predictors.mlp import ResidualMLP
-from predictors.speculation import candidates
-from predictors.stacked import StackedSpeculators
+from ..predictors.metrics import HitRate
+from ..predictors.mlp import ResidualMLP
+from ..predictors.speculation import candidates
+from ..predictors.stacked import StackedSpeculators
+from .examples import make_batch
+from .trace import Columns, Trace
 
 CHUNK_ROWS = 2048
 """Rows in memory at a time: about 3 GB of fp32 states at 48 layers of hidden size 4096."""

@@ -35,11 +35,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig
 
-from predictors.architecture import skeleton
-from predictors.errors import UserError
-from predictors.settings import describe
-from predictors.speculation import Router, Speculator
-from predictors.stacked import StackedSpeculators
+from ..predictors.architecture import skeleton
+from ..predictors.errors import UserError
+from ..predictors.settings import describe
+from ..predictors.speculation import Router, Speculator
+from ..predictors.stacked import StackedSpeculators
 
 FORMAT_VERSION = 2
 MANIFEST, CONFIG, SPECULATION = "manifest.json", "config.json", "speculation.safetensors"

@@ -18,8 +18,8 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from data_collection.progress import Snapshot, save_progress, sync, written_whole
-from data_collection.trace import (
+from .progress import Snapshot, save_progress, sync, written_whole
+from .trace import (
     CONFIG,
     MANIFEST,
     SPECULATION,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from predictors.errors import UserError
+from .errors import UserError
 
 
 class UnsupportedModelError(UserError):

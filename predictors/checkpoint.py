@@ -24,12 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, describe_shape, moe_shape, sources
-from predictors.config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
-from predictors.discovery import find_moe_layers
-from predictors.mlp import ResidualMLP
-from predictors.settings import shown
-from predictors.speculation import Router, Speculator
+from .architecture import MoELayer, describe_shape, moe_shape, sources
+from .config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
+from .discovery import find_moe_layers
+from .mlp import ResidualMLP
+from .settings import shown
+from .speculation import Router, Speculator
 
 WEIGHTS, CARD = "predictors.safetensors", "README.md"
 FLOATS = ("F32", "BF16", "F16")

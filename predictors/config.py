@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from predictors.architecture import fingerprint
-from predictors.errors import UserError
-from predictors.settings import describe, shown
+from .architecture import fingerprint
+from .errors import UserError
+from .settings import describe, shown
 
 FORMAT_VERSION = 3
 READABLE = (2, FORMAT_VERSION)

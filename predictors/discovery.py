@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from predictors.architecture import Join, MoELayer, UnsupportedModelError, first_tensor, override_forward
+from .architecture import Join, MoELayer, UnsupportedModelError, first_tensor, override_forward
 
 PROBE_TOKENS = 8
 

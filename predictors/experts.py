@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from predictors.architecture import UnsupportedModelError
+from .architecture import UnsupportedModelError
 
 
 class Groups(NamedTuple):

@@ -20,8 +20,8 @@ from typing import NamedTuple, Self
 import torch
 import torch.nn.functional as F
 
-from predictors.architecture import MoELayer
-from predictors.speculation import Router, Routing, Speculator
+from .architecture import MoELayer
+from .speculation import Router, Routing, Speculator
 
 PROBES = 256
 """Random states on which a norm and a router are compared with what they are taken for."""

@@ -15,7 +15,8 @@ PACKAGES = ("predict-train", "torch", "transformers", "lightning", "safetensors"
 
 def command() -> str:
     """The command line of this process, quoted so that a shell takes it back."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name.replace("__main__.py", "predict-train")  # run by `python -m`, it is that of the file
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from predictors.errors import UserError
+from .errors import UserError
 
 
 class SettingsError(UserError):

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from predictors.architecture import MoELayer
-from predictors.mlp import ResidualMLP
+from .architecture import MoELayer
+from .mlp import ResidualMLP
 
 
 class Routing(NamedTuple):

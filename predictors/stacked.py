@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from predictors.speculation import Router, Routing, Speculator, quasi_residual
+from .speculation import Router, Routing, Speculator, quasi_residual
 
 PROBES = 16
 """Random states on which what is batched is compared with the parts themselves."""

@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.cache import Eviction
-    from runtime.load import load_experts, load_offloaded
-    from runtime.offload import ExpertOffload, OffloadError, offload_experts, offloaded
-    from runtime.policy import Gating, Policy
-    from runtime.store import StoreError
+    from .host.cache import Eviction
+    from .load import load_experts, load_offloaded
+    from .offload import ExpertOffload, OffloadError, offload_experts, offloaded
+    from .policy import Gating, Policy
+    from .store import StoreError
 
 __all__ = [
     "Eviction",
@@ -23,12 +23,12 @@ __all__ = [
     "offloaded",
 ]
 
-_MODULES = ("cache", "load", "offload", "policy", "store")
+_MODULES = ("host.cache", "load", "offload", "policy", "store")
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: the command line imports this package for its commands' options, and torch takes seconds to import.
+    # On first use: torch takes seconds to import, and the command line's help needs none of it.
     if name not in __all__:
-        raise AttributeError(f"module 'runtime' has no attribute {name!r}")
-    modules = (import_module(f"runtime.{module}") for module in _MODULES)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    modules = (import_module(f"predict_train.runtime.{module}") for module in _MODULES)
     return next(getattr(module, name) for module in modules if hasattr(module, name))

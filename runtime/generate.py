@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from predictors.errors import UserError
-from runtime.offload import ExpertOffload
-from runtime.slots import Counters
+from ..predictors.errors import UserError
+from .host.slots import Counters
+from .offload import ExpertOffload
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from predictors.checkpoint import Predictors, load_predictors
-from predictors.discovery import find_moe_layers
-from predictors.experts import expert_modules
-from predictors.loading import load_model, resolve_device
-from runtime.offload import OffloadError, offload_experts
-from runtime.pack import draw_experts, experts_ignored, load_and_pack, random_without_experts
-from runtime.packfile import PackedStore, read_header
-from runtime.store import as_bytes, common_layout, empty_blocks
+from ..predictors.checkpoint import Predictors, load_predictors
+from ..predictors.discovery import find_moe_layers
+from ..predictors.experts import expert_modules
+from ..predictors.loading import load_model, resolve_device
+from .offload import OffloadError, offload_experts
+from .pack import draw_experts, experts_ignored, load_and_pack, random_without_experts
+from .packfile import PackedStore, read_header
+from .store import as_bytes, common_layout, empty_blocks
 
 STORES = ("auto", "host", "file")
 

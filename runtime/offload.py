@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, farther, override_forward, sources
-from predictors.checkpoint import Predictors, make_speculators
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from predictors.experts import expert_parameters
-from runtime.automatic import AUTO, Trial
-from runtime.cache import Eviction
-from runtime.packfile import PackedStore
-from runtime.policy import Gating, Policy, Replay, RoutingControl, candidates_from_recall
-from runtime.slots import Counters, ExpertSlots
-from runtime.store import ExpertStore, HostStore
+from ..predictors.architecture import MoELayer, farther, override_forward, sources
+from ..predictors.checkpoint import Predictors, make_speculators
+from ..predictors.discovery import find_moe_layers
+from ..predictors.errors import UserError
+from ..predictors.experts import expert_parameters
+from .automatic import AUTO, Trial
+from .host.cache import Eviction
+from .host.slots import Counters, ExpertSlots
+from .packfile import PackedStore
+from .policy import Gating, Policy, Replay, RoutingControl, candidates_from_recall
+from .store import ExpertStore, HostStore
 
 SPECULATED_TOKENS = 16
 

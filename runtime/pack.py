@@ -20,12 +20,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from predictors.architecture import skeleton
-from predictors.discovery import find_moe_layers
-from predictors.experts import expert_modules, is_experts
-from predictors.loading import load_model
-from runtime.packfile import PackWriter
-from runtime.store import StoreError
+from ..predictors.architecture import skeleton
+from ..predictors.discovery import find_moe_layers
+from ..predictors.experts import expert_modules, is_experts
+from ..predictors.loading import load_model
+from .packfile import PackWriter
+from .store import StoreError
 
 Take = Callable[[nn.Module, str, torch.Tensor], None]
 """Takes over one stacked parameter of an experts module: `(module, name, values [num_experts, ...])`."""

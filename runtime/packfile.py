@@ -24,9 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, describe_shape, moe_shape
-from predictors.experts import expert_modules
-from runtime.store import PAGE, BlockLayout, Bytes, StoreError, as_bytes, block_layout, empty_blocks
+from ..predictors.architecture import MoELayer, describe_shape, moe_shape
+from ..predictors.experts import expert_modules
+from .store import PAGE, BlockLayout, Bytes, StoreError, as_bytes, block_layout, empty_blocks
 
 FORMAT_VERSION = 1
 _START = struct.Struct("<8sQQQ")

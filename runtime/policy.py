@@ -22,10 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch.overrides import TorchFunctionMode
 
-from predictors.architecture import MoELayer, UnsupportedModelError, first_tensor, override_forward
-from predictors.architecture import sources as nearest_sources
-from predictors.folded import FoldedSpeculator, PlainRouter
-from predictors.speculation import Routing, Speculator, candidates, flat_routing
+from ..predictors.architecture import MoELayer, UnsupportedModelError, first_tensor, override_forward
+from ..predictors.architecture import sources as nearest_sources
+from ..predictors.folded import FoldedSpeculator, PlainRouter
+from ..predictors.speculation import Routing, Speculator, candidates, flat_routing
 
 
 class Policy(StrEnum):

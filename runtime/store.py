@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from predictors.architecture import MoELayer
-from predictors.errors import UserError
+from ..predictors.architecture import MoELayer
+from ..predictors.errors import UserError
 
 ALIGNMENT = 64  # bytes; keeps every tensor of a block as well aligned as torch's own allocations
 PAGE = 4096  # bytes; blocks and slots begin at multiples of it, which direct reads ask for

@@ -135,9 +135,8 @@ def text_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory: pytest.TempPathFactory, tiny_moe_folder: Path, text_corpus: Path) -> Path:
     """A trace of the tiny model, all four layers as targets, 8000 tokens in several shards. Don't write to it."""
+    from predict_train.data_collection.collect import CollectConfig, collect
     from rich.console import Console
-
-    from data_collection.collect import CollectConfig, collect
 
     out = tmp_path_factory.mktemp("traces") / "trace"
     config = CollectConfig(
@@ -155,9 +154,8 @@ def collected(tmp_path_factory: pytest.TempPathFactory, tiny_moe_folder: Path, t
 @pytest.fixture(scope="session")
 def fitted(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> Path:
     """A finished run of `fit` on the collected trace: three epochs, width 32. Don't write to it."""
+    from predict_train.train.fit import FitConfig, fit
     from rich.console import Console
-
-    from train.fit import FitConfig, fit
 
     out = tmp_path_factory.mktemp("runs") / "run"
     config = FitConfig(trace=collected, out=out, width=32, epochs=3, batch_size=128, learning_rate=1e-2, device="cpu")

@@ -6,20 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from predict_train.data_collection.catalog import tiny_model
+from predict_train.data_collection.collect import CollectConfig, collect
+from predict_train.data_collection.trace import Trace
+from predict_train.predictors.architecture import moe_shape
+from predict_train.predictors.checkpoint import Predictors, load_predictors, make_speculators
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.speculation import Routing
+from predict_train.runtime import offloaded
+from predict_train.train.export import export
+from predict_train.train.fit import FitConfig, fit
 from rich.console import Console
 from test_offload import everything_resident
 from transformers import AutoModelForCausalLM
-
-from data_collection.catalog import tiny_model
-from data_collection.collect import CollectConfig, collect
-from data_collection.trace import Trace
-from predictors.architecture import moe_shape
-from predictors.checkpoint import Predictors, load_predictors, make_speculators
-from predictors.discovery import find_moe_layers
-from predictors.speculation import Routing
-from runtime import offloaded
-from train.export import export
-from train.fit import FitConfig, fit
 
 # A post-norm with a shared expert, a router with arguments and 3-D input; no norm; attention beside the block; experts in
 # a space of their own, and dense layers between; a scaled stream; a router whose argument is a buffer.

@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.runtime import offloaded
+from predict_train.runtime.automatic import BLOCK, BLOCKS, CLOSE_TRIED_AGAIN_AFTER, TRIED_AGAIN_AFTER, Trial
 from test_offload import everything_resident, greedy, prompt
 from transformers import PreTrainedModel
-
-from runtime import offloaded
-from runtime.automatic import BLOCK, BLOCKS, CLOSE_TRIED_AGAIN_AFTER, TRIED_AGAIN_AFTER, Trial
 
 
 @given(st.floats(0.01, 10), st.floats(0.01, 10), st.lists(st.integers(0, BLOCK * BLOCKS - 1), max_size=4, unique=True))

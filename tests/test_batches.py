@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from data_collection import batches
-from data_collection.batches import (
+from predict_train.data_collection import batches
+from predict_train.data_collection.batches import (
     TokenBatch,
     packed_batches,
     padded_batches,
@@ -19,10 +18,10 @@ from data_collection.batches import (
     prompts,
     sample_mask,
 )
-from data_collection.hooks import Recorder
-from data_collection.passes import run_batch
-from data_collection.settings import CollectConfig
-from predictors.discovery import find_moe_layers
+from predict_train.data_collection.hooks import Recorder
+from predict_train.data_collection.passes import run_batch
+from predict_train.data_collection.settings import CollectConfig
+from predict_train.predictors.discovery import find_moe_layers
 
 # Distinct characters, so that a token says where in which document it stood.
 LETTERS = "".join(chr(i) for i in range(33, 127))

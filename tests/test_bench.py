@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 import torch
 import typer
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.runtime.commands import bench as bench_command
+from predict_train.runtime.commands import pack as pack_command
+from predict_train.runtime.measure.accelerated import accelerated
+from predict_train.runtime.measure.bench import BenchError, Measured, Round, Settings, Way, bench, parse_ways, results
+from predict_train.runtime.measure.routing import Statistics, draw_routing
 from transformers import PreTrainedModel
-
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from runtime.accelerated import accelerated
-from runtime.bench import BenchError, Measured, Round, Settings, Way, bench, parse_ways, results
-from runtime.commands import bench as bench_command
-from runtime.commands import pack as pack_command
-from runtime.routing import Statistics, draw_routing
 
 ALL = "resident,on_demand,prefetch,speculative"
 TINY = {"layers": 4, "num_experts": 8, "top_k": 2, "candidates": 4}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from runtime.cache import Eviction, Key, SlotCache
+from predict_train.runtime.host.cache import Eviction, Key, SlotCache
 
 LAYERS = 3
 KEYS = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, 5))

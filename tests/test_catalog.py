@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-
-from data_collection import catalog
-from data_collection.catalog import Support
-from predictors.discovery import find_moe_layers
+from predict_train.data_collection import catalog
+from predict_train.data_collection.catalog import Support
+from predict_train.predictors.discovery import find_moe_layers
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +91,6 @@ def test_the_check_sees_a_router_without_its_arguments():
     ],
 )
 def test_the_source_is_the_last_layer_known_in_time(model_type, expected):
-    from predictors.architecture import sources
+    from predict_train.predictors.architecture import sources
 
     assert sources(find_moe_layers(catalog.tiny_model(model_type))) == expected

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import predict_train
+from predict_train import cli
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     """Runs the command line in this process; returns its exit code."""
     monkeypatch.setattr(sys, "argv", ["predict-train", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit_info:
-        predict_train.main()
+        cli.main()
     code = exit_info.value.code
     assert code is None or isinstance(code, int)
     return code or 0
@@ -245,8 +245,9 @@ def test_wrong_input_ends_in_one_sentence(
 
 def test_the_runtime_imports_no_training_library() -> None:
     script = (
-        "import sys, runtime, runtime.evaluate, runtime.generate\n"
-        "print([m for m in ('lightning', 'datasets', 'tensorboard', 'data_collection', 'train') if m in sys.modules])"
+        "import sys, predict_train.runtime.measure.evaluate, predict_train.runtime.generate\n"
+        "rooms = 'predict_train.data_collection', 'predict_train.train'\n"
+        "print([m for m in ('lightning', 'datasets', 'tensorboard', *rooms) if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from predict_train.data_collection.batches import read_batches, sample_mask
+from predict_train.data_collection.collect import CollectConfig, collect
+from predict_train.data_collection.hooks import Recorder
+from predict_train.data_collection.trace import FORMAT_VERSION, Trace, column_shapes
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.predictors.settings import SettingsError, load_config
 from rich.console import Console
 from transformers import GenerationConfig
 
-import predict_train
-from data_collection.batches import read_batches, sample_mask
-from data_collection.collect import CollectConfig, collect
-from data_collection.hooks import Recorder
-from data_collection.trace import FORMAT_VERSION, Trace, column_shapes
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from predictors.settings import SettingsError, load_config
+from predict_train import cli
 
 MOE = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "mixtral", "olmoe"]
 
@@ -263,7 +263,7 @@ def test_the_command_mixes_corpora_as_the_file_does(tiny_moe_folder, text_corpus
                  tmp_path / "t", "--max-bytes", "1GB", "--sample", 0.05, "--device", "cpu"]  # fmt: skip
     monkeypatch.setattr("sys.argv", ["predict-train", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        predict_train.main()
+        cli.main()
     assert not ended.value.code
     settings = tmp_path / "settings.yaml"
     settings.write_text(f"corpus:\n- {stones}\n- {rivers}@3\ntokens: 20000\nmax_bytes: 1GB\nsample: 0.05\n")

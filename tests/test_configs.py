@@ -7,10 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from data_collection.settings import CollectConfig
-from data_collection.trace import LayerEntry, Manifest, ModelEntry, ShardEntry, column_shapes
-from predictors.settings import load_config
+from predict_train.data_collection.settings import CollectConfig
+from predict_train.data_collection.trace import LayerEntry, Manifest, ModelEntry, ShardEntry, column_shapes
+from predict_train.predictors.settings import load_config
 
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))

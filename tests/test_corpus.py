@@ -14,10 +14,9 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.data_collection import corpus
+from predict_train.data_collection.corpus import CorpusError, embedded_files, is_held_out, read_documents, sequences
 from transformers import PreTrainedTokenizerFast
-
-from data_collection import corpus
-from data_collection.corpus import CorpusError, embedded_files, is_held_out, read_documents, sequences
 
 
 def test_the_embedded_split_is_disjoint_and_whole():

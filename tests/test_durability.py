@@ -22,13 +22,20 @@ from typing import Any
 
 import pytest
 import torch
+from predict_train.data_collection.collect import CollectConfig, collect
+from predict_train.data_collection.progress import (
+    LOCK,
+    Plan,
+    Progress,
+    Snapshot,
+    load_progress,
+    progress_file,
+    save_progress,
+)
+from predict_train.data_collection.trace import Trace, TraceError, column_shapes
+from predict_train.predictors.errors import UserError
+from predict_train.train.fit import FitConfig, fit
 from rich.console import Console
-
-from data_collection.collect import CollectConfig, collect
-from data_collection.progress import LOCK, Plan, Progress, Snapshot, load_progress, progress_file, save_progress
-from data_collection.trace import Trace, TraceError, column_shapes
-from predictors.errors import UserError
-from train.fit import FitConfig, fit
 
 KILLS = 6
 SHARDS = 24
@@ -49,16 +56,18 @@ def command_line(arguments: list[str], file_limit: int | None) -> None:
     # Children of a shell's background job ignore it, and so would this one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["predict-train", *arguments]
-    import predict_train
+    from predict_train import cli
 
-    predict_train.main()
+    cli.main()
 
 
 @pytest.fixture(scope="module")
 def begin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseProcess]:
     """`begin(job, *arguments)` does a job in a process of its own; its `log` attribute is the file it prints to."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["predict_train", "data_collection.collect", "transformers.models.qwen3_moe"])
+    server.set_forkserver_preload(
+        ["predict_train.cli", "predict_train.data_collection.collect", "transformers.models.qwen3_moe"]
+    )
     logs = tmp_path_factory.mktemp("logs")
 
     def process(job: Callable[..., None], *arguments: Any) -> BaseProcess:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from predict_train.data_collection.corpus import read_documents, sequences
+from predict_train.data_collection.hooks import Recorder
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.experts import run_experts
+from predict_train.runtime import offloaded
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from data_collection.corpus import read_documents, sequences
-from data_collection.hooks import Recorder
-from predictors.discovery import find_moe_layers
-from predictors.experts import run_experts
-from runtime import offloaded
 
 FOLDER = Path(__file__).parent.parent / "checkpoints" / "tiny-moe"
 PROMPTS = [

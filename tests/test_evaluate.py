@@ -6,16 +6,15 @@ import dataclasses
 
 import pytest
 import torch
+from predict_train.predictors.architecture import moe_shape
+from predict_train.predictors.checkpoint import Predictors, PredictorsError
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.predictors.mlp import ResidualMLP
+from predict_train.runtime import offload_experts
+from predict_train.runtime.generate import generate
+from predict_train.runtime.measure.evaluate import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-
-from predictors.architecture import moe_shape
-from predictors.checkpoint import Predictors, PredictorsError
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from predictors.mlp import ResidualMLP
-from runtime import offload_experts
-from runtime.evaluate import evaluate
-from runtime.generate import generate
 
 
 @pytest.fixture

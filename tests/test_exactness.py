@@ -15,14 +15,13 @@ import torch
 from conftest import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from predict_train.data_collection.catalog import examine, moe_types, tiny_model
+from predict_train.predictors.architecture import UnsupportedModelError
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.runtime import Eviction, offload_experts, offloaded
+from predict_train.runtime.store import Bytes, HostStore
 from test_offload import everything_resident, greedy, prompt
 from transformers import PreTrainedModel
-
-from data_collection.catalog import examine, moe_types, tiny_model
-from predictors.architecture import UnsupportedModelError
-from predictors.discovery import find_moe_layers
-from runtime import Eviction, offload_experts, offloaded
-from runtime.store import Bytes, HostStore
 
 POLICIES = ("on_demand", "prefetch")
 TOP_K = 2

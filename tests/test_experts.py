@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from predict_train.predictors.architecture import UnsupportedModelError
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.experts import expert_output, expert_parameters, group_by_expert, run_experts
 from torch import nn
 from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
-
-from predictors.architecture import UnsupportedModelError
-from predictors.discovery import find_moe_layers
-from predictors.experts import expert_output, expert_parameters, group_by_expert, run_experts
 
 TOKENS = 33
 

@@ -11,22 +11,21 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, ModelCard
+from predict_train.data_collection.examples import make_batch
+from predict_train.data_collection.trace import Trace
+from predict_train.predictors.checkpoint import load_predictors, make_speculators
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.predictors.metrics import HitRate
+from predict_train.predictors.speculation import Routing
+from predict_train.train.data import held_out_sequences
+from predict_train.train.export import export
+from predict_train.train.fit import FitConfig, fit
+from predict_train.train.inspection import inspect, report
+from predict_train.train.module import PredictorTraining
+from predict_train.train.targets import Target
 from rich.console import Console
 from safetensors.torch import load_file
-
-from data_collection.examples import make_batch
-from data_collection.trace import Trace
-from predictors.checkpoint import load_predictors, make_speculators
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from predictors.metrics import HitRate
-from predictors.speculation import Routing
-from train.data import held_out_sequences
-from train.export import export
-from train.fit import FitConfig, fit
-from train.inspection import inspect, report
-from train.module import PredictorTraining
-from train.targets import Target
 
 
 @pytest.fixture

@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.runtime import StoreError, load_experts, load_offloaded, offload_experts, offloaded
+from predict_train.runtime.store import Bytes, HostStore
 from test_offload import everything_resident, greedy, prompt
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from predictors.discovery import find_moe_layers
-from runtime import StoreError, load_experts, load_offloaded, offload_experts, offloaded
-from runtime.store import Bytes, HostStore
 
 pytestmark = pytest.mark.timeout(60)
 IDS = prompt(1, 6)
@@ -201,7 +200,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from transformers import AutoConfig
-from runtime import StoreError, load_offloaded, offload_experts
+from predict_train.runtime import StoreError, load_offloaded, offload_experts
 config = AutoConfig.for_model("qwen3_moe", hidden_size=256, moe_intermediate_size=1024, num_experts=16, num_hidden_layers=8,
                               num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, vocab_size=99)
 model = load_offloaded(config, device="cpu", dtype=torch.float32, pack=sys.argv[1], slots=4)

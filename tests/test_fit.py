@@ -10,18 +10,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.data_collection.collect import CollectConfig, collect
+from predict_train.data_collection.examples import make_batch
+from predict_train.data_collection.trace import Trace, TraceError
+from predict_train.predictors.errors import UserError
+from predict_train.train import fit as job
+from predict_train.train.data import (
+    BLOCK_BYTES,
+    FitError,
+    TraceBlocks,
+    TraceData,
+    TraceLoader,
+    held_out_sequences,
+    plan_blocks,
+)
+from predict_train.train.fit import FitConfig, fit
+from predict_train.train.module import PredictorTraining
+from predict_train.train.targets import Target
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from data_collection.collect import CollectConfig, collect
-from data_collection.examples import make_batch
-from data_collection.trace import Trace, TraceError
-from predictors.errors import UserError
-from train import fit as job
-from train.data import BLOCK_BYTES, FitError, TraceBlocks, TraceData, TraceLoader, held_out_sequences, plan_blocks
-from train.fit import FitConfig, fit
-from train.module import PredictorTraining
-from train.targets import Target
 
 
 @pytest.fixture

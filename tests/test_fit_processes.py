@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from data_collection.trace import Trace
-from train.data import TraceBlocks, TraceData, TraceLoader
+from predict_train.data_collection.trace import Trace
+from predict_train.train.data import TraceBlocks, TraceData, TraceLoader
 
 ROOT = Path(__file__).resolve().parent.parent
 

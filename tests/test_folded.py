@@ -6,14 +6,13 @@ import warnings
 
 import pytest
 import torch
-
-from data_collection import catalog
-from predictors.architecture import MoELayer, UnsupportedModelError
-from predictors.discovery import find_moe_layers
-from predictors.folded import FoldedSpeculator, PlainRouter
-from predictors.mlp import ResidualMLP
-from predictors.speculation import Router, Routing, Speculator, candidates
-from runtime.policy import RestrictedChoice
+from predict_train.data_collection import catalog
+from predict_train.predictors.architecture import MoELayer, UnsupportedModelError
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.folded import FoldedSpeculator, PlainRouter
+from predict_train.predictors.mlp import ResidualMLP
+from predict_train.predictors.speculation import Router, Routing, Speculator, candidates
+from predict_train.runtime.policy import RestrictedChoice
 
 PLAIN = {"qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "jamba", "granitemoe"}
 

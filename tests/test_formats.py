@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from predict_train.predictors.checkpoint import Predictors, load_predictors, make_speculators, save_predictors
+from predict_train.predictors.config import FORMAT_VERSION, READABLE
+from predict_train.predictors.mlp import ResidualMLP
+from predict_train.predictors.speculation import Routing
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
-
-from predictors.checkpoint import Predictors, load_predictors, make_speculators, save_predictors
-from predictors.config import FORMAT_VERSION, READABLE
-from predictors.mlp import ResidualMLP
-from predictors.speculation import Routing
 
 DATA = Path(__file__).parent / "data"
 HIDDEN, EXPERTS = 32, 8  # those of the model in the fixture `tiny_moe`

@@ -10,16 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.predictors.architecture import sources
+from predict_train.predictors.checkpoint import make_speculators
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.runtime import Gating, Policy, offloaded
+from predict_train.runtime.offload import OffloadError
+from predict_train.runtime.policy import RoutingControl
 from test_offload import everything_resident, greedy, prompt
 from test_policy import with_default_vectors
 from transformers import PreTrainedModel
-
-from predictors.architecture import sources
-from predictors.checkpoint import make_speculators
-from predictors.discovery import find_moe_layers
-from runtime import Gating, Policy, offloaded
-from runtime.offload import OffloadError
-from runtime.policy import RoutingControl
 
 ARCHITECTURES = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 OWN_INPUT = {0: None, 1: 0, 2: None, 3: 1}

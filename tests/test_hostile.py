@@ -18,12 +18,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.predictors.architecture import fingerprint
+from predict_train.predictors.checkpoint import load_predictors
+from predict_train.predictors.config import MOST_BYTES, PredictorsError
+from predict_train.train.export import export
 from safetensors.torch import load, load_file, save
-
-from predictors.architecture import fingerprint
-from predictors.checkpoint import load_predictors
-from predictors.config import MOST_BYTES, PredictorsError
-from train.export import export
 
 WEIGHTS, CONFIG = "predictors.safetensors", "config.json"
 

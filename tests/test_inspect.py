@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from predict_train.data_collection import statistics
+from predict_train.data_collection.statistics import balance, trace_statistics
+from predict_train.data_collection.trace import Trace
+from predict_train.predictors.errors import UserError
+from predict_train.train.export import export
+from predict_train.train.inspection import InspectError, inspect, plot, report
 from rich.console import Console
 from safetensors.torch import load_file
 
-import predict_train
-from data_collection import statistics
-from data_collection.statistics import balance, trace_statistics
-from data_collection.trace import Trace
-from predictors.errors import UserError
-from train.export import export
-from train.inspection import InspectError, inspect, plot, report
+from predict_train import cli
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_the_command_writes_figures_and_json(kind, request, tmp_path, monkeypatc
     arguments = ["inspect", str(folder), "--plot", str(picture), "--json", str(file)]
     monkeypatch.setattr(sys, "argv", ["predict-train", *arguments])
     with pytest.raises(SystemExit) as exit_info:
-        predict_train.main()
+        cli.main()
     assert not exit_info.value.code
     assert json.loads(file.read_text())["layers"]
     with Image.open(picture) as image:
@@ -210,7 +210,7 @@ def test_a_broken_shard_is_named_with_exit_code_2(copy, break_it, monkeypatch, c
     shard.write_bytes(content)
     monkeypatch.setattr(sys, "argv", ["predict-train", "inspect", str(copy), "--verify"])
     with pytest.raises(SystemExit) as exit_info:
-        predict_train.main()
+        cli.main()
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert "shard-00001.safetensors is broken" in error
@@ -252,7 +252,7 @@ def test_a_broken_folder_is_one_sentence(tmp_path, name, content, message):
 def test_a_figure_that_can_not_be_written_is_refused_first(collected, option, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["predict-train", "inspect", str(collected), *option])
     with pytest.raises(SystemExit) as exit_info:
-        predict_train.main()
+        cli.main()
     assert exit_info.value.code == 2
     output = capsys.readouterr()
     assert not output.out

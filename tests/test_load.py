@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from predict_train.predictors.errors import UserError
+from predict_train.runtime import load_experts, load_offloaded, offload_experts
+from predict_train.runtime.pack import pack_random
 from test_offload import everything_resident, greedy, prompt
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-
-from predictors.errors import UserError
-from runtime import load_experts, load_offloaded, offload_experts
-from runtime.pack import pack_random
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -121,9 +120,9 @@ import json, resource, sys
 import torch
 torch.set_num_threads(1)
 import transformers, runtime
-from runtime import load_offloaded
-from runtime.pack import pack
-from predictors.discovery import find_moe_layers
+from predict_train.runtime import load_offloaded
+from predict_train.runtime.pack import pack
+from predict_train.predictors.discovery import find_moe_layers
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 folder, out, kind = sys.argv[1:]
 if kind == "pack":

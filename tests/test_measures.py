@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from predictors.metrics import Calibration, ExpertRecall, probability_of_choice
-from predictors.speculation import Routing, candidates
-from train.measures import Measures
+from predict_train.predictors.metrics import Calibration, ExpertRecall, probability_of_choice
+from predict_train.predictors.speculation import Routing, candidates
+from predict_train.train.measures import Measures
 
 KINDS = ("training_free", "predictor")
 LAYERS, EXPERTS, TOP_K = 2, 8, 3

@@ -3,8 +3,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from predictors.mlp import ResidualMLP, StackedResidualMLPs
+from predict_train.predictors.mlp import ResidualMLP, StackedResidualMLPs
 
 
 def randomise(module: torch.nn.Module, seed: int) -> None:

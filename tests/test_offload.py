@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from predict_train.predictors.architecture import moe_shape
+from predict_train.predictors.checkpoint import Predictors
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.predictors.experts import run_experts
+from predict_train.runtime import offload_experts, offloaded
+from predict_train.runtime.offload import SPECULATED_TOKENS
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from predictors.architecture import moe_shape
-from predictors.checkpoint import Predictors
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from predictors.experts import run_experts
-from runtime import offload_experts, offloaded
-from runtime.offload import SPECULATED_TOKENS
 
 SUPPORTED = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

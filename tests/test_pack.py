@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.runtime import offload_experts
+from predict_train.runtime.pack import pack, pack_random
+from predict_train.runtime.packfile import PackedStore, read_header
+from predict_train.runtime.store import PAGE, StoreError, as_bytes, empty_blocks
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from runtime import offload_experts
-from runtime.pack import pack, pack_random
-from runtime.packfile import PackedStore, read_header
-from runtime.store import PAGE, StoreError, as_bytes, empty_blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 import typer
+from predict_train.data_collection.catalog import tiny_config, tiny_model
+from predict_train.predictors.architecture import UnsupportedModelError, moe_shape, sources
+from predict_train.predictors.checkpoint import Predictors
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.runtime.commands import plan as plan_command
+from predict_train.runtime.measure.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit, sources_of
+from predict_train.runtime.offload import OffloadError
 from transformers import AutoConfig
-
-from data_collection.catalog import tiny_config, tiny_model
-from predictors.architecture import UnsupportedModelError, moe_shape, sources
-from predictors.checkpoint import Predictors
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from runtime.commands import plan as plan_command
-from runtime.offload import OffloadError
-from runtime.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit, sources_of
 
 QWEN = Path(__file__).parent.parent / "benchmarks" / "models" / "qwen3-30b-a3b.json"
 TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoehybrid", "nemotron_h", "glm4_moe", "qwen3_next"]

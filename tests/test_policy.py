@@ -8,15 +8,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from predict_train.data_collection.hooks import Recorder
+from predict_train.predictors.architecture import moe_shape, sources
+from predict_train.predictors.checkpoint import Predictors, make_speculators
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.speculation import candidates
+from predict_train.runtime import Gating, Policy, offload_experts
+from predict_train.runtime.policy import RestrictedChoice, RoutingControl
 from transformers import PreTrainedModel
-
-from data_collection.hooks import Recorder
-from predictors.architecture import moe_shape, sources
-from predictors.checkpoint import Predictors, make_speculators
-from predictors.discovery import find_moe_layers
-from predictors.speculation import candidates
-from runtime import Gating, Policy, offload_experts
-from runtime.policy import RestrictedChoice, RoutingControl
 
 SUPPORTED = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 

@@ -9,12 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.predictors.architecture import MoELayer
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.runtime import offloaded
+from predict_train.runtime.measure.routing import (
+    PRESETS,
+    ReplayedRouting,
+    RoutingError,
+    Statistics,
+    draw_routing,
+    replaying,
+)
 from transformers import PreTrainedModel
-
-from predictors.architecture import MoELayer
-from predictors.discovery import find_moe_layers
-from runtime import offloaded
-from runtime.routing import PRESETS, ReplayedRouting, RoutingError, Statistics, draw_routing, replaying
 
 WAYS = [
     ("on_demand", "true"),

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-
-from predictors.architecture import farther
-from runtime.routing import ReplayedRouting, Statistics, draw_routing
-from runtime.simulation import Costs, nearest, simulate
+from predict_train.predictors.architecture import farther
+from predict_train.runtime.measure.routing import ReplayedRouting, Statistics, draw_routing
+from predict_train.runtime.measure.simulation import Costs, nearest, simulate
 
 POLICIES = ["on_demand", "prefetch", "speculative"]
 WARMUP = 4

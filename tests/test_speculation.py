@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from predictors.discovery import find_moe_layers
-from predictors.metrics import HitRate
-from predictors.mlp import ResidualMLP
-from predictors.speculation import Routing, Speculator, candidates, mixture_of, quasi_residual
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.metrics import HitRate
+from predict_train.predictors.mlp import ResidualMLP
+from predict_train.predictors.speculation import Routing, Speculator, candidates, mixture_of, quasi_residual
 
 
 def routing_of(logits: torch.Tensor, top_k: int) -> Routing:

@@ -6,14 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.data_collection import catalog
+from predict_train.predictors.architecture import MoELayer, sources
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.predictors.speculation import Router, Routing, Speculator
+from predict_train.predictors.stacked import StackedSpeculators
 from torch import nn
-
-from data_collection import catalog
-from predictors.architecture import MoELayer, sources
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from predictors.speculation import Router, Routing, Speculator
-from predictors.stacked import StackedSpeculators
 
 ROWS = 12
 

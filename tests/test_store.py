@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model
-
-from predictors.discovery import find_moe_layers
-from runtime.cache import Eviction
-from runtime.slots import ExpertSlots
-from runtime.store import PAGE, HostStore, StoreError, as_bytes, empty_blocks
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.runtime.host.cache import Eviction
+from predict_train.runtime.host.slots import ExpertSlots
+from predict_train.runtime.store import PAGE, HostStore, StoreError, as_bytes, empty_blocks
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])

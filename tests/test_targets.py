@@ -9,22 +9,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.data_collection.collect import CollectConfig, collect
+from predict_train.data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
+from predict_train.data_collection.trace import Trace
+from predict_train.predictors.checkpoint import load_predictors
+from predict_train.predictors.mlp import ResidualMLP
+from predict_train.runtime import offloaded
+from predict_train.runtime.measure.replay import replay
+from predict_train.runtime.measure.routing import RoutingError
+from predict_train.train.data import FitError
+from predict_train.train.export import export
+from predict_train.train.fit import FitConfig, fit
+from predict_train.train.losses import LOSSES
+from predict_train.train.targets import Target, choose_targets, hit_rates_of, parameters_in, share_out
 from rich.console import Console
 from transformers import AutoModelForCausalLM
-
-from data_collection.collect import CollectConfig, collect
-from data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
-from data_collection.trace import Trace
-from predictors.checkpoint import load_predictors
-from predictors.mlp import ResidualMLP
-from runtime import offloaded
-from runtime.replay import replay
-from runtime.routing import RoutingError
-from train.data import FitError
-from train.export import export
-from train.fit import FitConfig, fit
-from train.losses import LOSSES
-from train.targets import Target, choose_targets, hit_rates_of, parameters_in, share_out
 
 
 @pytest.fixture(scope="module")

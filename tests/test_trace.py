@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from predict_train.data_collection import writer as writer_module
+from predict_train.data_collection.examples import make_batch
+from predict_train.data_collection.trace import MANIFEST, Trace, TraceError
+from predict_train.data_collection.writer import TraceWriter
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.speculation import Routing, Speculator
 from safetensors.torch import load_file
-
-from data_collection import writer as writer_module
-from data_collection.examples import make_batch
-from data_collection.trace import MANIFEST, Trace, TraceError
-from data_collection.writer import TraceWriter
-from predictors.discovery import find_moe_layers
-from predictors.speculation import Routing, Speculator
 
 
 @pytest.fixture

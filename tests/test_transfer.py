@@ -14,10 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from predict_train.runtime.host.transfer import ThreadTransfers, Transfers, make_transfers
+from predict_train.runtime.store import BlockLayout, Bytes, StoreError, block_layout, empty_blocks
 from torch import nn
-
-from runtime.store import BlockLayout, Bytes, StoreError, block_layout, empty_blocks
-from runtime.transfer import ThreadTransfers, Transfers, make_transfers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SIZE = 5000

@@ -22,11 +22,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from predictors.metrics import gap_closed
-from predictors.provenance import hardware
-from train import figures
-from train.measures import Kind
-from train.module import PredictorTraining, Results, mean_of
+from ..predictors.metrics import gap_closed
+from ..predictors.provenance import hardware
+from . import figures
+from .measures import Kind
+from .module import PredictorTraining, Results, mean_of
 
 WINDOW = 20
 """Batches from one measurement of the throughput to the next."""

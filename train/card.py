@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from predictors.checkpoint import Predictors
-from predictors.config import FORMAT_VERSION
-from predictors.metrics import gap_closed
+from ..predictors.checkpoint import Predictors
+from ..predictors.config import FORMAT_VERSION
+from ..predictors.metrics import gap_closed
 
 
 class Rounding(NamedTuple):

@@ -12,8 +12,8 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_collection.trace import Columns, Piece, Trace
-from predictors.errors import UserError
+from ..data_collection.trace import Columns, Piece, Trace
+from ..predictors.errors import UserError
 
 MIXED_SHARDS = 4
 BLOCK_BYTES = 8 << 20

@@ -16,15 +16,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from data_collection.statistics import CHUNK_ROWS, hit_rates
-from data_collection.trace import Trace
-from predictors.checkpoint import Predictors, refuse_existing, save_predictors
-from predictors.loading import DTYPES
-from predictors.mlp import ResidualMLP, StackedResidualMLPs
-from predictors.provenance import command, versions
-from train.card import Rounding, layer_table, model_card, remarks
-from train.data import FitError, held_out_sequences
-from train.fit import RESULT, read_run
+from ..data_collection.statistics import CHUNK_ROWS, hit_rates
+from ..data_collection.trace import Trace
+from ..predictors.checkpoint import Predictors, refuse_existing, save_predictors
+from ..predictors.loading import DTYPES
+from ..predictors.mlp import ResidualMLP, StackedResidualMLPs
+from ..predictors.provenance import command, versions
+from .card import Rounding, layer_table, model_card, remarks
+from .data import FitError, held_out_sequences
+from .fit import RESULT, read_run
 
 ROUNDING_ROWS = 20_000
 """Validation rows that the cost of rounding is measured on, at the most."""

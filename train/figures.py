@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from predictors.metrics import CalibrationCurve
-from train.measures import Kind, Measured
+from ..predictors.metrics import CalibrationCurve
+from .measures import Kind, Measured
 
 # Okabe and Ito's palette: told apart by people who see colours differently.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00")

@@ -28,16 +28,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from data_collection.memory import keep_freed_memory
-from data_collection.trace import Trace, write_durably
-from predictors.loading import resolve_device
-from predictors.metrics import gap_closed
-from predictors.provenance import command, versions
-from predictors.settings import Settings
-from train.board import Board
-from train.data import FitError, TraceData
-from train.module import MEAN_HIT_RATE, PredictorTraining, mean_of
-from train.targets import Source, choose_targets
+from ..data_collection.memory import keep_freed_memory
+from ..data_collection.trace import Trace, write_durably
+from ..predictors.loading import resolve_device
+from ..predictors.metrics import gap_closed
+from ..predictors.provenance import command, versions
+from ..predictors.settings import Settings
+from .board import Board
+from .data import FitError, TraceData
+from .module import MEAN_HIT_RATE, PredictorTraining, mean_of
+from .targets import Source, choose_targets
 
 CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
 WHERE_AND_HOW = {"trace", "out", "resume", "device", "workers", "devices", "num_nodes", "strategy"}

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from predictors.errors import UserError
-from predictors.metrics import gap_closed
+from ..predictors.errors import UserError
+from ..predictors.metrics import gap_closed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,8 +70,8 @@ def _size(path: Path) -> int:
 
 
 def _trace(path: Path, verify: bool, sample_rows: int | None) -> dict[str, Any]:
-    from data_collection.statistics import SAMPLE_ROWS, trace_statistics
-    from data_collection.trace import Trace
+    from ..data_collection.statistics import SAMPLE_ROWS, trace_statistics
+    from ..data_collection.trace import Trace
 
     trace = Trace.open(path)
     if verify:
@@ -83,7 +83,7 @@ def _trace(path: Path, verify: bool, sample_rows: int | None) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from train.fit import RESULT, read_run
+    from .fit import RESULT, read_run
 
     settings = read_run(path)
     found: dict[str, Any] = {"kind": "run", "path": str(path), "bytes": _size(path), **settings}
@@ -127,8 +127,8 @@ def _epochs(path: Path) -> list[dict[str, float]]:
 def _predictors(path: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
-    from predictors.checkpoint import WEIGHTS, load_predictors
-    from predictors.config import read_config
+    from ..predictors.checkpoint import WEIGHTS, load_predictors
+    from ..predictors.config import read_config
 
     predictors = load_predictors(path)
     config, weights = read_config(path), load_file(path / WEIGHTS)
@@ -177,7 +177,7 @@ def _facts(console: Console, title: str, facts: dict[str, Any]) -> None:
 
 
 def _model(model: dict[str, Any]) -> str:
-    from predictors.architecture import describe_shape
+    from ..predictors.architecture import describe_shape
 
     return f"{model['name']}: {describe_shape(model)}"
 
@@ -317,7 +317,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from train.figures import draw_rates
+    from .figures import draw_rates
 
     layers = [entry["layer"] for entry in found["layers"]]
     loads = found["kind"] == "trace"

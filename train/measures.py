@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from predictors.metrics import Calibration, CalibrationCurve, ExpertRecall, HitRate, RecallCurve
-from predictors.speculation import Routing, candidates
+from ..predictors.metrics import Calibration, CalibrationCurve, ExpertRecall, HitRate, RecallCurve
+from ..predictors.speculation import Routing, candidates
 
 Kind = Literal["training_free", "predictor"]
 

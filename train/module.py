@@ -8,13 +8,13 @@ from typing import Any
 import lightning
 import torch
 
-from data_collection.examples import Batch, make_batch
-from data_collection.trace import Trace
-from predictors.mlp import StackedResidualMLPs
-from train.data import Rows
-from train.losses import LOSSES
-from train.measures import Kind, Measured, Measures
-from train.targets import Target
+from ..data_collection.examples import Batch, make_batch
+from ..data_collection.trace import Trace
+from ..predictors.mlp import StackedResidualMLPs
+from .data import Rows
+from .losses import LOSSES
+from .measures import Kind, Measured, Measures
+from .targets import Target
 
 MEAN_HIT_RATE = "hit_rate/mean"
 WARM_UP = 0.1

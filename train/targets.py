@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from transformers import AutoConfig
 
-from data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
-from data_collection.trace import Trace
-from predictors.architecture import farther, skeleton
-from predictors.experts import expert_modules
-from predictors.mlp import ResidualMLP
-from train.data import FitError
+from ..data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
+from ..data_collection.trace import Trace
+from ..predictors.architecture import farther, skeleton
+from ..predictors.experts import expert_modules
+from ..predictors.mlp import ResidualMLP
+from .data import FitError
 
 Source = Literal["quasi_hidden", "layer_input"]
 WIDTH_STEP = 16

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from runtime.cache import Key
-from runtime.store import StoreError
+from ..store import StoreError
+from .cache import Key
 
 POLL_SECONDS = 1.0
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, override_forward
-from runtime.offload import ExpertOffload
-from runtime.store import Bytes, ExpertStore
+from ...predictors.architecture import MoELayer, override_forward
+from ..offload import ExpertOffload
+from ..store import Bytes, ExpertStore
 
 COLOURS = {
     "token": "grey",

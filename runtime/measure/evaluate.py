@@ -13,13 +13,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer, first_tensor
-from predictors.checkpoint import Predictors, make_speculators
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from predictors.speculation import Speculator, flat_routing
-from runtime.offload import candidates_of, offloaded, sources_for
-from runtime.policy import Gating, Policy, RoutingControl
+from ...predictors.architecture import MoELayer, first_tensor
+from ...predictors.checkpoint import Predictors, make_speculators
+from ...predictors.discovery import find_moe_layers
+from ...predictors.errors import UserError
+from ...predictors.speculation import Speculator, flat_routing
+from ..offload import candidates_of, offloaded, sources_for
+from ..policy import Gating, Policy, RoutingControl
 
 EVERY_TOKEN = 1 << 40
 

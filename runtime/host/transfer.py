@@ -11,9 +11,9 @@ from typing import Protocol
 
 import torch
 
-from runtime.cache import Key
-from runtime.readers import Copy, Readers
-from runtime.store import Bytes, ExpertStore, HostStore, StoreError, as_bytes, empty_blocks
+from ..store import Bytes, ExpertStore, HostStore, StoreError, as_bytes, empty_blocks
+from .cache import Key
+from .readers import Copy, Readers
 
 
 class Transfers(Protocol):

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from predictors.architecture import MoELayer, first_tensor, override_forward
-from predictors.errors import UserError
-from predictors.speculation import Routing
+from ...predictors.architecture import MoELayer, first_tensor, override_forward
+from ...predictors.errors import UserError
+from ...predictors.speculation import Routing
 
 Ids = NDArray[np.int64]
 Numbers = NDArray[np.float64]

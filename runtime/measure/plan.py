@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from predictors.architecture import UnsupportedModelError, override_forward, skeleton
-from predictors.checkpoint import Predictors
-from predictors.errors import UserError
-from predictors.experts import expert_modules
-from runtime.cache import Eviction
-from runtime.offload import sources_read
-from runtime.policy import Gating, Policy
-from runtime.routing import ReplayedRouting
-from runtime.simulation import Costs, Simulated, nearest, simulate
+from ...predictors.architecture import UnsupportedModelError, override_forward, skeleton
+from ...predictors.checkpoint import Predictors
+from ...predictors.errors import UserError
+from ...predictors.experts import expert_modules
+from ..host.cache import Eviction
+from ..offload import sources_read
+from ..policy import Gating, Policy
+from .routing import ReplayedRouting
+from .simulation import Costs, Simulated, nearest, simulate
 
 KERNELS = {"layer": 30, "expert": 5, "speculation": 12, "rest": 10}
 """Operations that are started one by one for each of these in a decode step, counted on Qwen3-MoE (a speculation: 9 without

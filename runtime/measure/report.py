@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from predictors.metrics import gap_closed
+from ...predictors.metrics import gap_closed
 
 
 def print_hit_rates(console: Console, result: dict[str, Any]) -> None:

@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer
-from predictors.checkpoint import Predictors
-from predictors.discovery import find_moe_layers
-from predictors.errors import UserError
-from runtime.automatic import AUTO
-from runtime.link import KeptHostStore, KeptPackedStore, kept_store, measure_link
-from runtime.memory import peaks, reset_peaks
-from runtime.offload import ExpertOffload, offloaded
-from runtime.policy import Gating, Policy
-from runtime.routing import ReplayedRouting, replaying
-from runtime.store import ExpertStore
-from runtime.timeline import Timeline, WatchedStore, profiling, watching
+from ...predictors.architecture import MoELayer
+from ...predictors.checkpoint import Predictors
+from ...predictors.discovery import find_moe_layers
+from ...predictors.errors import UserError
+from ..automatic import AUTO
+from ..offload import ExpertOffload, offloaded
+from ..policy import Gating, Policy
+from ..store import ExpertStore
+from .link import KeptHostStore, KeptPackedStore, kept_store, measure_link
+from .memory import peaks, reset_peaks
+from .routing import ReplayedRouting, replaying
+from .timeline import Timeline, WatchedStore, profiling, watching
 
 TIMELINE_TOKENS = 4
 

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from predictors.errors import UserError
-from runtime import commands as runtime_commands
+from . import __path__
+from .predictors.errors import UserError
+from .runtime import commands as runtime_commands
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from predictors.checkpoint import Predictors
+    from .predictors.checkpoint import Predictors
 
-EMBEDDED_MODEL = Path(__file__).parent / "checkpoints" / "tiny-moe"
+# Beside the rooms, wherever they lie.
+EMBEDDED_MODEL = next(path for place in __path__ if (path := Path(place) / "checkpoints" / "tiny-moe").exists())
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,9 +106,9 @@ def collect(
 
     Under torchrun or srun the processes share the work. What is stopped or killed goes on with --resume.
     """
-    from data_collection.collect import CollectConfig
-    from data_collection.collect import collect as job
-    from predictors.settings import load_config
+    from .data_collection.collect import CollectConfig
+    from .data_collection.collect import collect as job
+    from .predictors.settings import load_config
 
     flags = {name: value for name, value in locals().items() if name in CollectConfig.model_fields}
     job(load_config(CollectConfig, config, flags | {"layers": _layers(layers), "corpus": corpus or None}))
@@ -176,9 +178,9 @@ def fit(
     config: Config = None,
 ) -> None:
     """Trains the predictors of all target layers in TRACE at once."""
-    from predictors.settings import load_config
-    from train.fit import FitConfig
-    from train.fit import fit as job
+    from .predictors.settings import load_config
+    from .train.fit import FitConfig
+    from .train.fit import fit as job
 
     flags = {name: value for name, value in locals().items() if name in FitConfig.model_fields}
     job(load_config(FitConfig, config, flags | {"layers": _layers(layers)}))
@@ -192,7 +194,7 @@ def export(
     trace: Annotated[Path | None, typer.Option(help="Where the trace is, if it was moved.")] = None,
 ) -> None:
     """Writes the best epoch of RUN as a predictors folder, which the runtime loads."""
-    from train.export import export as job
+    from .train.export import export as job
 
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype can't be {dtype}; give float32 or bfloat16")
@@ -214,9 +216,9 @@ def inspect(
     """Tells what a trace, a run or a predictors folder holds: where it is from, hit rates and expert loads by layer."""
     from rich.console import Console
 
-    from train.inspection import inspect as job
-    from train.inspection import plot as draw
-    from train.inspection import report
+    from .train.inspection import inspect as job
+    from .train.inspection import plot as draw
+    from .train.inspection import report
 
     for file in (plot, json_file):
         if file is not None and not file.absolute().parent.is_dir():
@@ -242,7 +244,7 @@ def models(
     from rich.table import Table
     from tqdm import tqdm
 
-    from data_collection import catalog
+    from .data_collection import catalog
 
     torch.set_num_threads(1)  # the models are tiny
     types = catalog.moe_types()
@@ -281,8 +283,8 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Streams text from MODEL with its experts in host memory, and says what each token cost."""
-    from runtime import offload_experts
-    from runtime.generate import generate as job
+    from .runtime import offload_experts
+    from .runtime.generate import generate as job
 
     if not prompt:
         raise UserError("the prompt is empty; give --prompt some text to go on from")
@@ -343,7 +345,7 @@ def evaluate(
     """Measures hit rates by layer, and MODEL's cross-entropy under every policy, on held-out text."""
     from rich.console import Console
 
-    from predictors.provenance import command, versions
+    from .predictors.provenance import command, versions
 
     if split not in ("train", "held_out"):
         raise UserError(f"--split can't be {split}; give train or held_out")
@@ -351,8 +353,8 @@ def evaluate(
         raise UserError(f"there is no folder {json_file.parent} to write {json_file.name} to; make it first")
     loaded, tokenizer, _ = _load(model, device, dtype)
     batches = _batches(tokenizer, corpus, split, tokens, sequence_length, batch_size)
-    from runtime.evaluate import evaluate as job
-    from runtime.report import print_hit_rates, print_losses
+    from .runtime.measure.evaluate import evaluate as job
+    from .runtime.measure.report import print_hit_rates, print_losses
 
     wide = runtime_commands.parse_candidates(candidates)
     result = job(loaded, batches, _load_predictors(predictors, loaded), wide, progress=True, horizon=horizon)
@@ -369,7 +371,7 @@ def _batches(
     """Token ids `[sequences, length]`; a last short sequence stands alone, so nothing is padded."""
     import torch
 
-    from data_collection.corpus import read_documents, sequences
+    from .data_collection.corpus import read_documents, sequences
 
     rows = list(sequences(read_documents(corpus, split, tokenizer=tokenizer), tokenizer, sequence_length, tokens))
     whole = [row for row in rows if len(row) == sequence_length]
@@ -383,7 +385,7 @@ def _load(
     """Model, tokenizer and the device to compute on; with `host` the model is loaded into host memory."""
     import torch
 
-    from predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
+    from .predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 
     where = resolve_device(device or "auto")
     kind = resolve_dtype(dtype or "auto", where)
@@ -392,7 +394,7 @@ def _load(
 
 
 def _load_predictors(folder: str | None, model: PreTrainedModel) -> Predictors | None:
-    from predictors.checkpoint import load_predictors
+    from .predictors.checkpoint import load_predictors
 
     return None if folder is None else load_predictors(folder, model)
 
@@ -407,13 +409,13 @@ def demo(
     """The whole loop on the embedded model: collect, fit, export, evaluate, and generate under every policy."""
     from rich.console import Console
 
-    from data_collection.collect import CollectConfig
-    from data_collection.collect import collect as run_collect
-    from runtime.evaluate import evaluate as run_evaluate
-    from runtime.report import print_hit_rates, print_losses
-    from train.export import export as run_export
-    from train.fit import FitConfig
-    from train.fit import fit as run_fit
+    from .data_collection.collect import CollectConfig
+    from .data_collection.collect import collect as run_collect
+    from .runtime.measure.evaluate import evaluate as run_evaluate
+    from .runtime.measure.report import print_hit_rates, print_losses
+    from .train.export import export as run_export
+    from .train.fit import FitConfig
+    from .train.fit import fit as run_fit
 
     console = Console()
     if out.exists() and not (out / "trace").exists() and any(out.iterdir()):
@@ -452,8 +454,8 @@ def _time_policies(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, predictors: Predictors | None
 ) -> tuple[dict[str, float], str]:
     """Milliseconds per output token by policy and gating, and the text that was generated under the last of them."""
-    from runtime import Gating, Policy, offloaded
-    from runtime.generate import generate as job
+    from .runtime import Gating, Policy, offloaded
+    from .runtime.generate import generate as job
 
     prompt = 'import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path, mode="r"):'
     ways = [(p, Gating.TRUE) for p in (Policy.ON_DEMAND, Policy.PREFETCH)] + [(Policy.SPECULATIVE, g) for g in Gating]
@@ -481,7 +483,3 @@ def main() -> None:
     except UserError as error:
         print(f"predict-train: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from predictors.checkpoint import Predictors
-from predictors.speculation import Routing, candidates
-from runtime.offload import sources_read
-from runtime.routing import ReplayedRouting, RoutingError
+from ...predictors.checkpoint import Predictors
+from ...predictors.speculation import Routing, candidates
+from ..offload import sources_read
+from .routing import ReplayedRouting, RoutingError
 
 
 def replay(

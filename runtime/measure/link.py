@@ -7,10 +7,10 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from predictors.architecture import MoELayer
-from runtime.packfile import PackedStore
-from runtime.store import ExpertStore, HostStore, empty_blocks
-from runtime.transfer import make_transfers
+from ...predictors.architecture import MoELayer
+from ..host.transfer import make_transfers
+from ..packfile import PackedStore
+from ..store import ExpertStore, HostStore, empty_blocks
 
 
 class KeptHostStore(HostStore):

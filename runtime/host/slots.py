@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from predictors.experts import combine, expert_output, group_by_expert
-from runtime.cache import Eviction, Key, SlotCache
-from runtime.store import ExpertStore, empty_blocks
-from runtime.transfer import make_transfers
+from ...predictors.experts import combine, expert_output, group_by_expert
+from ..store import ExpertStore, empty_blocks
+from .cache import Eviction, Key, SlotCache
+from .transfer import make_transfers
 
 
 @dataclass

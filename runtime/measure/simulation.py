@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.cache import Eviction, Key, SlotCache
-from runtime.policy import Gating, Policy
-from runtime.routing import ReplayedRouting
+from ..host.cache import Eviction, Key, SlotCache
+from ..policy import Gating, Policy
+from .routing import ReplayedRouting
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from predictors.experts import expert_modules
+from ...predictors.experts import expert_modules
 
 
 @contextmanager

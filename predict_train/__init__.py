@@ -1,0 +1,36 @@
+"""The one name to import, which no file of a user's own can hide: the rooms are its subpackages.
+
+    predict_train.predictors        predict_train.train
+    predict_train.data_collection   predict_train.runtime
+
+So a folder with a train.py or a runtime.py of its own is no place where anything is mistaken for anything else.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .predictors.checkpoint import load_predictors
+    from .runtime.load import load_experts, load_offloaded
+    from .runtime.offload import offload_experts, offloaded
+
+_CHECKOUT = Path(__file__).parents[1]
+if (_CHECKOUT / "predictors" / "__init__.py").exists():  # installed, the rooms lie in this folder
+    __path__.append(str(_CHECKOUT))
+
+_PLACES = {
+    "load_predictors": "predictors.checkpoint",
+    "load_experts": "runtime.load",
+    "load_offloaded": "runtime.load",
+    "offload_experts": "runtime.offload",
+    "offloaded": "runtime.offload",
+}
+__all__ = ["load_experts", "load_offloaded", "load_predictors", "offload_experts", "offloaded"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: torch takes seconds to import, and the command line's help needs none of it.
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PLACES[name]}", __name__), name)
