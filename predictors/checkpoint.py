@@ -193,6 +193,11 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     return predictors
 
 
+def as_predictors(given: Predictors | str | Path | None) -> Predictors | None:
+    """What an entrance was given: predictors, or the folder or Hub name that they are loaded from."""
+    return load_predictors(given) if isinstance(given, str | Path) else given
+
+
 def _local_folder(path_or_id: str) -> Path:
     folder = Path(path_or_id)
     try:

@@ -1,14 +1,32 @@
-"""Settings of a job: pydantic models filled from a YAML file and flags, with errors that name the field."""
+"""Settings of a job, said once: a frozen class whose fields are also the keys of a YAML file and the command line's flags.
+
+The docstring under a field is its help. A value is checked in one place, the class, wherever it comes from, and an error
+names the field.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
+import re
 import reprlib
+from collections.abc import Iterable
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
 
 from .errors import UserError
 
@@ -20,11 +38,25 @@ class SettingsError(UserError):
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, and values don't change once they are read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
+
+    argument: ClassVar[str | None] = None
+    """The field that the command line takes by its place, not by a flag."""
+
+    @classmethod
+    def keys(cls) -> dict[str, str]:
+        """By field, its name in a file and, with dashes, on the command line: the field's own or its alias."""
+        return {name: field.alias or name for name, field in cls.model_fields.items()}
+
+    def values_of(self, kind: type[Settings]) -> dict[str, Any]:
+        """The values of those fields that `kind` has too, by field."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name in kind.model_fields}
 
 
 S = TypeVar("S", bound=Settings)
 
+_WRITTEN = {"written": True}
+"""Validation's context for values from a file or a command line: there a size needs its unit."""
 _SHORT = reprlib.Repr()  # which does not follow a value as deep or as far as `repr` would
 _SHORT.maxstring = _SHORT.maxother = 200
 
@@ -33,20 +65,43 @@ def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
     """Settings of `kind` from `flags`, which beat the YAML `file`, which beats the defaults.
 
     A flag that is None was not given. Raises `SettingsError` for a file that can't be read, an unknown key (naming
-    the nearest right one) and a value of a wrong type.
+    the nearest right one) and a value that can't be.
     """
-    values = {} if file is None else _read_yaml(Path(file))
-    values |= {name: value for name, value in flags.items() if value is not None}
-    for key in values:
-        if key not in kind.model_fields:
-            nearest = difflib.get_close_matches(str(key), kind.model_fields, n=1, cutoff=0.4)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(kind.model_fields)}"
-            raise SettingsError(f"there is no setting {key}{f' (in {file})' if file else ''}; {hint}")
+    given = {name: value for name, value in flags.items() if value is not None}
+    values = ({} if file is None else _read_yaml(Path(file))) | given
+    _check_names(values, kind.keys().values(), f" (in {file})" if file else "")
+    try:
+        return kind.model_validate(values, context=_WRITTEN)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if name in given:
+            sentence = f"{flag(kind, name)} can't be {_plain(given[name])}; {_message(first)}"
+        else:
+            sentence = describe(error) + ("; give it as a flag or in the file" if first["type"] == "missing" else "")
+        raise SettingsError(sentence) from error
+
+
+def make(kind: type[S], **values: Any) -> S:
+    """Settings of `kind` from Python values. Raises `SettingsError` naming the field that is unknown or can't be so."""
+    _check_names(values, {*kind.model_fields, *kind.keys().values()}, "")
     try:
         return kind(**values)
     except ValidationError as error:
-        advice = "; give it as a flag or in the file" if error.errors()[0]["type"] == "missing" else ""
-        raise SettingsError(describe(error) + advice) from error
+        raise SettingsError(describe(error)) from error
+
+
+def flag(kind: type[Settings], key: str) -> str:
+    """How the command line calls the setting that a file calls `key`."""
+    return key.upper() if key == kind.argument else "--" + key.replace("_", "-")
+
+
+def _check_names(values: Iterable[Any], known: Iterable[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+            raise SettingsError(f"there is no setting {key}{where}; {hint}")
 
 
 def describe(error: ValidationError) -> str:
@@ -61,6 +116,18 @@ def describe(error: ValidationError) -> str:
     if first["type"] == "value_error" and isinstance(first["input"], dict):
         return f"{field}: {message}" if field else message
     return f"{field or 'value'}: {message[:1].lower()}{message[1:]}, but it is {shown(first['input'])}"
+
+
+def _message(error: Any) -> str:
+    """What is wrong with a flag, to stand behind its value."""
+    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "it should be")
+    return message[:1].lower() + message[1:]
+
+
+def _plain(value: Any) -> str:
+    """A flag's value as it was given."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return shown(text)[1:-1] if len(text) > 200 or not text.isprintable() else text
 
 
 def shown(value: Any) -> str:
@@ -79,3 +146,126 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict | None):
         raise SettingsError(f"{file} holds no settings; write one `name: value` a line")
     return values or {}
+
+
+# -- kinds of fields ---------------------------------------------------------------------------------------------
+
+_TIMES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BYTES = TypeAdapter(ByteSize)
+
+
+def choice(plural: str, *names: str) -> BeforeValidator:
+    """Has a field be one of `names`; an error tells them all."""
+
+    def check(value: Any) -> Any:
+        if value not in names:
+            raise ValueError(f"{plural} are {', '.join(names)}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def parse_count(value: Any) -> Any:
+    """A whole number, if it is text like `400k`, `1e5` or `2M`; what is no text is returned as it is."""
+    advice = ValueError("give a whole number like 5000, 400k, 1e5 or 2M")
+    if isinstance(value, bool):
+        raise advice
+    if not isinstance(value, str):
+        return value
+    text = value.strip().lower()
+    times = _TIMES.get(text[-1:], 1)
+    try:
+        number = Decimal(text[:-1] if times > 1 else text)
+        if number.is_finite() and abs(number) < 10**18 and number * times == int(number * times):
+            return int(number * times)
+    except ArithmeticError:  # decimal's errors are such
+        pass
+    raise advice
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from text like `8GiB` or `500MB`. Raises `ValueError` where it is no size, or has no unit."""
+    if re.fullmatch(r"[\d\s._]*", text.strip()):
+        raise ValueError("a size needs a unit: give bytes like 8GiB or 500MB")
+    try:
+        return int(_BYTES.validate_python(text.strip()))
+    except ValidationError as error:
+        raise ValueError("give bytes like 8GiB or 500MB") from error
+
+
+def _size(value: Any, info: ValidationInfo) -> Any:
+    is_written = bool(info.context and info.context.get("written"))
+    return parse_bytes(str(value)) if isinstance(value, str) or is_written else value
+
+
+def _rate(value: Any, info: ValidationInfo) -> Any:
+    try:
+        return _size(value.removesuffix("/s") if isinstance(value, str) else value, info)
+    except ValueError as error:
+        raise ValueError("give bytes per second like 25GB/s") from error
+
+
+def parse_layers(value: Any) -> Any:
+    """Layer numbers from text like `0,1`, `3` or `0-3,7`, or from one number; `all`, `auto` and lists stay what they are."""
+    if value in ("all", "auto"):
+        return value
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    layers: list[int] = []
+    for part in parts:
+        found = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", str(part))
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if last < first:
+            raise ValueError("give all, auto, or layer numbers like 0,1 or 0-3")
+        layers += range(first, last + 1)
+    return layers
+
+
+def _horizon(value: Any) -> Any:
+    if str(value) not in ("1", "2"):
+        raise ValueError("guess 1 or 2 layers ahead")
+    return int(value)
+
+
+def _in_a_folder(file: Path) -> Path:
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {file.parent} to write {file.name} to; make it first")
+    return file
+
+
+def _picture(file: Path) -> Path:
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError("give a file that ends in .png, .pdf or .svg")
+    return file
+
+
+def _expanded(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+"""A number of things, one at least; text like `400k`, `1e5` or `2M` is one too."""
+Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+"""The same, or 0."""
+Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+"""Bytes; text needs a unit, and so does a number in a file."""
+Rate = Annotated[int, BeforeValidator(_rate), Field(gt=0)]
+"""Bytes per second, like `25GB/s`."""
+Layers = Annotated[Literal["all", "auto"] | list[int], BeforeValidator(parse_layers)]
+"""Layers of a model: `all`, `auto`, or numbers like `0,1` or `0-3,7`."""
+Horizon = Annotated[int, BeforeValidator(_horizon)]
+"""MoE layers from a source to its target: 1 or 2."""
+Name = Annotated[str, BeforeValidator(_expanded)]
+"""What may be the path of a file or folder or a name of the Hub; `~` is the user's home."""
+LocalPath = Annotated[Path, BeforeValidator(_expanded)]
+"""A path on this machine; `~` is the user's home."""
+Output = Annotated[LocalPath, AfterValidator(_in_a_folder)]
+"""A file to write, in a folder that is there."""
+Picture = Annotated[Output, AfterValidator(_picture)]
+"""A figure to write."""
+
+
+class Figures(Settings):
+    """Of a job that measures."""
+
+    json_file: Output | None = Field(None, alias="json")
+    """Writes all figures to this file."""

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .host.cache import Eviction
     from .load import load_experts, load_offloaded
     from .offload import ExpertOffload, OffloadError, offload_experts, offloaded
-    from .policy import Gating, Policy
+    from .settings import Gating, Policy
     from .store import StoreError
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "offloaded",
 ]
 
-_MODULES = ("host.cache", "load", "offload", "policy", "store")
+_MODULES = ("host.cache", "load", "offload", "settings", "store")
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,8 @@ from .automatic import AUTO, Trial
 from .host.cache import Eviction
 from .host.slots import Counters, ExpertSlots
 from .packfile import PackedStore
-from .policy import Gating, Policy, Replay, RoutingControl, candidates_from_recall
+from .policy import Replay, RoutingControl, candidates_from_recall
+from .settings import Gating, Policy
 from .store import ExpertStore, HostStore
 
 SPECULATED_TOKENS = 16

@@ -15,7 +15,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from enum import StrEnum
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -26,23 +25,7 @@ from ..predictors.architecture import MoELayer, UnsupportedModelError, first_ten
 from ..predictors.architecture import sources as nearest_sources
 from ..predictors.folded import FoldedSpeculator, PlainRouter
 from ..predictors.speculation import Routing, Speculator, candidates, flat_routing
-
-
-class Policy(StrEnum):
-    """What happens to experts; see the module's text."""
-
-    ON_DEMAND = "on_demand"
-    PREFETCH = "prefetch"
-    SPECULATIVE = "speculative"
-
-
-class Gating(StrEnum):
-    """What weights experts under `speculative`; see the module's text."""
-
-    SPECULATED = "speculated"
-    TRUE = "true"
-    RESIDENT = "resident"
-
+from .settings import Gating, Policy
 
 RECALL_ENOUGH = 0.99
 COUNTED_AT_ONCE = 256

@@ -25,7 +25,7 @@ from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ..automatic import AUTO
 from ..offload import ExpertOffload, offloaded
-from ..policy import Gating, Policy
+from ..settings import Gating, Policy
 from ..store import ExpertStore
 from .link import KeptHostStore, KeptPackedStore, kept_store, measure_link
 from .memory import peaks, reset_peaks

@@ -19,7 +19,8 @@ from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ...predictors.speculation import Speculator, flat_routing
 from ..offload import candidates_of, offloaded, sources_for
-from ..policy import Gating, Policy, RoutingControl
+from ..policy import RoutingControl
+from ..settings import Gating, Policy
 
 EVERY_TOKEN = 1 << 40
 

@@ -16,7 +16,7 @@ from ...predictors.errors import UserError
 from ...predictors.experts import expert_modules
 from ..host.cache import Eviction
 from ..offload import sources_read
-from ..policy import Gating, Policy
+from ..settings import Gating, Policy
 from .routing import ReplayedRouting
 from .simulation import Costs, Simulated, nearest, simulate
 

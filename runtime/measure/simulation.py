@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..host.cache import Eviction, Key, SlotCache
-from ..policy import Gating, Policy
+from ..settings import Gating, Policy
 from .routing import ReplayedRouting
 
 
