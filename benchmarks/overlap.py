@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.runtime.automatic import BLOCK, BLOCKS
 from predict_train.runtime.load import load_offloaded
 from predict_train.runtime.measure.bench import Measured, bench, parse_ways, results
-from predict_train.runtime.measure.link import KeptPackedStore
 from predict_train.runtime.measure.plan import KERNELS, Hardware, costs_of, plan, read_shape
+from predict_train.runtime.packfile import PackedStore
 from predict_train.runtime.store import Bytes
 from transformers import AutoConfig
 
@@ -39,7 +40,7 @@ FIXED = "on_demand,prefetch"
 WAYS = f"{FIXED},speculative/true,auto"
 
 
-class ThrottledStore(KeptPackedStore):
+class ThrottledStore(PackedStore):
     """A packed file behind one link of so many bytes per second that takes up one read after another."""
 
     def __init__(self, path: Path, link: float):
@@ -48,7 +49,7 @@ class ThrottledStore(KeptPackedStore):
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:
         with self._lock:
-            over = self._free = max(self._free, time.perf_counter()) + self.layout.bytes / self._link
+            over = self._free = max(self._free, time.perf_counter()) + self.format.bytes / self._link
         super().read(layer, expert, into)
         time.sleep(max(0.0, over - time.perf_counter()))
 
@@ -131,9 +132,8 @@ def measured(arguments: argparse.Namespace, pack: Path) -> dict[str, Any]:
 
             def measure(ways: str, tokens: int, warmup: int, link: float = link, slots: int = slots) -> Measured:
                 settings = replace(settings_of(tokens, arguments.rounds, slots), warmup=warmup)
-                store = ThrottledStore(pack, link)
-                store.check(model, layers)
-                return bench(model, parse_ways(ways), settings, known, routing, store=store)
+                with closing(ThrottledStore(pack, link)) as store:
+                    return bench(model, parse_ways(ways), settings, known, routing, store=store)
 
             found = measure(WAYS, arguments.tokens, WARMUP)
             trial = measure(f"{FIXED},auto", BLOCK * BLOCKS, 0)

@@ -4,16 +4,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .errors import OffloadError, StoreError
     from .host.cache import Eviction
     from .load import load_experts, load_offloaded
-    from .offload import ExpertOffload, OffloadError, offload_experts, offloaded
-    from .settings import Gating, Policy
-    from .store import StoreError
+    from .observer import Observer
+    from .offload import ExpertOffload, offload_experts, offloaded
+    from .policy import Gating, Policy
+    from .settings import LoadConfig, OffloadConfig
 
 __all__ = [
     "Eviction",
     "ExpertOffload",
     "Gating",
+    "LoadConfig",
+    "Observer",
+    "OffloadConfig",
     "OffloadError",
     "Policy",
     "StoreError",
@@ -23,7 +28,7 @@ __all__ = [
     "offloaded",
 ]
 
-_MODULES = ("host.cache", "load", "offload", "settings", "store")
+_MODULES = ("errors", "host.cache", "load", "observer", "offload", "policy", "settings")
 
 
 def __getattr__(name: str) -> Any:

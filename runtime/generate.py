@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..predictors.errors import UserError
-from .host.slots import Counters
+from .engine import Counters
 from .offload import ExpertOffload
 
 

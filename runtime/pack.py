@@ -24,8 +24,8 @@ from ..predictors.architecture import skeleton
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_modules, is_experts
 from ..predictors.loading import load_model
+from .errors import StoreError
 from .packfile import PackWriter
-from .store import StoreError
 
 Take = Callable[[nn.Module, str, torch.Tensor], None]
 """Takes over one stacked parameter of an experts module: `(module, name, values [num_experts, ...])`."""

@@ -26,7 +26,10 @@ from transformers import PreTrainedModel
 
 from ..predictors.architecture import MoELayer, describe_shape, moe_shape
 from ..predictors.experts import expert_modules
-from .store import PAGE, BlockLayout, Bytes, StoreError, as_bytes, block_layout, empty_blocks
+from .errors import StoreError
+from .formats import PAGE, ExpertFormat, Place
+from .formats.full import FullFormat
+from .store import Bytes, empty_blocks
 
 FORMAT_VERSION = 1
 _START = struct.Struct("<8sQQQ")
@@ -59,19 +62,20 @@ class Header(BaseModel):
     checksums: list[list[int]]
     """xxh3_64 of each block, by layer and expert."""
 
-    def layout(self) -> BlockLayout:
+    def format(self) -> FullFormat:
         """Raises `ValueError` where the parts contradict one another."""
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{self.dtype} is no dtype")
-        size = self.block_bytes // dtype.itemsize
-        shapes = {name: torch.Size(place.shape) for name, place in self.tensors.items()}
-        offsets = {name: place.offset for name, place in self.tensors.items()}
-        if any(min(shape) < 1 or offsets[name] + shape.numel() > size for name, shape in shapes.items()):
+        places = {
+            name: Place(dtype, torch.Size(tensor.shape), tensor.offset * dtype.itemsize)
+            for name, tensor in self.tensors.items()
+        }
+        if any(min(p.shape) < 1 or p.offset + p.bytes > self.block_bytes for p in places.values()):
             raise ValueError("a tensor lies beyond its block")
         if [len(row) for row in self.checksums] != [self.num_experts] * len(self.layers):
             raise ValueError("it has not one checksum a block")
-        return BlockLayout(dtype, shapes, offsets, size)
+        return FullFormat(places, self.block_bytes)
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
@@ -97,7 +101,7 @@ class PackWriter:
             self._file = self._aside.open("wb")
         except OSError as error:
             raise StoreError(f"{self.out} can't be written ({error.strerror}); name a file in a folder") from error
-        self.layout: BlockLayout | None = None
+        self._format: FullFormat | None = None
         self._modules: list[nn.Module] = []
         self._checksums: list[list[int]] = []
         self._open: dict[nn.Module, tuple[torch.Tensor, set[str]]] = {}
@@ -106,22 +110,21 @@ class PackWriter:
     def take(self, experts: nn.Module, name: str, values: torch.Tensor) -> None:
         """Takes one stacked parameter `[num_experts, ...]` of an experts module; writes it out with the module's last."""
         if experts not in self._open:
-            layout = block_layout(experts)
-            if self.layout is None:
-                self.layout = layout
-            elif layout != self.layout:
-                raise StoreError("the experts of this model's layers differ in shape; offloading needs them alike")
-            blocks = empty_blocks(len(values), layout, torch.device("cpu")).zero_()
-            self._open[experts] = blocks, set(layout.shapes)
-        assert self.layout is not None
+            self._format = self._format or FullFormat.of(experts)
+            self._format.expect(experts)
+            blocks = empty_blocks(len(values), self._format.bytes, torch.device("cpu")).zero_()
+            self._open[experts] = blocks, set(self._format.places)
+        assert self._format is not None
         blocks, missing = self._open[experts]
-        if values.dtype != self.layout.dtype:
-            raise StoreError(f"the experts mix the dtypes {values.dtype} and {self.layout.dtype}; give one with dtype=")
-        self.layout.views(blocks)[name].copy_(values)
+        if values.dtype != self._format.dtype:
+            raise StoreError(
+                f"the experts mix the dtypes {values.dtype} and {self._format.dtype}; give one with dtype="
+            )
+        self._format.views(blocks)[name].copy_(values)
         missing.discard(name)
         if not missing:
             del self._open[experts]
-            self._write(experts, as_bytes(blocks))
+            self._write(experts, blocks.numpy())
 
     def _write(self, experts: nn.Module, blocks: Bytes) -> None:
         self._checksums.append([xxhash.xxh3_64_intdigest(block.data) for block in blocks])
@@ -142,7 +145,7 @@ class PackWriter:
     def finish(self, model: PreTrainedModel, layers: list[MoELayer], name: str) -> Path:
         """Gives the file its header and its name. Raises `StoreError` where not every expert of `layers` was taken."""
         experts = {layer.experts for layer in layers}
-        if self._open or self.layout is None or set(self._modules) != experts:
+        if self._open or self._format is None or set(self._modules) != experts:
             raise StoreError(
                 f"the checkpoint of {name} has weights for {len(self._modules)} layers of experts, and the model has "
                 f"{len(experts)} that are routed to; it can't be packed"
@@ -150,14 +153,14 @@ class PackWriter:
         names = {module: path for path, module in model.named_modules()}
         facts = {"name": name} | moe_shape(model.config, layers) | {"weights": weights_fingerprint(model)}
         tensors = {
-            part: TensorPlace(shape=list(shape), offset=self.layout.offsets[part])
-            for part, shape in self.layout.shapes.items()
+            part: TensorPlace(shape=list(place.shape), offset=place.offset // place.dtype.itemsize)
+            for part, place in self._format.places.items()
         }
         header = Header(
             model=facts,
-            dtype=str(self.layout.dtype).removeprefix("torch."),
+            dtype=str(self._format.dtype).removeprefix("torch."),
             tensors=tensors,
-            block_bytes=self.layout.bytes,
+            block_bytes=self._format.bytes,
             layers=[names[module] for module in self._modules],
             num_experts=layers[0].num_experts,
             checksums=self._checksums,
@@ -193,8 +196,9 @@ class PackedStore:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.header = read_header(self.path)
-        self.layout = self.header.layout()
-        self._verified = np.zeros((len(self.header.layers), self.header.num_experts), dtype=bool)
+        self.format: ExpertFormat = self.header.format()
+        self.extent = len(self.header.layers), self.header.num_experts
+        self._verified = np.zeros(self.extent, dtype=bool)
         self._position = list(range(len(self.header.layers)))  # of a layer of the model among those of the file
         self.direct = False
         self._file = -1
@@ -224,10 +228,10 @@ class PackedStore:
                 f"{self.path} holds the experts of {theirs.get('name')}, and the model is a {describe_shape(shape)}; "
                 "pack this model"
             )
-        layout = block_layout(layers[0].experts)
-        if layout != self.layout:
+        wanted = FullFormat.of(layers[0].experts)
+        if wanted != self.format:
             raise StoreError(
-                f"{self.path} holds experts in {self.layout.dtype}, and the model's are in {layout.dtype} or laid out "
+                f"{self.path} holds experts in torch.{self.header.dtype}, and the model's are in {wanted.dtype} or laid out "
                 "otherwise; load the model in that dtype or pack it again"
             )
         if theirs.get("weights") != weights_fingerprint(model):
@@ -243,7 +247,7 @@ class PackedStore:
             raise StoreError(f"{self.path} lacks the experts of {error.args[0]}; pack this model again") from error
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:
-        position, size = self._position[layer], self.layout.bytes
+        position, size = self._position[layer], self.format.bytes
         offset = PAGE + (position * self.header.num_experts + expert) * size
         try:
             count = os.preadv(self._file, [into.data], offset)
@@ -268,9 +272,6 @@ class PackedStore:
                     "model again"
                 )
             self._verified[position, expert] = True
-
-    def restore(self) -> None:
-        """The model's expert parameters were never touched."""
 
     def close(self) -> None:
         if self._file >= 0:
@@ -306,7 +307,7 @@ def read_header(path: str | Path) -> Header:
         ) from error
     try:
         header = Header.model_validate(json.loads(text))
-        header.layout()
+        header.format()
         if offset != PAGE + len(header.layers) * header.num_experts * header.block_bytes:
             raise ValueError("its blocks are not as many as it says")
     except ValidationError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -10,22 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..predictors.settings import Bytes, Count, Horizon, LocalPath, Name, Settings, Whole, choice, parse_count
 from .automatic import AUTO
 from .host.cache import Eviction
-
-
-class Policy(StrEnum):
-    """What happens to experts; see `runtime.policy`."""
-
-    ON_DEMAND = "on_demand"
-    PREFETCH = "prefetch"
-    SPECULATIVE = "speculative"
-
-
-class Gating(StrEnum):
-    """What weights experts under `speculative`; see `runtime.policy`."""
-
-    SPECULATED = "speculated"
-    TRUE = "true"
-    RESIDENT = "resident"
+from .policy import Gating, Policy
 
 
 def _candidates(value: Any) -> Any:

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from predict_train.predictors.architecture import sources
 from predict_train.predictors.checkpoint import make_speculators
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.settings import SettingsError
 from predict_train.runtime import Gating, Policy, offloaded
-from predict_train.runtime.offload import OffloadError
-from predict_train.runtime.policy import RoutingControl
+from predict_train.runtime.control import RoutingControl
+from predict_train.runtime.errors import OffloadError
+from predict_train.runtime.targets import targets_of
 from test_offload import everything_resident, greedy, prompt
 from test_policy import with_default_vectors
 from transformers import PreTrainedModel
@@ -88,12 +90,11 @@ def test_every_layer_is_announced_once_and_the_nearer_first(
         for layer in layers
     ]
     control = RoutingControl(
-        layers,
+        targets_of(layers, horizon=horizon),
         make_speculators(model, None, layers, sources(layers, horizon)),
         Policy.PREFETCH,
         Gating.TRUE,
-        fetch=lambda index, _: announced.append(index),
-        sources=sources(layers, horizon),
+        fetch=lambda target, _: announced.append(target.layer.index),
     )
     with torch.no_grad():
         model(prompt(1, 3))
@@ -115,7 +116,7 @@ def test_a_horizon_that_the_predictors_were_not_trained_for(tiny_moe: PreTrained
             offloaded(tiny_moe, predictors, horizon=horizon),
         ):
             pass
-    with pytest.raises(OffloadError, match="guess 1 or 2 layers ahead"), offloaded(tiny_moe, horizon=3):
+    with pytest.raises(SettingsError, match="guess 1 or 2 layers ahead"), offloaded(tiny_moe, horizon=3):
         pass
     for source in (3, 7):
         wrong = replace(nearest, sources={2: source})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +13,10 @@ from predict_train.predictors.checkpoint import Predictors
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.experts import run_experts
+from predict_train.predictors.speculation import Routing
 from predict_train.runtime import offload_experts, offloaded
-from predict_train.runtime.offload import SPECULATED_TOKENS
+from predict_train.runtime.guess import Guess, Guesser
+from predict_train.runtime.settings import OffloadConfig
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -155,7 +157,7 @@ def test_counters_conserve(tiny_moe: PreTrainedModel) -> None:
 
 def test_all_slots_copy_each_expert_once(tiny_moe: PreTrainedModel) -> None:
     offload_experts(tiny_moe, policy="prefetch", slots=32)
-    greedy(tiny_moe, prompt(3, SPECULATED_TOKENS), tokens=20)
+    greedy(tiny_moe, prompt(3, OffloadConfig().speculated_tokens), tokens=20)
     assert tiny_moe.expert_offload.counters.copies <= 32
 
 
@@ -183,10 +185,10 @@ def test_a_pass_that_breaks_off_leaves_the_runtime_usable(tiny_moe: PreTrainedMo
         ({"policy": "magic"}, "on_demand, prefetch, speculative"),
         ({"gating": "magic"}, "speculated, true, resident"),
         ({"candidates": 9}, "9 candidates"),
-        ({"candidates": "many"}, "from 2 to 8, or auto"),
+        ({"candidates": "many"}, "candidates: give a number or auto"),
         ({"eviction": "magic"}, "lru, least_stale"),
         ({"store": "nowhere"}, "No such file"),
-        ({"readers": 0}, "at least one"),
+        ({"readers": 0}, "readers: input should be greater than 0"),
         ({"device": "cuda"}, "no CUDA device"),
     ],
 )
@@ -199,6 +201,21 @@ def test_wrong_arguments_leave_the_model_alone(
     with pytest.raises(UserError, match=words):
         offload_experts(tiny_moe, **arguments)  # type: ignore[arg-type]
     assert torch.equal(tiny_moe(prompt(1, 3)).logits, before)
+
+
+class Counted:
+    """A guesser that notes how many candidates it names."""
+
+    def __init__(self, found: dict[int, int], target: int, guesser: Guesser):
+        self.found, self.target, self.guesser, self.plain = found, target, guesser, guesser.plain
+
+    def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:
+        guess = self.guesser.guess(residual, source, inner)
+        self.found[self.target] = guess.candidates.shape[-1]
+        return guess
+
+    def ranks(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.guesser.ranks(logits)
 
 
 def test_candidates_follow_the_recall_of_each_layer(tiny_moe: PreTrainedModel) -> None:
@@ -216,14 +233,7 @@ def test_candidates_follow_the_recall_of_each_layer(tiny_moe: PreTrainedModel) -
         found: dict[int, int] = {}
         arguments = {"policy": policy, "gating": gating, "candidates": "auto", "slots": 20, "device": "cpu"}
         with offloaded(tiny_moe, predictors, **arguments) as offload:
-            announce = offload._control._fetch
-            assert announce is not None
-
-            def note(index: int, chosen: torch.Tensor, seen: Any = found, then: Any = announce) -> None:
-                seen[index] = chosen.shape[-1]
-                then(index, chosen)
-
-            offload._control._fetch = note
+            offload.guess_by(partial(Counted, found))
             greedy(tiny_moe, prompt(1, 3), 2)
         assert [found[index] for index in range(4)] == numbers, (policy, gating)
 

@@ -15,9 +15,11 @@ from conftest import build_model
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.runtime import offload_experts
+from predict_train.runtime.errors import StoreError
+from predict_train.runtime.formats import PAGE
 from predict_train.runtime.pack import pack, pack_random
 from predict_train.runtime.packfile import PackedStore, read_header
-from predict_train.runtime.store import PAGE, StoreError, as_bytes, empty_blocks
+from predict_train.runtime.store import empty_blocks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -39,13 +41,13 @@ def test_a_pack_holds_every_weight(architecture: str, dtype: torch.dtype, tmp_pa
     layers = find_moe_layers(whole)
     store = PackedStore(file)
     store.check(whole, layers)
-    assert store.layout.dtype == dtype
+    assert {place.dtype for place in store.format.places.values()} == {dtype}
     assert read_header(file).model["fingerprint"]
-    (slot,) = empty_blocks(1, store.layout, torch.device("cpu"))
+    (slot,) = empty_blocks(1, store.format.bytes, torch.device("cpu"))
     for number, layer in enumerate(layers):
         for expert in range(layer.num_experts):
-            store.read(number, expert, as_bytes(slot))
-            for name, part in store.layout.views(slot).items():
+            store.read(number, expert, slot.numpy())
+            for name, part in store.format.views(slot).items():
                 assert torch.equal(part, getattr(layer.experts, name)[expert])
     store.close()
     assert os.listdir(tmp_path) == ["model", "experts"] or sorted(os.listdir(tmp_path)) == ["experts", "model"]
@@ -54,8 +56,8 @@ def test_a_pack_holds_every_weight(architecture: str, dtype: torch.dtype, tmp_pa
 def test_reads_are_direct_or_at_least_right(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a file system has no direct reads, the same bytes come through its cache."""
     store = PackedStore(packed)
-    first, second = empty_blocks(2, store.layout, torch.device("cpu"))
-    store.read(3, 5, as_bytes(first))
+    first, second = empty_blocks(2, store.format.bytes, torch.device("cpu"))
+    store.read(3, 5, first.numpy())
     store.close()
     plain, opened = os.open, []
 
@@ -69,18 +71,18 @@ def test_reads_are_direct_or_at_least_right(packed: Path, monkeypatch: pytest.Mo
     buffered = PackedStore(packed)
     assert not buffered.direct
     assert len(opened) == 2
-    buffered.read(3, 5, as_bytes(second))
+    buffered.read(3, 5, second.numpy())
     buffered.close()
     assert torch.equal(first, second)
 
 
 def test_a_read_that_is_cut_short_goes_on(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = PackedStore(packed)
-    first, second = empty_blocks(2, store.layout, torch.device("cpu"))
-    store.read(1, 2, as_bytes(first))
+    first, second = empty_blocks(2, store.format.bytes, torch.device("cpu"))
+    store.read(1, 2, first.numpy())
     plain = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, into, offset: plain(file, [into[0][:PAGE]], offset))
-    store.read(1, 2, as_bytes(second))
+    store.read(1, 2, second.numpy())
     store.close()
     assert torch.equal(first, second)
 
@@ -157,11 +159,11 @@ def test_a_block_that_rotted_is_noticed(packed: Path, tmp_path: Path) -> None:
     data[PAGE + 11 * size + 100] ^= 1  # the fourth expert of the second layer
     (tmp_path / "rotten").write_bytes(data)
     store = PackedStore(tmp_path / "rotten")
-    (slot,) = empty_blocks(1, store.layout, torch.device("cpu"))
-    store.read(1, 2, as_bytes(slot))
+    (slot,) = empty_blocks(1, store.format.bytes, torch.device("cpu"))
+    store.read(1, 2, slot.numpy())
     for _ in range(2):
         with pytest.raises(StoreError, match=r"expert 3 of model\.layers\.1\.mlp\.experts .* not what was packed"):
-            store.read(1, 3, as_bytes(slot))
+            store.read(1, 3, slot.numpy())
     store.close()
 
 

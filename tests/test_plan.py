@@ -15,8 +15,8 @@ from predict_train.predictors.checkpoint import Predictors
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.runtime.commands import plan as plan_command
+from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.measure.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit, sources_of
-from predict_train.runtime.offload import OffloadError
 from transformers import AutoConfig
 
 QWEN = Path(__file__).parent.parent / "benchmarks" / "models" / "qwen3-30b-a3b.json"

@@ -14,7 +14,10 @@ from predict_train.predictors.checkpoint import Predictors, make_speculators
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.speculation import candidates
 from predict_train.runtime import Gating, Policy, offload_experts
-from predict_train.runtime.policy import RestrictedChoice, RoutingControl
+from predict_train.runtime.control import RoutingControl
+from predict_train.runtime.restricted import RestrictedChoice
+from predict_train.runtime.restricted import allowed as among
+from predict_train.runtime.targets import targets_of
 from transformers import PreTrainedModel
 
 SUPPORTED = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
@@ -35,7 +38,7 @@ def test_a_restricted_router_chooses_among_the_allowed(model: PreTrainedModel, d
     for row in allowed:
         row[sorted(data.draw(st.sets(st.integers(0, 7), min_size=2)))] = True
     free_logits, free_weights, free_ids = layer.router(x)
-    choose = RestrictedChoice.allowed(~allowed, layer.top_k)
+    choose = among(~allowed, layer.top_k)
     with RestrictedChoice((tokens, layer.num_experts), layer.top_k, choose) as choice:
         logits, weights, ids = layer.router(x)
     assert allowed.gather(1, ids).all()
@@ -53,7 +56,7 @@ def test_restricted_weights_are_normalised_as_the_router_does(build_moe: Callabl
     x = torch.randn(6, layer.hidden_size)
     allowed = torch.zeros(6, layer.num_experts, dtype=torch.bool)
     allowed[:, [1, 4]] = True
-    choose = RestrictedChoice.allowed(~allowed, layer.top_k)
+    choose = among(~allowed, layer.top_k)
     with RestrictedChoice((6, layer.num_experts), layer.top_k, choose):
         logits, weights, ids = layer.router(x)
     torch.testing.assert_close(weights, logits.gather(1, ids).softmax(-1))
@@ -78,7 +81,13 @@ def test_speculation_on_the_running_model_is_that_of_the_recording(model: PreTra
         expected_logits = model(ids).logits
         records = recorder.take()
     seen: dict[int, torch.Tensor] = {}
-    control = RoutingControl(layers, speculators, Policy.PREFETCH, Gating.TRUE, fetch=seen.__setitem__)
+    control = RoutingControl(
+        targets_of(layers),
+        speculators,
+        Policy.PREFETCH,
+        Gating.TRUE,
+        fetch=lambda target, chosen: seen.__setitem__(target.layer.index, chosen),
+    )
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected_logits, rtol=1e-4, atol=1e-4)
     rates = control.hit_rates()
@@ -101,7 +110,8 @@ def test_decoding_through_the_runtime_is_speculation_token_by_token(model: PreTr
     ids = torch.randint(1, 256, (1, 12), generator=torch.Generator().manual_seed(4))
     predictors = with_default_vectors(model)
     layers = find_moe_layers(model)
-    control = RoutingControl(layers, make_speculators(model, predictors, layers), Policy.SPECULATIVE, Gating(gating))
+    speculators = make_speculators(model, predictors, layers)
+    control = RoutingControl(targets_of(layers), speculators, Policy.SPECULATIVE, Gating(gating))
     with torch.no_grad():
         expected = model(ids).logits
         control.detach()

@@ -154,7 +154,7 @@ def test_a_model_follows_the_routing(
         replaying(layers, routing) as replayed,
         offloaded(model, policy=policy, gating=gating, slots=6, candidates=m) as offload,
     ):
-        offload.replay(replayed)
+        offload.guess_by(replayed.guesser)
         for _ in range(2):  # each generation begins at the first step again
             offload.reset()
             did = np.sort(executed(model, layers, steps), axis=-1)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther
+from predict_train.runtime.measure import simulation
 from predict_train.runtime.measure.routing import ReplayedRouting, Statistics, draw_routing
-from predict_train.runtime.measure.simulation import Costs, nearest, simulate
+from predict_train.runtime.measure.simulation import Costs, Simulated, nearest
+from predict_train.runtime.settings import OffloadConfig
 
 POLICIES = ["on_demand", "prefetch", "speculative"]
 WARMUP = 4
@@ -22,6 +24,11 @@ def routing_of(
     return draw_routing(
         Statistics(kept, hit_rate), steps=steps, layers=layers, num_experts=16, top_k=3, candidates=5, seed=seed
     )
+
+
+def simulate(costs: Costs, routing: ReplayedRouting, warmup: int = 8, **way: Any) -> Simulated:
+    how = {name: way.pop(name) for name in ("sources", "queue") if name in way}
+    return simulation.simulate(costs, routing, OffloadConfig(**way), warmup=warmup, **how)
 
 
 def costs_of(copy: float) -> Costs:

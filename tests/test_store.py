@@ -9,9 +9,11 @@ import pytest
 import torch
 from conftest import build_model
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.runtime.errors import StoreError
+from predict_train.runtime.formats import PAGE
 from predict_train.runtime.host.cache import Eviction
 from predict_train.runtime.host.slots import ExpertSlots
-from predict_train.runtime.store import PAGE, HostStore, StoreError, as_bytes, empty_blocks
+from predict_train.runtime.store import HostStore, empty_blocks
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
@@ -20,28 +22,22 @@ def test_the_store_keeps_every_weight_and_gives_it_back(architecture: str, dtype
     layers = find_moe_layers(build_model(architecture).to(dtype))
     before = [{n: p.detach().clone() for n, p in layer.experts.named_parameters(recurse=False)} for layer in layers]
     store = HostStore(layers, pinned=False)
-    (slot,) = empty_blocks(1, store.layout, torch.device("cpu"))
+    (slot,) = empty_blocks(1, store.format.bytes, torch.device("cpu"))
     assert slot.data_ptr() % PAGE == 0
-    assert store.layout.bytes % PAGE == 0
+    assert store.format.bytes % PAGE == 0
     for number, weights in enumerate(before):
         for expert in range(8):
-            store.read(number, expert, as_bytes(slot))
-            assert torch.equal(as_tensor(slot), as_tensor(store.block(number, expert)))
-            views = store.layout.views(slot)
+            store.read(number, expert, slot.numpy())
+            assert torch.equal(slot, store.block(number, expert))
+            views = store.format.views(slot)
             assert views.keys() == weights.keys()
             assert all(torch.equal(views[name], weights[name][expert]) for name in weights)
             assert all(view.data_ptr() % 64 == 0 for view in views.values())
-    store.restore()
     store.close()
     for layer, weights in zip(layers, before, strict=True):
         for name, parameter in layer.experts.named_parameters(recurse=False):
             assert torch.equal(parameter, weights[name])
             assert parameter.is_contiguous()
-
-
-def as_tensor(block: torch.Tensor) -> torch.Tensor:
-    """The bytes of a block, padding included, of which some may be no numbers."""
-    return block.view(torch.uint8)
 
 
 def test_a_store_without_memory_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +51,7 @@ def test_a_store_without_memory_leaves_the_model_alone(monkeypatch: pytest.Monke
             raise StoreError("there is no memory left")
         return empty_blocks(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("runtime.store.empty_blocks", scarce)
+    monkeypatch.setattr("predict_train.runtime.store.empty_blocks", scarce)
     with pytest.raises(StoreError, match="no memory left"):
         HostStore(layers, pinned=False)
     after = model.state_dict()
@@ -63,9 +59,9 @@ def test_a_store_without_memory_leaves_the_model_alone(monkeypatch: pytest.Monke
 
 
 def test_more_memory_than_there_is_is_refused_in_a_sentence() -> None:
-    layout = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).layout
+    size = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).format.bytes
     with pytest.raises(StoreError, match="GiB, which cpu has not left; ask for fewer"):
-        empty_blocks(1 << 48, layout, torch.device("cpu"))
+        empty_blocks(1 << 48, size, torch.device("cpu"))
 
 
 needs_smaps = pytest.mark.skipif(
@@ -83,8 +79,8 @@ def mapping_of(blocks: torch.Tensor) -> str:
 
 @needs_smaps
 def test_slots_are_huge_pages_where_the_system_has_them() -> None:
-    layout = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).layout
-    mapping = mapping_of(empty_blocks(1 + (1 << 22) // layout.bytes, layout, torch.device("cpu")))
+    size = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).format.bytes
+    mapping = mapping_of(empty_blocks(1 + (1 << 22) // size, size, torch.device("cpu")))
     if "THPeligible" not in mapping:
         pytest.skip("this kernel knows no transparent huge pages")
     assert " hg" in mapping.split("VmFlags:")[1]
@@ -92,10 +88,9 @@ def test_slots_are_huge_pages_where_the_system_has_them() -> None:
 
 @needs_smaps
 def test_slots_have_their_memory_before_the_first_token() -> None:
-    layers = find_moe_layers(build_model("qwen3_moe"))
-    store, experts = HostStore(layers, pinned=False), [layer.num_experts for layer in layers]
-    slots = ExpertSlots(store, experts, 200, torch.device("cpu"), 1, Eviction.LRU, executes_guess=False)
+    store = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False)
+    slots = ExpertSlots(store, 200, torch.device("cpu"), readers=1, eviction=Eviction.LRU)
     present = re.search(r"^Rss: +(\d+) kB", mapping_of(slots.transfers.slots), flags=re.MULTILINE)
     slots.close()
     assert present is not None
-    assert 1024 * int(present[1]) >= 200 * store.layout.bytes
+    assert 1024 * int(present[1]) >= 200 * store.format.bytes

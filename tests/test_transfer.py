@@ -14,8 +14,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from predict_train.runtime.errors import StoreError
+from predict_train.runtime.formats import ExpertFormat
+from predict_train.runtime.formats.full import FullFormat
 from predict_train.runtime.host.transfer import ThreadTransfers, Transfers, make_transfers
-from predict_train.runtime.store import BlockLayout, Bytes, StoreError, block_layout, empty_blocks
+from predict_train.runtime.store import Bytes, empty_blocks
 from torch import nn
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -28,7 +31,8 @@ class Numbers:
     def __init__(self) -> None:
         module = nn.Module()
         module.down_proj = nn.Parameter(torch.empty(1, 1, SIZE))
-        self.layout: BlockLayout = block_layout(module)
+        self.format: ExpertFormat = FullFormat.of(module)
+        self.extent = 2, 10
         self.gate = threading.Event()
         self.gate.set()
         self.begun: list[int] = []
@@ -40,9 +44,6 @@ class Numbers:
             raise StoreError(f"expert {expert} is lost")
         into.view(np.float32)[:] = expert
 
-    def restore(self) -> None:
-        pass
-
     def close(self) -> None:
         pass
 
@@ -51,9 +52,14 @@ def readers() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("expert-reader")}
 
 
+def numbers(transfers: Transfers) -> torch.Tensor:
+    """What is in the slots, `[slots, numbers]`."""
+    return transfers.slots.view(torch.float32)
+
+
 @contextmanager
 def transfers_of(store: Numbers, device: str = "cpu", slots: int = 3, readers: int = 1) -> Iterator[Transfers]:
-    memory = empty_blocks(slots, store.layout, torch.device(device)).fill_(-1.0)
+    memory = empty_blocks(slots, store.format.bytes, torch.device(device)).fill_(0xFF)
     transfers = make_transfers(store, memory, readers)
     try:
         yield transfers
@@ -84,12 +90,12 @@ def test_a_slot_holds_what_was_last_started(device: str, events: list[tuple[int,
                 last.pop(slot, None)  # what it holds is unknown: the copy before may have been cancelled as well
             elif event == "wait" and slot in last:
                 transfers.wait(slot)
-                assert (transfers.slots[slot] == last[slot]).all()
+                assert (numbers(transfers)[slot] == last[slot]).all()
                 assert not transfers.copying(slot)
                 transfers.computed(slot)
         for slot, number in last.items():
             transfers.wait(slot)
-            assert (transfers.slots[slot] == number).all()
+            assert (numbers(transfers)[slot] == number).all()
         assert transfers.stalled_seconds() >= 0
 
 
@@ -102,7 +108,7 @@ def test_a_copy_that_fails_says_so_when_it_is_waited_for() -> None:
             transfers.wait(0)
         transfers.start(0, (0, 5), urgent=True)
         transfers.wait(0)
-        assert (transfers.slots[:2] == 5).all()
+        assert (numbers(transfers)[:2] == 5).all()
 
 
 def test_what_is_urgent_goes_before_what_waits() -> None:
@@ -133,9 +139,9 @@ def test_abandoned_copies_leave_their_slots() -> None:
             transfers.start(slot, (slot % 2, slot), urgent=False)
         transfers.abandon()
         done = list(store.begun)
-        transfers.slots.fill_(7.0)
+        numbers(transfers).fill_(7.0)
         time.sleep(0.01)
-        assert (transfers.slots == 7).all()
+        assert (numbers(transfers) == 7).all()
         assert store.begun == done
         assert not any(transfers.copying(slot) for slot in range(3))
 
@@ -154,7 +160,7 @@ def test_a_reader_that_is_killed_is_missed() -> None:
 
 def test_transfers_that_nobody_closes_end_with_their_owner() -> None:
     store, before = Numbers(), readers()
-    transfers = ThreadTransfers(store, empty_blocks(1, store.layout, torch.device("cpu")), readers=2)
+    transfers = ThreadTransfers(store, empty_blocks(1, store.format.bytes, torch.device("cpu")), readers=2)
     transfers.start(0, (0, 1), urgent=True)
     del transfers
     gc.collect()

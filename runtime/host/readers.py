@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 
-from ..store import StoreError
+from ..errors import StoreError
 from .cache import Key
 
 POLL_SECONDS = 1.0

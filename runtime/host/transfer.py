@@ -11,42 +11,26 @@ from typing import Protocol
 
 import torch
 
-from ..store import Bytes, ExpertStore, HostStore, StoreError, as_bytes, empty_blocks
+from ..errors import StoreError
+from ..observer import Observer
+from ..store import Bytes, ExpertStore, HostStore, empty_blocks
 from .cache import Key
 from .readers import Copy, Readers
+from .schedule import Copies
 
 
-class Transfers(Protocol):
-    """What the runtime asks of copies. `slots` is `[slots, block]`; a slot is named by its number.
+class Transfers(Copies, Protocol):
+    """Copies into `slots` `[slots, bytes]`, uint8, and their order beside what computes on them.
 
-    All but the copying itself happens in the thread that computes.
+    All but the copying itself happens in the thread that computes. After `wait`, computation begun from then on sees what was
+    last copied into the slot; after `computed`, a later copy does not overtake the computation that reads it.
     """
 
     slots: torch.Tensor
-
-    def start(self, slot: int, key: Key, urgent: bool) -> None:
-        """Begins to copy an expert into a slot, which no computation begun from now on reads until `wait`.
-
-        What is not urgent waits for what is, as far as it has not begun.
-        """
-
-    def hurry(self, slot: int) -> None:
-        """Makes the copy into the slot urgent."""
-
-    def cancel(self, slot: int) -> bool:
-        """Takes back a copy that has not begun; False where it has, or there is none. The slot holds what it held."""
-
-    def copying(self, slot: int) -> bool:
-        """Whether what the slot is to hold is not there yet."""
-
-    def wait(self, slot: int) -> None:
-        """Computation begun from now on sees what was last copied into the slot. Raises what the copy raised."""
+    observer: Observer | None
 
     def computed(self, slot: int) -> None:
-        """Says that the computation that reads the slot has been begun: a later copy must not overtake it."""
-
-    def abandon(self) -> None:
-        """Takes back every copy that can be, and returns when the others are over; what became of them is forgotten."""
+        """Says that the computation that reads the slot has been begun."""
 
     def stalled_seconds(self) -> float:
         """Time that computation has waited for copies so far."""
@@ -55,24 +39,50 @@ class Transfers(Protocol):
         """Ends all copies and whatever makes them."""
 
 
+class Reads:
+    """The reads of a store, as reader threads make them."""
+
+    def __init__(self, store: ExpertStore):
+        self.observer: Observer | None = None
+        self._read = store.read
+
+    def __call__(self, key: Key, into: Bytes) -> None:
+        observer = self.observer
+        if observer is None:
+            self._read(*key, into)
+            return
+        begun = time.perf_counter()
+        self._read(*key, into)
+        observer.copy_over(key, begun, time.perf_counter())
+
+
 class ThreadTransfers:
     """Reader threads for a device that is the CPU: they read into the slots while torch computes (both release the GIL)."""
 
     def __init__(self, store: ExpertStore, slots: torch.Tensor, readers: int):
         self.slots = slots
-        targets = list(as_bytes(slots))  # made once: a read allocates nothing
+        targets = list(slots.numpy())  # made once: a read allocates nothing
+        reads = Reads(store)
 
         def copy(job: Copy) -> None:
-            store.read(*job.key, targets[job.slot])
+            reads(job.key, targets[job.slot])
 
-        self._begin(readers, copy)
+        self._begin(readers, copy, reads)
 
-    def _begin(self, readers: int, copy: Callable[[Copy], None]) -> None:
-        self._readers = Readers(readers, copy)
+    def _begin(self, readers: int, copy: Callable[[Copy], None], reads: Reads) -> None:
+        self._readers, self._reads = Readers(readers, copy), reads
         self._copies: dict[int, Copy] = {}
         self._stalled = 0.0
         # The threads know nothing of this object, so that it can go, and they with it, where nobody closes it.
         self._close = weakref.finalize(self, self._readers.close)
+
+    @property
+    def observer(self) -> Observer | None:
+        return self._reads.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._reads.observer = observer
 
     def start(self, slot: int, key: Key, urgent: bool) -> None:
         before = self._copies.get(slot)
@@ -138,6 +148,7 @@ class CudaTransfers:
 
     def __init__(self, slots: torch.Tensor, block: Callable[[int, int], torch.Tensor]):
         self.slots, self._block = slots, block
+        self.observer: Observer | None = None  # of its copies the profiler of the device tells
         self.stream = torch.cuda.Stream(slots.device)
         self.stream.wait_stream(torch.cuda.current_stream(slots.device))  # the slots' memory may have just been freed
         self.copied = [torch.cuda.Event() for _ in range(len(slots))]
@@ -220,17 +231,17 @@ class StagedTransfers(ThreadTransfers):
         self.slots = slots
         cuda = CudaTransfers(slots, block=lambda *_: slots[0])
         count = 2 * readers  # one is read into while the other is copied from
-        buffers = empty_blocks(count, store.layout, torch.device("cpu"), pinned=True)
+        buffers = empty_blocks(count, store.format.bytes, torch.device("cpu"), pinned=True)
         ring: SimpleQueue[tuple[torch.Tensor, Bytes, torch.cuda.Event]] = SimpleQueue()
-        for buffer, target in zip(buffers, as_bytes(buffers), strict=True):
+        for buffer, target in zip(buffers, buffers.numpy(), strict=True):
             ring.put((buffer, target, torch.cuda.Event()))
-        one_at_a_time = threading.Lock()
+        one_at_a_time, reads = threading.Lock(), Reads(store)
 
         def copy(job: Copy) -> None:
             buffer, target, left = ring.get()
             try:
                 left.synchronize()  # of an event never recorded this is no wait
-                store.read(*job.key, target)
+                reads(job.key, target)
                 with one_at_a_time, torch.cuda.device(slots.device):
                     cuda.enqueue(job.slot, buffer)
                     left.record(cuda.stream)
@@ -238,7 +249,7 @@ class StagedTransfers(ThreadTransfers):
                 ring.put((buffer, target, left))
 
         self._cuda = cuda
-        self._begin(readers, copy)
+        self._begin(readers, copy, reads)
 
     def copying(self, slot: int) -> bool:
         return super().copying(slot) or not self._cuda.copied[slot].query()

@@ -24,13 +24,14 @@ from ...predictors.checkpoint import Predictors
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ..automatic import AUTO
-from ..offload import ExpertOffload, offloaded
-from ..settings import Gating, Policy
+from ..offload import ExpertOffload, offloaded, open_store
+from ..policy import Gating, Policy
 from ..store import ExpertStore
-from .link import KeptHostStore, KeptPackedStore, kept_store, measure_link
+from .link import measure_link
 from .memory import peaks, reset_peaks
 from .routing import ReplayedRouting, replaying
-from .timeline import Timeline, WatchedStore, profiling, watching
+from .stopwatch import Stopwatch
+from .timeline import Timeline, profiling, watching
 
 TIMELINE_TOKENS = 4
 
@@ -129,22 +130,23 @@ def bench(
     timeline: Path | None = None,
     reference: Callable[[int], Any] | None = None,
     on_round: Callable[[Way, Round], None] = lambda *_: None,
-    store: KeptHostStore | KeptPackedStore | None = None,
+    store: ExpertStore | None = None,
 ) -> Measured:
     """Measures the `ways` on `model`, which is in host memory or has its experts in a packed file, and not offloaded.
 
     `reference(bytes)` is a context manager that yields another copy of the model, offloaded by accelerate with that
     much memory for its experts; it is measured after all others. `timeline` names a file for a trace of a few more
     tokens (see `runtime.timeline`; on CUDA there is one a way, with its name in the file's). `store` is where the experts
-    are, if not where `kept_store` finds them; it is released at the end.
+    are, if not in the model or in its packed file.
 
     Raises `BenchError` where there is no way left that can be run, and what `offload_experts` raises.
     """
     layers = find_moe_layers(model)
-    store = store or kept_store(model, layers, settings.device)
     slots = settings.slots or max(2 * layers[0].top_k, sum(layer.num_experts for layer in layers) // 4)
     settings = replace(settings, slots=slots)
-    try:
+    with ExitStack() as opened:
+        store = open_store(opened, model, layers, store, settings.device)
+        size = store.format.bytes
         skipped = {way: why for way in ways if (why := _hindrance(way, model, settings.device, reference))}
         ours = [way for way in ways if way not in skipped and way.policy != "accelerate"]
         if len(skipped) == len(ways):
@@ -166,14 +168,12 @@ def bench(
                 measure(way, model, layers)
         if timeline is not None and ours:
             _record(timeline, ours, model, layers, store, settings, predictors, routing)
-    finally:
-        store.release()
     if Way("accelerate") in rounds and reference is not None:
-        with reference(slots * store.layout.bytes) as other:
+        with reference(slots * size) as other:
             its_layers = find_moe_layers(other)
             for _ in range(settings.rounds):
                 measure(Way("accelerate"), other, its_layers)
-    return Measured(rounds, skipped, links, store.layout.bytes, slots)
+    return Measured(rounds, skipped, links, size, slots)
 
 
 def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference: Any) -> str | None:
@@ -209,11 +209,16 @@ def running(
             yield None
             return
         gating = {} if way.gating is None else {"gating": way.gating}
-        arguments = {"policy": way.policy, "device": settings.device, "slots": settings.slots, "store": store}
+        arguments: dict[str, Any] = {
+            "policy": way.policy,
+            "device": settings.device,
+            "slots": settings.slots,
+            "store": store,
+        }
         arguments |= gating | {"candidates": settings.candidates} | (settings.offload or {})
         offload = stack.enter_context(offloaded(model, predictors, **arguments))
         if replayed is not None:
-            offload.replay(replayed)
+            offload.guess_by(replayed.guesser)
         yield offload
 
 
@@ -258,11 +263,16 @@ def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setting
     """One round of a model that is run in whatever way it is; `offload` is what it is run by, if it is ours."""
     reset_peaks(settings.device)
 
+    stopwatch = Stopwatch()
+
     @contextmanager
     def counted() -> Iterator[None]:
-        if offload is not None:
-            offload.reset()
-        yield
+        if offload is None:
+            yield
+            return
+        offload.reset()
+        with offload.observed(stopwatch):
+            yield
 
     first, seconds = _decode(model, settings, settings.tokens, counted())
     host, device = peaks(settings.device)
@@ -275,7 +285,7 @@ def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setting
         measured,
         bytes_per_token=counters.bytes_copied / tokens,
         stalled_per_token=counters.stalled_seconds / tokens,
-        speculating_per_token=counters.speculating_seconds / tokens,
+        speculating_per_token=stopwatch.speculating / tokens,
         hit_rate=counters.speculation_hit_rate,
         cache_hit_rate=counters.hits / (counters.hits + counters.misses),
     )
@@ -295,8 +305,7 @@ def _record(
     timeline = Timeline()
     on_cpu = settings.device.type == "cpu"
     for way in ways:
-        watched = WatchedStore(store, timeline) if on_cpu else store
-        with running(way, model, layers, watched, settings, predictors, routing) as offload:
+        with running(way, model, layers, store, settings, predictors, routing) as offload:
             if not on_cpu:
                 name = f"{file.stem}.{str(way).replace('/', '-')}{file.suffix}"
                 _decode(model, settings, TIMELINE_TOKENS, profiling(file.with_name(name)))

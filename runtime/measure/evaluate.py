@@ -18,9 +18,10 @@ from ...predictors.checkpoint import Predictors, make_speculators
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ...predictors.speculation import Speculator, flat_routing
-from ..offload import candidates_of, offloaded, sources_for
-from ..policy import RoutingControl
-from ..settings import Gating, Policy
+from ..control import RoutingControl
+from ..offload import offloaded
+from ..policy import Gating, Policy
+from ..targets import Target, targets_of
 
 EVERY_TOKEN = 1 << 40
 
@@ -48,8 +49,9 @@ def evaluate(
         raise UserError("there is no text to evaluate on; give a corpus of at least two tokens")
     layers = find_moe_layers(model)
     without = None if predictors is None else dataclasses.replace(predictors, mlps={})
-    source_of = sources_for(layers, predictors, horizon)
-    chosen_candidates = candidates_of(resident_candidates, layers, predictors, Policy.SPECULATIVE, Gating.RESIDENT)
+    wide = targets_of(layers, predictors, horizon, resident_candidates, Policy.SPECULATIVE, Gating.RESIDENT)
+    targets = targets_of(layers, predictors, horizon)
+    source_of = {target.layer.index: target.source for target in targets}
     speculators = {"predictor": make_speculators(model, predictors, layers, source_of)}
     speculators["training_free"] = make_speculators(model, without, layers, source_of)
     trained = set() if predictors is None else set(predictors.mlps)
@@ -61,7 +63,7 @@ def evaluate(
         return _cross_entropy(model, batches, bar)
 
     full = cross_entropy()
-    rates = {kind: _hit_rates(model, batches, layers, chosen, source_of, bar) for kind, chosen in speculators.items()}
+    rates = {kind: _hit_rates(model, batches, targets, chosen, bar) for kind, chosen in speculators.items()}
     table: dict[str, dict[str, float]] = {}
     for kind, chosen in speculators.items():
         if kind == "predictor" and not trained:
@@ -79,8 +81,8 @@ def evaluate(
             ):
                 entropies[policy] = cross_entropy()
         for gating in Gating:
-            wide = chosen_candidates if gating is Gating.RESIDENT else None
-            control = RoutingControl(layers, chosen, Policy.SPECULATIVE, gating, wide, sources=source_of)
+            chosen_targets = wide if gating is Gating.RESIDENT else targets
+            control = RoutingControl(chosen_targets, chosen, Policy.SPECULATIVE, gating)
             try:
                 entropies[f"{Policy.SPECULATIVE}/{gating}"] = cross_entropy()
             finally:
@@ -119,14 +121,13 @@ def _cross_entropy(model: PreTrainedModel, batches: list[torch.Tensor], bar: tqd
 def _hit_rates(
     model: PreTrainedModel,
     batches: list[torch.Tensor],
-    layers: list[MoELayer],
+    targets: list[Target],
     speculators: dict[int, Speculator],
-    source_of: dict[int, int | None],
     bar: tqdm,
 ) -> tuple[dict[int, float], dict[int, float]]:
     """Hit rate and control hit rate by target layer, over a full and exact run of the model."""
-    with _control_hit_rates(layers) as exact:
-        control = RoutingControl(layers, speculators, Policy.PREFETCH, Gating.TRUE, sources=source_of)
+    with _control_hit_rates([target.layer for target in targets]) as exact:
+        control = RoutingControl(targets, speculators, Policy.PREFETCH, Gating.TRUE)
         try:
             _cross_entropy(model, batches, bar)
         finally:

@@ -15,8 +15,9 @@ from ...predictors.checkpoint import Predictors
 from ...predictors.errors import UserError
 from ...predictors.experts import expert_modules
 from ..host.cache import Eviction
-from ..offload import sources_read
-from ..settings import Gating, Policy
+from ..policy import Gating, Policy
+from ..settings import OffloadConfig
+from ..targets import sources_read
 from .routing import ReplayedRouting
 from .simulation import Costs, Simulated, nearest, simulate
 
@@ -209,12 +210,14 @@ def plan(
         result = simulate(
             costs,
             routing,
-            slots=slots,
-            policy=policy,
-            gating=gating or Gating.TRUE,
-            candidates=candidates,
+            OffloadConfig(
+                slots=slots,
+                policy=policy,
+                gating=gating or Gating.TRUE,
+                candidates=candidates,
+                eviction=Eviction(eviction),
+            ),
             sources=sources,
-            eviction=eviction,
             queue=is_cuda,
             warmup=routing.steps // 2,
         )

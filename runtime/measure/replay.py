@@ -9,7 +9,7 @@ import torch
 
 from ...predictors.checkpoint import Predictors
 from ...predictors.speculation import Routing, candidates
-from ..offload import sources_read
+from ..targets import sources_read
 from .routing import ReplayedRouting, RoutingError
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ...predictors.architecture import MoELayer, first_tensor, override_forward
 from ...predictors.errors import UserError
 from ...predictors.speculation import Routing
+from ..guess import Guess, Guesser
 
 Ids = NDArray[np.int64]
 Numbers = NDArray[np.float64]
@@ -193,20 +194,39 @@ class Replayed:
         number = {layer.index: place for place, layer in enumerate(layers)}
         values = _ranks(routing, layers[0].num_experts).to(device).unsqueeze(2)
         candidates = torch.from_numpy(routing.candidates).to(device).unsqueeze(2)
-        self._values = {index: values[:, place].unbind() for index, place in number.items()}
+        self._ranks = {index: values[:, place].unbind() for index, place in number.items()}
         self._candidates = {index: candidates[:, place].unbind() for index, place in number.items()}
 
-    def candidates(self, target: int, speculated: torch.Tensor) -> torch.Tensor:
-        """See `runtime.policy.Replay`."""
-        if self.step < 0 or len(speculated) != 1:
-            return speculated
+    def candidates(self, target: int, guessed: torch.Tensor) -> torch.Tensor:
+        """What takes the place of the candidates `[tokens, m]` that were guessed for a layer."""
+        if self.step < 0 or len(guessed) != 1:
+            return guessed
         steps = self._candidates[target]
-        return steps[self.step % len(steps)][:, : speculated.shape[1]]
+        return steps[self.step % len(steps)][:, : guessed.shape[1]]
 
-    def values(self, target: int, tokens: int) -> torch.Tensor | None:
-        """See `runtime.policy.Replay`."""
-        steps = self._values[target]
+    def ranks(self, target: int, tokens: int) -> torch.Tensor | None:
+        """What a layer's router is to choose by, `[tokens, experts]`, in place of its logits; None where it chooses itself."""
+        steps = self._ranks[target]
         return None if self.step < 0 or tokens != 1 else steps[self.step % len(steps)]
+
+    def guesser(self, target: int, guesser: Guesser) -> Guesser:
+        """For `ExpertOffload.guess_by`: the layer's own guesser guesses, and the routing's candidates are what it says."""
+        return _ReplayedGuesser(self, target, guesser)
+
+
+class _ReplayedGuesser:
+    def __init__(self, replayed: Replayed, target: int, guesser: Guesser):
+        self.plain = guesser.plain
+        self._replayed, self._target, self._guesser = replayed, target, guesser
+
+    def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:
+        found, speculation = self._guesser.guess(residual, source, inner)
+        chosen = self._replayed.candidates(self._target, found)
+        return Guess(chosen, speculation and speculation._replace(ids=chosen[:, : speculation.ids.shape[-1]]))
+
+    def ranks(self, logits: torch.Tensor) -> torch.Tensor:
+        replayed = self._replayed.ranks(self._target, len(logits))
+        return logits if replayed is None else replayed
 
 
 @contextmanager
@@ -215,7 +235,7 @@ def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Repl
 
     A forward pass over one token is the next step of the routing. One over more is a prompt: it is routed by the model,
     and the step after it is the first of the routing again. Weights are those of the model's router. What is yielded is
-    for `ExpertOffload.replay`, which has the routing's candidates speculated.
+    for `ExpertOffload.guess_by(replayed.guesser)`, which has the routing's candidates guessed.
 
     Raises `RoutingError` where the routing is one of another shape.
     """
@@ -247,7 +267,7 @@ def _attach(stack: ExitStack, layer: MoELayer, replayed: Replayed) -> None:
 
     def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
         logits, weights, ids = original(x, *args, **kwargs)
-        values = replayed.values(layer.index, x.numel() // layer.hidden_size)
+        values = replayed.ranks(layer.index, x.numel() // layer.hidden_size)
         if values is None:
             return Routing(logits, weights, ids)
         # Chosen by topk, as a router chooses: a policy that restricts the router's choice restricts this one too.

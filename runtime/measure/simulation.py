@@ -2,8 +2,8 @@
 
 Computing and copying are two machines beside each other. Computing goes through the layers in order and waits for an
 expert that is not there; copying does one expert at a time, first what a layer demands and then what is guessed. A reader
-that has taken a copy up goes through with it, though another may be on the link before it. Who sits in which slot is decided
-by the runtime's own `SlotCache`.
+that has taken a copy up goes through with it, though another may be on the link before it. Which copies begin, and who makes
+room for them, is decided by the runtime's own `Schedule`.
 
     computing   attention l | router l | speculate t | experts l (present first) | attention t ...
     copying                            | misses of l | candidates of t that have no slot
@@ -17,8 +17,11 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..host.cache import Eviction, Key, SlotCache
-from ..settings import Gating, Policy
+from ..host.cache import Key
+from ..host.schedule import Schedule
+from ..observer import Observer
+from ..policy import Gating, Policy
+from ..settings import OffloadConfig
 from .routing import ReplayedRouting
 
 
@@ -74,34 +77,29 @@ class Simulated:
 def simulate(
     costs: Costs,
     routing: ReplayedRouting,
-    *,
-    slots: int,
-    policy: Policy | str,
-    gating: Gating | str = Gating.TRUE,
-    candidates: int | None = None,
+    config: OffloadConfig,
     sources: Mapping[int, int | None] | None = None,
-    eviction: Eviction | str = Eviction.LEAST_STALE,
     queue: bool = False,
-    readers: int = 2,
     warmup: int = 8,
+    observer: Observer | None = None,
 ) -> Simulated:
     """Runs the steps of `routing` and returns the mean of those after the first `warmup`, which fill the slots.
 
-    `slots` are shared by all layers and are at least the routing's top k; `candidates` is at most what the routing has, by
-    default the top k, and two more under gating `resident`. Layers count from 0; a target is guessed in its layer of
-    `sources`, by default the one before it, or where that is None as its own begins. With `queue` copies are made in the
-    order in which they are asked for and can't be taken back, as on a CUDA stream; else `readers` threads make them.
+    Of `config`, the slots (given, and at least the routing's top k), policy, gating, candidates (at most what the routing
+    has; by default the top k, and two more under gating `resident`), eviction and readers count. Layers count from 0; a target
+    is guessed in its layer of `sources`, by default the one before it, or where that is None as its own begins. With `queue`
+    copies are made in the order in which they are asked for and can't be taken back, as on a CUDA stream; else the readers
+    make them. `observer` is told which copies begin.
 
     Raises `ValueError` for a routing of too few steps, or too few slots.
     """
-    policy, gating = Policy(policy), Gating(gating)
     steps, layers, top_k = routing.ids.shape
-    if steps <= warmup or slots < top_k:
-        raise ValueError(f"{steps} steps and {slots} slots are too few for {warmup} of warm-up and top {top_k}")
-    wide = policy is Policy.SPECULATIVE and gating is Gating.RESIDENT
-    m = candidates or min(top_k + 2 * wide, routing.candidates.shape[-1])
-    source_of = nearest(range(layers)) if sources is None else sources
-    run = _Run(costs, layers, slots, policy, gating, source_of, Eviction(eviction), queue, readers)
+    if steps <= warmup or (config.slots or 0) < top_k:
+        raise ValueError(f"{steps} steps and {config.slots} slots are too few for {warmup} of warm-up and top {top_k}")
+    run = _Run(costs, config, nearest(range(layers)) if sources is None else sources, queue)
+    run.schedule.observer = observer
+    wide = run.policy is Policy.SPECULATIVE and run.gating is Gating.RESIDENT
+    m = config.candidates if isinstance(config.candidates, int) else top_k + 2 * wide
     ids, guesses = routing.ids.tolist(), routing.candidates[:, :, :m].tolist()
     for step in range(warmup):
         run.token(ids[step], guesses[step])
@@ -121,49 +119,66 @@ def nearest(places: Sequence[int]) -> dict[int, int | None]:
     return {place: place - 1 if place - 1 in places else None for place in places}
 
 
+class _Clock:
+    """How late it is in the simulated run, in seconds, and what the time went into."""
+
+    def __init__(self) -> None:
+        self.now = self.computing = self.stalled = 0.0
+
+    def compute(self, seconds: float) -> None:
+        self.now += seconds
+        self.computing += seconds
+
+    def stall(self, until: float) -> None:
+        self.stalled += max(0.0, until - self.now)
+        self.now = max(self.now, until)
+
+
 class _Link:
-    """One copy at a time: the urgent before the others, and else in order of their asking.
+    """The `Copies` of a simulated link. One copy at a time: the urgent before the others, and else in order of their asking.
 
     Each of `readers` takes up one copy, which then can't be overtaken or taken back, and waits for the link with it. As a
     `queue` it is a CUDA stream: copies go in the order of their asking, and none can be taken back.
     """
 
-    def __init__(self, seconds: float, queue: bool, readers: int):
-        self.seconds, self.queue = seconds, queue
+    def __init__(self, clock: _Clock, seconds: float, queue: bool, readers: int):
+        self.clock, self.seconds, self.queue = clock, seconds, queue
         self.busy = 0.0
         self.made = 0
         self._ends = deque([0.0] * readers, readers)  # of the copies that were taken up last
         self._order = itertools.count()
-        self._heap: list[tuple[bool, int, int, Key]] = []  # whether it can wait, its order, the number of the asking
-        self._asked: dict[Key, tuple[int, float]] = {}  # number and time of those that have not begun
-        self._over: dict[Key, float] = {}
+        self._heap: list[tuple[bool, int, int, int]] = []  # whether it can wait, its order, number of the asking, slot
+        self._asked: dict[int, tuple[int, float]] = {}  # by slot: number and time of those that have not begun
+        self._over: dict[int, float] = {}  # by slot: when the copy that was taken up last is over
 
-    def ask(self, key: Key, now: float, urgent: bool) -> None:
-        self._begin_until(now)
-        self._over.pop(key, None)
+    def start(self, slot: int, key: Key, urgent: bool) -> None:  # noqa: ARG002
+        if not self.cancel(slot):
+            self.wait(slot)  # what is on its way must have left the slot
+        self._over.pop(slot, None)
         order = next(self._order)
-        self._asked[key] = order, now
-        heapq.heappush(self._heap, (not (urgent or self.queue), order, order, key))
+        self._asked[slot] = order, self.clock.now
+        heapq.heappush(self._heap, (not (urgent or self.queue), order, order, slot))
 
-    def hurry(self, key: Key, now: float) -> None:
-        self._begin_until(now)
-        if key in self._asked and not self.queue:
-            heapq.heappush(self._heap, (False, next(self._order), self._asked[key][0], key))
+    def hurry(self, slot: int) -> None:
+        self._begin_until(self.clock.now)
+        if slot in self._asked and not self.queue:
+            heapq.heappush(self._heap, (False, next(self._order), self._asked[slot][0], slot))
 
-    def cancel(self, key: Key, now: float) -> bool:
-        """Whether the copy had not begun; then it never will."""
-        self._begin_until(now)
-        return not self.queue and self._asked.pop(key, None) is not None
+    def cancel(self, slot: int) -> bool:
+        self._begin_until(self.clock.now)
+        return not self.queue and self._asked.pop(slot, None) is not None
 
-    def copying(self, key: Key, now: float) -> bool:
-        self._begin_until(now)
-        return key in self._asked or self._over[key] > now
+    def copying(self, slot: int) -> bool:
+        self._begin_until(self.clock.now)
+        return slot in self._asked or self._over.get(slot, 0.0) > self.clock.now
 
-    def over(self, key: Key) -> float:
-        """When the copy of `key` is over. Nothing is asked for in the meantime, since who asks waits."""
-        while key in self._asked:
+    def wait(self, slot: int) -> None:
+        while slot in self._asked:  # nothing is asked for in the meantime, since who asks waits
             self._begin_next()
-        return self._over[key]
+        self.clock.stall(self._over.get(slot, 0.0))
+
+    def abandon(self) -> None:
+        raise AssertionError("no simulated forward pass breaks off")
 
     def busy_before(self, now: float) -> float:
         """Seconds that the link was busy before `now`, until when nothing more is asked for."""
@@ -176,80 +191,71 @@ class _Link:
 
     def _next_begin(self) -> float:
         while True:
-            _, _, number, key = self._heap[0]
-            if key in self._asked and self._asked[key][0] == number:
-                return max(self._ends[0], self._asked[key][1])
+            _, _, number, slot = self._heap[0]
+            if slot in self._asked and self._asked[slot][0] == number:
+                return max(self._ends[0], self._asked[slot][1])
             heapq.heappop(self._heap)  # cancelled, or hurried and begun
 
     def _begin_next(self) -> None:
         begin = self._next_begin()
-        key = heapq.heappop(self._heap)[-1]
-        del self._asked[key]
-        self._over[key] = max(begin, self._ends[-1]) + self.seconds
-        self._ends.append(self._over[key])
+        slot = heapq.heappop(self._heap)[-1]
+        del self._asked[slot]
+        self._over[slot] = max(begin, self._ends[-1]) + self.seconds
+        self._ends.append(self._over[slot])
         self.busy += self.seconds
         self.made += 1
 
 
 class _Run:
-    """The runtime's steps (`runtime.slots.ExpertSlots`), with a clock in the place of tensors."""
+    """The runtime's steps (`runtime.control`, `runtime.host.slots`), with a clock in the place of tensors."""
 
-    def __init__(
-        self,
-        costs: Costs,
-        layers: int,
-        slots: int,
-        policy: Policy,
-        gating: Gating,
-        source_of: Mapping[int, int | None],
-        eviction: Eviction,
-        queue: bool,
-        readers: int,
-    ):
-        self.targets = [[target for target, source in source_of.items() if source == layer] for layer in range(layers)]
-        self.without_source = {target for target, source in source_of.items() if source is None}
-        self.costs, self.layers, self.policy, self.gating = costs, layers, policy, gating
-        self.now = self.computing = self.stalled = 0.0
-        self.hits = self.misses = self.cancelled = 0
-        self.link = _Link(costs.copy, queue, readers)
-        self.cache = SlotCache(slots, layers, eviction)
-        self.held: dict[int, Key] = {}  # by slot
-        self.demands: deque[Key] = deque()
-        self.prefetches: deque[Key] = deque()
+    def __init__(self, costs: Costs, config: OffloadConfig, sources: Mapping[int, int | None], queue: bool):
+        assert config.slots is not None
+        layers = len(sources)
+        self.targets = [[target for target, source in sources.items() if source == layer] for layer in range(layers)]
+        self.without_source = {target for target, source in sources.items() if source is None}
+        self.costs, self.policy, self.gating = costs, Policy(config.policy), Gating(config.gating)
+        self.clock = _Clock()
+        self.link = _Link(self.clock, costs.copy, queue, config.readers)
+        self.schedule = Schedule(self.link, config.slots, layers, config.eviction)
 
     def totals(self) -> tuple[float, ...]:
-        counts = self.link.made, self.cancelled, self.hits, self.misses
-        return self.now, self.computing, self.stalled, self.link.busy, *counts
+        clock, schedule = self.clock, self.schedule
+        counts = self.link.made, schedule.cancelled, schedule.hits, schedule.misses
+        return clock.now, clock.computing, clock.stalled, self.link.busy, *counts
 
     def compute(self, seconds: float) -> None:
         if self.costs.beside:
-            copying = self.link.busy_before(self.now + seconds) - self.link.busy_before(self.now)
+            now = self.clock.now
+            copying = self.link.busy_before(now + seconds) - self.link.busy_before(now)
             seconds += self.costs.beside * copying / self.costs.copy
-        self.now += seconds
-        self.computing += seconds
-
-    def stall(self, until: float) -> None:
-        self.stalled += max(0.0, until - self.now)
-        self.now = max(self.now, until)
-
-    def busy(self, slot: int) -> bool:
-        return self.link.copying(self.held[slot], self.now)
+        self.clock.compute(seconds)
 
     def token(self, ids: list[list[int]], guesses: list[list[int]]) -> None:
         """One decode step: `ids` and `guesses` by layer."""
         speculates = self.policy is not Policy.ON_DEMAND
-        self.cache.unpin_all()
-        self.prefetches.clear()
-        for layer in range(self.layers):
+        self.schedule.begin_pass()
+        for layer, targets in enumerate(self.targets):
             if speculates and layer in self.without_source:  # it overlaps its attention only
                 self.compute(self.costs.speculation)
-                self.prefetch(layer, guesses[layer])
+                self.announce([layer], guesses)
             self.compute(self.costs.layer)
             executed = self.choose(layer, ids[layer], guesses[layer])
             if speculates:
-                self.compute(self.costs.speculation * len(self.targets[layer]))
-            self.execute(layer, executed, guesses if speculates else None)
+                self.compute(self.costs.speculation * len(targets))
+            order = self.schedule.enter(layer, executed)
+            if speculates:
+                self.announce(targets, guesses)
+            for expert in order:
+                self.schedule.slot(layer, expert)
+                self.compute(self.costs.expert)
+                self.schedule.left(layer, expert)
         self.compute(self.costs.rest)
+
+    def announce(self, targets: list[int], guesses: list[list[int]]) -> None:
+        for target in targets:
+            self.schedule.announce(target, guesses[target])
+        self.schedule.begin_copies()
 
     def choose(self, layer: int, ids: list[int], guess: list[int]) -> list[int]:
         """The experts that the policy executes."""
@@ -257,71 +263,6 @@ class _Run:
             return ids
         if self.gating is not Gating.RESIDENT:
             return guess[: len(ids)]
-        there = {*guess, *self.cache.experts_of(layer)}
+        there = {*guess, *self.schedule.resident(layer)}
         found = [expert for expert in ids if expert in there]
         return (found + [expert for expert in guess if expert not in found])[: len(ids)]
-
-    def execute(self, layer: int, experts: list[int], guesses: list[list[int]] | None) -> None:
-        self.cache.layer = layer
-        self.prefetches = deque(key for key in self.prefetches if key[0] != layer)
-        if guesses is not None:
-            self.release(layer, guesses[layer], experts)
-        there: list[int] = []
-        coming: list[int] = []
-        missing: list[int] = []
-        for expert in experts:
-            key = layer, expert
-            if key not in self.cache:
-                missing.append(expert)
-                continue
-            self.cache.pin(key)
-            self.link.hurry(key, self.now)
-            (coming if self.link.copying(key, self.now) else there).append(expert)
-        self.hits += len(there) + len(coming)
-        self.misses += len(missing)
-        self.demands = deque((layer, expert) for expert in missing)
-        self.begin_copies()
-        if guesses is not None:
-            for target in self.targets[layer]:
-                self.prefetch(target, guesses[target])
-        for expert in there + coming + missing:
-            key = layer, expert
-            if key not in self.cache:
-                self.begin_copies(wait=True)
-            self.stall(self.link.over(key))
-            self.compute(self.costs.expert)
-            self.cache.unpin(key)
-            self.begin_copies()
-
-    def release(self, layer: int, guess: list[int], needed: list[int]) -> None:
-        for expert in guess:
-            key = layer, expert
-            if key in self.cache:
-                self.cache.unpin(key)
-                if expert not in needed and self.link.cancel(key, self.now):
-                    self.cache.forget(key)
-                    self.cancelled += 1
-
-    def prefetch(self, layer: int, guess: list[int]) -> None:
-        self.prefetches.extend((layer, expert) for expert in guess)
-        self.begin_copies()
-
-    def begin_copies(self, wait: bool = False) -> None:
-        for queue, urgent in ((self.demands, True), (self.prefetches, False)):
-            while queue:
-                key = queue[0]
-                if key in self.cache:
-                    self.cache.pin(key)
-                else:
-                    slot = self.cache.admit(key) if wait else self.cache.admit(key, self.busy)
-                    if slot is None and wait:  # the guesses for later layers hold every slot
-                        self.cache.unpin_all()
-                        slot = self.cache.admit(key)
-                    if slot is None:
-                        return
-                    if wait and slot in self.held and not self.link.cancel(self.held[slot], self.now):
-                        self.stall(self.link.over(self.held[slot]))
-                    wait = False
-                    self.held[slot] = key
-                    self.link.ask(key, self.now, urgent)
-                queue.popleft()

@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ...predictors.architecture import MoELayer, override_forward
+from ..host.cache import Key
+from ..observer import Observer
 from ..offload import ExpertOffload
-from ..store import Bytes, ExpertStore
 
 COLOURS = {
     "token": "grey",
@@ -86,34 +87,31 @@ class Timeline:
         file.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
 
-class WatchedStore:
-    """A store whose reads are put on a timeline, a track for each thread that reads, as `layer:expert`."""
+class Spans(Observer):
+    """Puts what an offload on the CPU does on a timeline: each reader thread has a track, with copies as `layer:expert`."""
 
-    def __init__(self, store: ExpertStore, timeline: Timeline):
-        self.layout = store.layout
-        self._store, self._timeline = store, timeline
+    def __init__(self, timeline: Timeline):
+        self._timeline = timeline
 
-    def read(self, layer: int, expert: int, into: Bytes) -> None:
+    def copy_over(self, key: Key, begin: float, end: float) -> None:
         track = f"copying {threading.current_thread().name.rpartition('-')[2]}"
-        with self._timeline.span(track, f"{layer}:{expert}"):
-            self._store.read(layer, expert, into)
+        self._timeline.add(track, f"{key[0]}:{key[1]}", begin, end)
 
-    def restore(self) -> None:
-        self._store.restore()
+    def waited(self, key: Key, begin: float, end: float) -> None:  # noqa: ARG002
+        self._timeline.add("computing", "wait for a copy", begin, end)
 
-    def close(self) -> None:
-        self._store.close()
+    def guessed(self, target: int, begin: float, end: float) -> None:
+        self._timeline.add("computing", f"speculate {target}", begin, end)
 
 
 @contextmanager
 def watching(
     timeline: Timeline, model: PreTrainedModel, layers: list[MoELayer], offload: ExpertOffload | None
 ) -> Iterator[None]:
-    """Puts what the model computes on the timeline, and where `offload` waits for a copy. For a model on the CPU.
+    """Puts what the model computes on the timeline, and what `offload` does for it. For a model on the CPU.
 
     Each token is a span, within it each decoder layer, and within it its router, the speculations made there, and its experts.
     """
-    numbers = {layer.index: number for number, layer in enumerate(layers)}
     with ExitStack() as stack:
         _watch(stack, timeline, model, "token")
         for number, layer in enumerate(layers):
@@ -124,27 +122,7 @@ def watching(
             ):
                 _watch(stack, timeline, module, name)
         if offload is not None:
-            transfers: Any = offload._slots.transfers
-            original = transfers.wait
-
-            def wait(slot: int) -> None:
-                if transfers.copying(slot):
-                    with timeline.span("computing", "wait for a copy"):
-                        original(slot)
-                else:
-                    original(slot)
-
-            transfers.wait = wait
-            stack.callback(delattr, transfers, "wait")
-            control: Any = offload._control
-            speculate = control._speculate
-
-            def speculated(target: MoELayer, *states: Any) -> None:
-                with timeline.span("computing", f"speculate {numbers[target.index]}"):
-                    speculate(target, *states)
-
-            control._speculate = speculated
-            stack.callback(delattr, control, "_speculate")
+            stack.enter_context(offload.observed(Spans(timeline)))
         yield
 
 

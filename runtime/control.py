@@ -1,0 +1,255 @@
+"""The hooks that guess ahead on a running model, and have its layers execute what the policy decides.
+
+At source layer l the router has just decided, and the residual is known. From these the experts of each target layer t are
+guessed, and whoever copies them is told. When router t is called, `runtime.gating` decides what it returns to the model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from ..predictors.architecture import first_tensor, override_forward
+from ..predictors.speculation import Routing, Speculator, flat_routing
+from .gating import RouterCall, decider
+from .guess import Guess, Guesser, make_guesser
+from .observer import Observer
+from .policy import Gating, Policy
+from .targets import Target
+
+COUNTED_AT_ONCE = 256
+
+
+class HitCount:
+    """How many of a router's own choices were among the candidates."""
+
+    def __init__(self, top_k: int):
+        self._top_k = top_k
+        self.clear()
+
+    def clear(self) -> None:
+        self.seen = 0
+        self._hits: torch.Tensor | int = 0
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def add(self, chosen: torch.Tensor, own: torch.Tensor) -> None:
+        """Counts the candidates `[tokens, m]` against ids `[tokens, top_k]`, or logits of which the largest are meant."""
+        # Compared by the hundred: one token at a time it would cost as much as a router.
+        self._waiting.append((chosen, own))
+        if len(self._waiting) >= COUNTED_AT_ONCE:
+            self._settle()
+
+    @property
+    def hits(self) -> float:
+        self._settle()
+        return float(self._hits)
+
+    def _settle(self) -> None:
+        if self._waiting:
+            chosen, own = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            self._waiting.clear()
+            if own.is_floating_point():
+                own = own.topk(self._top_k, dim=-1).indices
+            self._hits = self._hits + (own.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum()
+            self.seen += own.numel()
+
+
+class LayerControl:
+    """One MoE layer under control: what was guessed for it, and what the guesses that are made at it read."""
+
+    def __init__(self, target: Target, guesser: Guesser):
+        self.target, self.guesser = target, guesser
+        self.targets: list[LayerControl] = []
+        """The layers whose source it is, the nearest first."""
+        self.count = HitCount(target.layer.top_k)
+        self.guess: Guess | None = None
+        """What was guessed for it in this forward pass, until its router is called."""
+        self.known = False
+        """Of its last decision: see `engine.Decision`."""
+        self.is_guessing = False
+        """While it is, a call of its router is the speculation's."""
+        self._stream = torch.empty(0)
+        self._beside = [torch.empty(0) for _ in target.layer.join.beside]
+        self._shared: torch.Tensor | None = None
+
+    def forget(self) -> None:
+        """Forgets the counts, and what a forward pass that broke off has left."""
+        self.count.clear()
+        self.guess, self._shared = None, None
+
+    def watch_residual(self, attached: ExitStack) -> None:
+        """Keeps what the residual is made of, for `residual`."""
+        layer = self.target.layer
+
+        def keep_stream(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._stream = first_tensor((*args, *kwargs.values())).reshape(-1, layer.hidden_size)
+            self._shared = None
+
+        attached.callback(layer.entry.register_forward_pre_hook(keep_stream, with_kwargs=True).remove)
+        for number, (module, _) in enumerate(layer.join.beside):
+
+            def keep_beside(_: Any, __: Any, output: Any, number: int = number) -> None:
+                self._beside[number] = first_tensor(output).reshape(-1, layer.hidden_size)
+
+            attached.callback(module.register_forward_hook(keep_beside).remove)
+        if layer.join.shared is not None:
+            # The shared expert belongs to the residual. It is asked for twice, by its block and by the guess, in either
+            # order: the first computes it, the second takes what was kept.
+            def shared(x: torch.Tensor) -> torch.Tensor:
+                kept, self._shared = self._shared, None
+                if kept is None:
+                    kept = self._shared = original(x)
+                return kept.view(*x.shape[:-1], -1)
+
+            original = attached.enter_context(override_forward(layer.join.shared, shared))
+
+    def residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual of this pass, and `inner`, for `x` `[tokens, hidden]` that the router reads; see `Join.residual`."""
+        join = self.target.layer.join
+        return join.residual(self._stream, x, self._beside, join.shared_term(x))
+
+
+class RoutingControl:
+    """Guesses for every MoE layer of a model, and carries out a policy, until it is detached.
+
+    It copies nothing itself: `fetch(target, candidates [tokens, m])` is called as soon as the candidates of a target layer
+    are known, and `resident(target)` names the experts that are on the device besides them. A forward pass over more than
+    `max_tokens` tokens is neither guessed nor restricted.
+    """
+
+    def __init__(
+        self,
+        targets: list[Target],
+        speculators: dict[int, Speculator],
+        policy: Policy,
+        gating: Gating,
+        max_tokens: int | None = None,
+        fetch: Callable[[Target, torch.Tensor], None] = lambda *_: None,
+        resident: Callable[[Target], list[int]] = lambda _: [],
+    ):
+        self.is_on = True
+        """While it is off, a forward pass that begins is executed as `on_demand` would."""
+        self.observer: Observer | None = None
+        self._decide = decider(policy, gating)
+        self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
+        self._attached = ExitStack()
+        self.layers: list[LayerControl] = []
+        """In the model's order; none where nothing is guessed."""
+        if self._decide is None:
+            return
+        weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
+        for target in targets:
+            guesser = make_guesser(speculators[target.layer.index], target, weighs)
+            self.layers.append(LayerControl(target, guesser))
+        by_index = {layer.target.layer.index: layer for layer in self.layers}
+        for layer in self.layers:
+            if layer.target.source is not None:
+                by_index[layer.target.source].targets.append(layer)
+        for layer in self.layers:
+            if layer.target.source is None:
+                self._attach_entry(layer)
+            if layer.targets:
+                layer.watch_residual(self._attached)
+            self._attach_router(layer)
+
+    def detach(self) -> None:
+        """Takes every hook away; the model is as it was."""
+        self._attached.close()
+        # The hooks and this object name one another, and what waits for the garbage collector fills memory meanwhile.
+        for layer in self.layers:
+            del layer.guesser
+
+    def hit_rates(self) -> dict[int, float]:
+        """Recall of the candidates against the router's own choice since the last `reset`, by the model's number of the layer."""
+        found = {layer.target.layer.index: layer.count for layer in self.layers}
+        return {index: count.hits / count.seen for index, count in found.items() if count.hits or count.seen}
+
+    def hit_rate(self) -> float | None:
+        """The same over all layers; None where nothing was guessed."""
+        hits = sum(layer.count.hits for layer in self.layers)
+        seen = sum(layer.count.seen for layer in self.layers)
+        return hits / seen if seen else None
+
+    def reset(self) -> None:
+        """Forgets the counts, and whatever a forward pass that broke off has left."""
+        for layer in self.layers:
+            layer.forget()
+
+    def _attach_router(self, layer: LayerControl) -> None:
+        def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if layer.is_guessing:
+                return original(x, *args, **kwargs)
+            begun = time.perf_counter()
+            state = x.reshape(-1, layer.target.layer.hidden_size)
+            routing = self._decided(layer, state, lambda: original(x, *args, **kwargs))
+            if self._guesses(len(state)):
+                if layer.targets:
+                    residual, inner = layer.residual(state)
+                    self._guess(layer.targets, residual, routing, inner)
+                if self.observer is not None:
+                    self.observer.controlled(layer.target.number, begun, time.perf_counter())
+            return routing
+
+        original = self._attached.enter_context(override_forward(layer.target.layer.router, route))
+
+    def _attach_entry(self, layer: LayerControl) -> None:
+        """Has a layer without a source guessed from its own input."""
+
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer is self.layers[0]:
+                for other in self.layers:
+                    other.guess = None
+            state = first_tensor((*args, *kwargs.values())).reshape(-1, layer.target.layer.hidden_size)
+            if self._guesses(len(state)):
+                begun = time.perf_counter()
+                self._guess([layer], state, None, None)
+                if self.observer is not None:
+                    self.observer.controlled(layer.target.number, begun, time.perf_counter())
+
+        self._attached.callback(layer.target.layer.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
+
+    def _guesses(self, tokens: int) -> bool:
+        return self.is_on and (self._max_tokens is None or tokens <= self._max_tokens)
+
+    def _guess(
+        self,
+        targets: list[LayerControl],
+        residual: torch.Tensor,
+        source: Routing | None,
+        inner: torch.Tensor | None,
+    ) -> None:
+        for target in targets:
+            begun = time.perf_counter()
+            target.is_guessing = True
+            try:
+                target.guess = target.guesser.guess(residual, source, inner)
+            finally:
+                target.is_guessing = False
+            self._fetch(target.target, target.guess.candidates)
+            if self.observer is not None:
+                self.observer.guessed(target.target.number, begun, time.perf_counter())
+
+    def _decided(self, layer: LayerControl, state: torch.Tensor, route: Callable[[], Any]) -> Routing:
+        number = layer.target.number
+
+        def routed(begun: float) -> None:
+            if self.observer is not None:
+                self.observer.routed(number, begun, time.perf_counter())
+
+        def own() -> Routing:
+            begun = time.perf_counter()
+            routing = flat_routing(route())
+            routed(begun)
+            return routing
+
+        guess, layer.guess, layer.known = layer.guess, None, False
+        if guess is None or self._decide is None:
+            return own()
+        call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: self._resident(layer.target), routed)
+        routing, chosen, layer.known = self._decide(call)
+        layer.count.add(guess.candidates, chosen)
+        return routing

@@ -1,0 +1,50 @@
+"""Experts as the model holds them: its own tensors in its own dtype, one after another."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import torch
+from torch import nn
+
+from ...predictors.experts import expert_output
+from ..errors import StoreError
+from . import ALIGNMENT, PAGE, ExpertFormat, Place
+
+
+class FullFormat(ExpertFormat):
+    """The stacked parameters of an experts module, cut into experts. All have one dtype."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.places.values())).dtype
+
+    @classmethod
+    def of(cls, experts: nn.Module) -> Self:
+        """The format of one expert of a module. Raises `StoreError` where its parameters differ in dtype."""
+        parameters = dict(experts.named_parameters(recurse=False))
+        dtypes = {p.dtype for p in parameters.values()}
+        if len(dtypes) != 1:
+            raise StoreError(f"the experts mix the dtypes {sorted(map(str, dtypes))}; load the model in one dtype")
+        places, size = {}, 0
+        for name, parameter in parameters.items():
+            places[name] = Place(parameter.dtype, parameter.shape[1:], size)
+            size += math.ceil(places[name].bytes / ALIGNMENT) * ALIGNMENT
+        return cls(places, math.ceil(size / PAGE) * PAGE)
+
+    @classmethod
+    def common(cls, modules: list[nn.Module]) -> Self:
+        """The format that all experts modules of a model share. Raises `StoreError` where they differ."""
+        found = cls.of(modules[0])
+        for experts in modules[1:]:
+            found.expect(experts)
+        return found
+
+    def expect(self, experts: nn.Module) -> None:
+        """Raises `StoreError` where the experts of a module have another format."""
+        if self.of(experts) != self:
+            raise StoreError("the experts of this model's layers differ in shape; offloading needs them alike")
+
+    def output(self, experts: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return expert_output(experts, tensors, x)

@@ -1,0 +1,80 @@
+"""What is guessed: for each MoE layer its source, and how many candidates are fetched for it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..predictors.architecture import MoELayer, farther, sources
+from ..predictors.checkpoint import Predictors
+from .errors import OffloadError
+from .policy import Gating, Policy, candidates_from_recall
+
+
+class Target(NamedTuple):
+    """An MoE layer as the target of a guess."""
+
+    layer: MoELayer
+    number: int
+    """Counted from 0 among the MoE layers."""
+    source: int | None
+    """The model's number of the layer whose residual is read; None for the target's own input."""
+    candidates: int
+    """How many experts are fetched for each speculated token, `top_k` at least."""
+
+
+def targets_of(
+    layers: list[MoELayer],
+    predictors: Predictors | None = None,
+    horizon: int | None = None,
+    candidates: int | str | None = None,
+    policy: Policy = Policy.PREFETCH,
+    gating: Gating = Gating.TRUE,
+) -> list[Target]:
+    """Every MoE layer as a target, in the model's order.
+
+    `horizon` is as in `sources_read`. `candidates` is their number, or `auto`: as many as the recall in `predictors` says are
+    worth it. By default it is `top_k`, and two more under gating `resident`. Raises `OffloadError` for a number that the model
+    can't have, and what `sources_read` does.
+    """
+    top_k, experts = layers[0].top_k, layers[0].num_experts
+    if candidates not in (None, "auto") and (not isinstance(candidates, int) or not top_k <= candidates <= experts):
+        raise OffloadError(
+            f"{candidates} candidates are asked for; this model takes from {top_k} to {experts}, or auto"
+        )
+    usual = candidates if isinstance(candidates, int) else min(top_k + 2 * (gating is Gating.RESIDENT), experts)
+    source_of = sources_read(sources(layers), predictors, horizon)
+    targets = []
+    for number, layer in enumerate(layers):
+        # Exports of before recall was written have none, and neither has speculation without predictors.
+        recall = predictors.recall.get(layer.index) if predictors is not None and candidates == "auto" else None
+        count = min(candidates_from_recall(recall, top_k, policy, gating), experts) if recall else usual
+        targets.append(Target(layer, number, source_of[layer.index], count))
+    return targets
+
+
+def sources_read(
+    nearest: dict[int, int | None], predictors: Predictors | None, horizon: int | None
+) -> dict[int, int | None]:
+    """The source of each target layer, where `nearest` names its nearest one: what `predictors` read, or without them what
+    is `horizon` layers before, by default 1.
+
+    Raises `OffloadError` for a horizon that `predictors` were not trained for, or sources that the model does not have.
+    """
+    if horizon not in (None, 1, 2):
+        raise OffloadError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")
+    asked = farther(nearest, horizon or 1)
+    if predictors is None:
+        return asked
+    trained = {target: predictors.sources.get(target, source) for target, source in nearest.items()}
+    for target, source in trained.items():
+        if source is not None and (source not in nearest or source >= target):
+            raise OffloadError(
+                f"these predictors read layer {source} for layer {target}, which is no mixture-of-experts layer before it; "
+                "export them again"
+            )
+    if horizon is not None and trained != asked:
+        raise OffloadError(
+            f"a horizon of {horizon} is asked for, and these predictors were trained to read other layers; leave the "
+            "horizon out or train predictors for it"
+        )
+    return trained
