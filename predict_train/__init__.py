@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from .runtime.load import load_experts, load_offloaded
     from .runtime.offload import offload_experts, offloaded
 
-_CHECKOUT = Path(__file__).parents[1]
-if (_CHECKOUT / "predictors" / "__init__.py").exists():  # installed, the rooms lie in this folder
-    __path__.append(str(_CHECKOUT))
+_HERE = Path(__file__).parent
+if not (_HERE / "predictors").exists():  # installed, the rooms lie in this folder; in a checkout, beside it
+    __path__.append(str(_HERE.parent))
 
 _PLACES = {
     "load_predictors": "predictors.checkpoint",
