@@ -243,16 +243,6 @@ def test_wrong_input_ends_in_one_sentence(
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
 
 
-def test_the_runtime_imports_no_training_library() -> None:
-    script = (
-        "import sys, predict_train.runtime.measure.evaluate, predict_train.runtime.generate\n"
-        "rooms = 'predict_train.data_collection', 'predict_train.train'\n"
-        "print([m for m in ('lightning', 'datasets', 'tensorboard', *rooms) if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 def test_the_console_script_is_installed() -> None:
     done = subprocess.run([Path(sys.executable).parent / "predict-train", "--help"], capture_output=True, text=True)
     assert done.returncode == 0

@@ -1,0 +1,220 @@
+"""The form of the house: which room may import what, and how long a file and a list of parameters may be."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "predict_train"
+BELOW = {  # the rooms that each may import from
+    "predictors": {"predictors"},
+    "data_collection": {"predictors", "data_collection"},
+    "runtime": {"predictors", "runtime"},
+    "train": {"predictors", "train"},
+}
+# Of data_collection, what train may import too: the trace, what reads it, and how a process keeps its memory.
+READING_SIDE = {f"{PACKAGE}.data_collection.{name}" for name in ("trace", "examples", "statistics", "memory")}
+TRAINING_LIBRARIES = {"lightning", "datasets", "tensorboard"}
+MOST_PARAMETERS = 8
+MOST_LINES = 400
+
+
+def name_of(file: Path) -> str:
+    """The name that a file of the checkout is imported by."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == PACKAGE else (PACKAGE, *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(file): file for room in (*BELOW, PACKAGE) for file in sorted((ROOT / room).rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    """`predictors` of `predict_train.predictors.mlp`; the package's own name for what is in no room."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in BELOW else PACKAGE
+
+
+def in_measure(module: str) -> bool:
+    return f"{module}.".startswith(f"{PACKAGE}.runtime.measure.")
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+class Import(NamedTuple):
+    module: str
+    """The one that imports."""
+    target: str
+    """What it imports: a module of ours, or a module or a name of a library's."""
+    line: int
+    lazy: bool
+    """Whether it happens inside a function, when that is called."""
+
+    def __str__(self) -> str:
+        return f"{MODULES[self.module].relative_to(ROOT)}:{self.line} imports {self.target}"
+
+
+@cache
+def imports(module: str) -> list[Import]:
+    """All imports of a module: at the top, inside functions, and for types only."""
+    return [Import(module, *found) for found in _imports(tree(module), module, False)]
+
+
+def _imports(node: ast.AST, module: str, lazy: bool) -> Iterator[tuple[str, int, bool]]:
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, node.lineno, lazy) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        origin = node.module or ""
+        if node.level:
+            is_package = MODULES[module].name == "__init__.py"
+            outer = module.split(".")[: None if is_package and node.level == 1 else is_package - node.level]
+            origin = ".".join([*outer, *([node.module] if node.module else [])])
+        for alias in node.names:
+            name = f"{origin}.{alias.name}"
+            yield origin if origin in MODULES and name not in MODULES else name, node.lineno, lazy
+    lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    for child in ast.iter_child_nodes(node):
+        yield from _imports(child, module, lazy)
+
+
+def of_room(*rooms: str) -> Iterator[Import]:
+    return (found for module in MODULES if room_of(module) in rooms for found in imports(module))
+
+
+def goes_up(found: Import) -> bool:
+    if found.target.split(".")[0] != PACKAGE:
+        return False
+    if room_of(found.module) == "train" and found.target in READING_SIDE:
+        return False
+    return room_of(found.target) not in BELOW[room_of(found.module)]
+
+
+def reads_traces(found: Import) -> bool:
+    """The one import that crosses: the measuring room replays a trace, and imports its reader when it is asked to."""
+    return in_measure(found.module) and found.lazy and found.target == f"{PACKAGE}.data_collection.trace"
+
+
+def test_the_house_is_seen():
+    """The other tests are worth nothing where they find no modules or no imports."""
+    assert {room_of(module) for module in MODULES} == {*BELOW, PACKAGE}
+    rooms = {(room_of(found.module), room_of(found.target)) for found in of_room(*BELOW) if PACKAGE in found.target}
+    assert {(room, "predictors") for room in BELOW} | {("train", "data_collection")} <= rooms
+    libraries = {found.target for found in of_room(*BELOW)}
+    assert {"torch", "lightning", f"{PACKAGE}.train.figures"} <= libraries
+    assert any(found.lazy for found in of_room(*BELOW))
+
+
+def test_no_import_goes_up():
+    assert [str(found) for found in of_room(*BELOW) if goes_up(found) and not reads_traces(found)] == []
+
+
+def test_the_reading_side_of_a_trace_needs_nothing_of_what_records():
+    wrong = [
+        str(found)
+        for module in READING_SIDE
+        for found in imports(module)
+        if room_of(found.target) == "data_collection" and found.target not in READING_SIDE
+    ]
+    assert wrong == []
+
+
+def test_the_runtime_replays_traces_in_one_place():
+    assert len([found for found in of_room("runtime") if reads_traces(found)]) <= 1
+
+
+def test_the_engine_imports_nothing_of_what_measures_it():
+    engine = (found for found in of_room("runtime") if not in_measure(found.module))
+    assert [str(found) for found in engine if in_measure(found.target)] == []
+
+
+def test_predictors_and_the_runtime_name_no_training_library():
+    found = of_room("predictors", "runtime")
+    assert [str(one) for one in found if one.target.split(".")[0] in TRAINING_LIBRARIES] == []
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> int:
+    """How many a caller may give: `self` and `cls` don't count, `*args` and `**kwargs` are one each."""
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    rest = [one for one in (arguments.vararg, arguments.kwarg) if one is not None]
+    return len([one for one in [*named, *rest] if one.arg not in ("self", "cls")])
+
+
+def test_no_function_has_too_many_parameters():
+    wrong = [
+        f"{MODULES[module].relative_to(ROOT)}:{node.lineno} {getattr(node, 'name', 'lambda')} has {parameters(node)}"
+        for module in MODULES
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and parameters(node) > MOST_PARAMETERS
+    ]
+    assert wrong == []
+
+
+def test_no_file_is_too_long():
+    lines = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for file in MODULES.values()}
+    assert {file: count for file, count in lines.items() if count > MOST_LINES} == {}
+
+
+def python(script: str, *arguments: str) -> str:
+    """What a new Python process prints that runs `script`."""
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("modules", "unwanted"),
+    [
+        # The help of the command line waits for none of these.
+        ([PACKAGE, f"{PACKAGE}.cli", f"{PACKAGE}.runtime"], {"torch", "transformers", *TRAINING_LIBRARIES}),
+        ([module for module in MODULES if room_of(module) in ("predictors", "runtime")], TRAINING_LIBRARIES),
+    ],
+    ids=["the names to import", "the whole runtime"],
+)
+def test_what_is_imported_loads_no_training_library(modules, unwanted):
+    script = (
+        "import importlib, json, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(json.dumps([*sys.modules]))"
+    )
+    loaded = set(json.loads(python(script, *modules)))
+    assert set(modules) <= loaded
+    assert loaded & unwanted == set()
+    assert [name for name in loaded if name.startswith((f"{PACKAGE}.data_collection", f"{PACKAGE}.train"))] == []
+
+
+def test_every_module_can_be_imported_by_itself():
+    """In a process each, that has the libraries already and nothing of ours."""
+    libraries = {
+        found.target
+        for found in of_room(*BELOW, PACKAGE)
+        if not found.lazy and found.target.split(".")[0] not in (PACKAGE, *sys.stdlib_module_names)
+    }
+    modules = [module for module in MODULES if not module.endswith(".__main__")]  # that one runs
+    script = (
+        "import importlib, json, os, pkgutil, sys\n"
+        "modules, libraries = map(json.loads, sys.argv[1:])\n"
+        "for name in libraries: pkgutil.resolve_name(name)\n"
+        "def ends(name):\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        importlib.import_module(name)\n"
+        "        os._exit(0)\n"
+        "    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+        f"assert not [name for name in sys.modules if name.startswith('{PACKAGE}')]\n"
+        "print(json.dumps({name: ends(name) for name in modules}))"
+    )
+    ends = json.loads(python(script, json.dumps(modules), json.dumps(sorted(libraries))).splitlines()[-1])
+    assert ends == dict.fromkeys(modules, 0)
