@@ -160,3 +160,11 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     config = FitConfig(trace=collected, out=out, width=32, epochs=3, batch_size=128, learning_rate=1e-2, device="cpu")
     return fit(config, Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, fitted: Path) -> Path:
+    """The predictors of the finished run, in fp32, as `export` writes them. Don't write to it."""
+    from predict_train.train.export import export
+
+    return export(fitted, tmp_path_factory.mktemp("exports") / "predictors")

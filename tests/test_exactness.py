@@ -116,13 +116,19 @@ def test_a_prompt_of_4096_tokens_through_k_slots(build_moe: Callable[..., PreTra
             assert torch.equal(greedy(model, ids, 2), expected)
 
 
-def test_two_models_at_once(build_moe: Callable[..., PreTrainedModel]) -> None:
-    models = [build_moe("qwen3_moe"), build_moe("mixtral")]
-    alone = []
+def alone_then_offloaded(models: list[PreTrainedModel], tokens: int) -> list[torch.Tensor]:
+    """What each model says alone with everything resident. Afterwards each is offloaded, with three slots of its own."""
+    expected = []
     for model in models:
         with everything_resident(model):
-            alone.append(greedy(model, prompt(1, 9), 6))
+            expected.append(greedy(model, prompt(1, 9), tokens))
         offload_experts(model, policy="prefetch", slots=3, device="cpu")
+    return expected
+
+
+def test_two_models_at_once(build_moe: Callable[..., PreTrainedModel]) -> None:
+    models = [build_moe("qwen3_moe"), build_moe("mixtral")]
+    alone = alone_then_offloaded(models, 6)
     caches: list[Any] = [None, None]
     tokens = [prompt(1, 9), prompt(1, 9)]
     for _ in range(6):  # token by token, in turn
@@ -166,11 +172,7 @@ def test_half_precision_is_exact_too(
 
 def test_two_models_in_two_threads(build_moe: Callable[..., PreTrainedModel]) -> None:
     models = [build_moe("qwen3_moe"), build_moe("gpt_oss")]
-    expected = []
-    for model in models:
-        with everything_resident(model):
-            expected.append(greedy(model, prompt(1, 9), 20))
-        offload_experts(model, policy="prefetch", slots=3, device="cpu")
+    expected = alone_then_offloaded(models, 20)
     with ThreadPoolExecutor(2) as pool:
         for _ in range(3):
             outputs = list(pool.map(lambda model: greedy(model, prompt(1, 9), 20), models))

@@ -28,11 +28,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 
-@pytest.fixture
-def exported(fitted: Path, tmp_path: Path) -> Path:
-    return export(fitted, tmp_path / "predictors")
-
-
 def speculate(model, predictors) -> dict[int, Routing]:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
     speculators = make_speculators(model, load_predictors(predictors, model))

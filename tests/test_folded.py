@@ -29,6 +29,14 @@ def layers_of(model_type: str, seed: int = 0) -> list[MoELayer]:
     return find_moe_layers(model)
 
 
+def last_layer(model_type: str) -> MoELayer:
+    """The last MoE layer of a random model of that type; a type that is not supported is skipped."""
+    try:
+        return layers_of(model_type)[-1]
+    except UnsupportedModelError:
+        pytest.skip("not supported")
+
+
 def speculator_of(layer: MoELayer, seed: int, trained: bool, has_vectors: bool = True) -> Speculator:
     torch.manual_seed(seed)
     mlp = None
@@ -48,10 +56,7 @@ def routing_of(layer: MoELayer, tokens: int, generator: torch.Generator) -> Rout
 
 @pytest.mark.parametrize("model_type", catalog.moe_types())
 def test_it_is_the_speculator_to_rounding(model_type: str) -> None:
-    try:
-        layer = layers_of(model_type)[-1]
-    except UnsupportedModelError:
-        pytest.skip("not supported")
+    layer = last_layer(model_type)
     generator = torch.Generator().manual_seed(5)
     folded_any = False
     for trained in (False, True):
@@ -154,10 +159,7 @@ def test_in_bfloat16_the_same_experts_are_found() -> None:
 @pytest.mark.parametrize("model_type", catalog.moe_types())
 def test_a_plain_router_weights_what_it_must_choose_as_it_does(model_type: str) -> None:
     """Of what it chose itself the weights are its own, and of other experts those that its restricted choice gives."""
-    try:
-        layer = layers_of(model_type)[-1]
-    except UnsupportedModelError:
-        pytest.skip("not supported")
+    layer = last_layer(model_type)
     states = torch.randn(64, layer.hidden_size, generator=torch.Generator().manual_seed(7))
     router = Router.of(layer)
     plain = PlainRouter.of(router, layer.num_experts, states)

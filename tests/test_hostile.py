@@ -21,15 +21,9 @@ from hypothesis import strategies as st
 from predict_train.predictors.architecture import fingerprint
 from predict_train.predictors.checkpoint import load_predictors
 from predict_train.predictors.config import MOST_BYTES, PredictorsError
-from predict_train.train.export import export
 from safetensors.torch import load, load_file, save
 
 WEIGHTS, CONFIG = "predictors.safetensors", "config.json"
-
-
-@pytest.fixture(scope="module")
-def exported(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(fitted, tmp_path_factory.mktemp("exports") / "predictors")
 
 
 @pytest.fixture

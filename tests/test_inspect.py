@@ -16,17 +16,11 @@ from predict_train.data_collection import statistics
 from predict_train.data_collection.statistics import balance, trace_statistics
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.errors import UserError
-from predict_train.train.export import export
 from predict_train.train.inspection import InspectError, inspect, plot, report
 from rich.console import Console
 from safetensors.torch import load_file
 
 from predict_train import cli
-
-
-@pytest.fixture(scope="module")
-def predictors(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(fitted, tmp_path_factory.mktemp("inspected") / "predictors")
 
 
 @pytest.fixture
@@ -156,23 +150,23 @@ def test_a_run_that_was_stopped_is_told(fitted, tmp_path):
         plot(found, tmp_path / "figure.png")
 
 
-def test_predictors_are_told(predictors):
-    found = inspect(predictors)
+def test_predictors_are_told(exported):
+    found = inspect(exported)
     assert found["kind"] == "predictors"
-    tensors = load_file(predictors / "predictors.safetensors")
+    tensors = load_file(exported / "predictors.safetensors")
     for entry in found["layers"]:
         assert entry["width"] == 32
         own = [tensor for name, tensor in tensors.items() if name.startswith(f"layers.{entry['layer']}.")]
         assert own
         assert entry["bytes"] == sum(tensor.nbytes for tensor in own)
         assert entry["hit_rate"].keys() == {"training_free", "predictor"}
-    assert found["bytes"] == sum(file.stat().st_size for file in predictors.iterdir())
+    assert found["bytes"] == sum(file.stat().st_size for file in exported.iterdir())
     text = told(found)
     assert "of layers 0, 1, 2" in text
     assert f"{found['bytes']:,}" in text
 
 
-@pytest.mark.parametrize("kind", ["collected", "fitted", "predictors"])
+@pytest.mark.parametrize("kind", ["collected", "fitted", "exported"])
 def test_the_command_writes_figures_and_json(kind, request, tmp_path, monkeypatch):
     folder = request.getfixturevalue(kind)
     picture, file = tmp_path / "figure.png", tmp_path / "found.json"
