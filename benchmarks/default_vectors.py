@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from predict_train.data_collection.statistics import training_free_hit_rates
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.provenance import command, versions
-from predict_train.predictors.speculation import Speculator
 from predict_train.predictors.stacked import StackedSpeculators
 from rich.console import Console
 from rich.table import Table
@@ -30,15 +31,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     held_out = Trace.open(args.held_out)
-    own = held_out.speculators()
-    results = {"none": rates(held_out, {target: Speculator(s.norm, s.router) for target, s in own.items()})}
+    results = {"none": rates(held_out, {})}
     for path in args.traces:
-        vectors = Trace.open(path).default_vectors()
-        speculators = {}
-        for target, source in held_out.sources.items():
-            s = own[target]
-            speculators[target] = Speculator(s.norm, s.router, None if source is None else vectors[source])
-        results[path.name] = rates(held_out, speculators)
+        results[path.name] = rates(held_out, Trace.open(path).default_vectors())
     table = Table("default vectors", *map(str, held_out.sources), "mean")
     for name, row in results.items():
         table.add_row(name, *(f"{rate:.3f}" for rate in row.values()), f"{sum(row.values()) / len(row):.4f}")
@@ -48,10 +43,13 @@ def main() -> None:
         args.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def rates(trace: Trace, speculators: dict[int, Speculator]) -> dict[int, float]:
-    sizes = [trace.manifest.model.top_k]
-    stacked = StackedSpeculators(speculators.values(), trace.manifest.model.hidden_size)
-    return training_free_hit_rates(trace.sample(ROWS), trace.sources, stacked, sizes)[0]
+def rates(trace: Trace, vectors: dict[int, torch.Tensor]) -> dict[int, float]:
+    """Of each target, with default vectors of other tokens than the trace's, by source layer."""
+    sizes, sources = [trace.manifest.model.top_k], trace.sources
+    own = trace.wirings().items()
+    wirings = [replace(wiring, default_vectors=vectors.get(sources[target])) for target, wiring in own]
+    stacked = StackedSpeculators(wirings, trace.manifest.model.hidden_size)
+    return training_free_hit_rates(trace.sample(ROWS), sources, stacked, sizes)[0]
 
 
 if __name__ == "__main__":

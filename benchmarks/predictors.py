@@ -95,14 +95,14 @@ def load(path: Path, layers: list[int], rows: int) -> tuple[Batch, torch.Tensor]
     """The first `rows` rows as one batch in memory, and the routers' weights `[layers, experts, hidden]`."""
     trace = Trace.open(path)
     sources = {layer: trace.sources[layer] for layer in layers}
-    speculators, stacked = trace.speculators(sources=sources), trace.stacked(sources)
+    stacked = trace.stacked(sources)
     parts: list[Batch] = []
     for shard, entry in enumerate(trace.manifest.shards):
         for start in range(0, entry.rows, CHUNK):
             if sum(part.ids.shape[1] for part in parts) < rows:
                 chosen = torch.arange(start, min(entry.rows, start + CHUNK))
                 parts.append(make_batch(trace.read(shard, chosen), sources, stacked))
-    routers = torch.stack([dict(s.router.router.named_parameters())["weight"].float() for s in speculators.values()])
+    routers = torch.stack([dict(w.router.router.named_parameters())["weight"] for w in stacked.wirings])
     return Batch(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))), routers
 
 

@@ -24,7 +24,9 @@ from ..predictors.discovery import find_moe_layers
 from ..predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from ..predictors.provenance import command, versions
 from .batches import TokenBatch, read_batches
+from .columns import TOKEN_IDS
 from .hooks import Recorder
+from .manifest import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry, ShardEntry
 from .memory import keep_freed_memory
 from .passes import most_rows, run_batch
 from .pilot import make_plan, speculation_state
@@ -44,7 +46,7 @@ from .progress import (
 )
 from .settings import CollectConfig, CollectError
 from .statistics import SAMPLE_ROWS, training_free_hit_rates
-from .trace import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry, ShardEntry, Trace
+from .trace import Trace
 from .writer import TraceWriter, disk, write_manifest, write_speculation
 
 __all__ = ["CollectConfig", "CollectError", "collect"]
@@ -167,7 +169,7 @@ def _record(
                 }
             )
             if columns is not None:
-                rows += len(columns["token_ids"])
+                rows += len(columns[TOKEN_IDS])
                 writer.append(columns, partial(_snapshot, done, recorder))
         if start.batches and done is start and not stopped and str(digest) != start.digest:
             raise CollectError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 from ..predictors.speculation import Routing, mixture_of
 from ..predictors.stacked import StackedSpeculators
-from .trace import Columns
+from .columns import Column, Columns
 
 
 class Batch(NamedTuple):
@@ -31,23 +32,21 @@ def make_batch(columns: Columns, sources: dict[int, int | None], speculators: St
 
     States are those of `Speculator.states`, which is what the runtime calls. No gradient flows through them.
     """
-    targets = list(sources)
 
-    def stack(names: list[str]) -> torch.Tensor:
+    def stack(names: Iterable[str]) -> torch.Tensor:
         return torch.stack([columns[name] for name in names])
 
-    read = [f"layers.{t}.input" if s is None else f"layers.{s}.residual" for t, s in sources.items()]
-    inner = [columns.get(f"layers.{source}.inner") for source in sources.values()]
-    ids = stack([f"layers.{target}.expert_ids" for target in targets]).long()
-    logits = stack([f"layers.{target}.router_logits" for target in targets]).float()
+    read = stack(Column.INPUT.of(t) if s is None else Column.RESIDUAL.of(s) for t, s in sources.items()).float()
+    inner = [None if s is None else columns.get(Column.INNER.of(s)) for s in sources.values()]
+    ids = stack(Column.EXPERT_IDS.of(target) for target in sources).long()
+    logits = stack(Column.ROUTER_LOGITS.of(target) for target in sources).float()
     # A target without a source has a mixture of nothing: weights of zero, whatever the experts.
-    chosen = stack([f"layers.{t if s is None else s}.expert_ids" for t, s in sources.items()]).long()
+    chosen = stack(Column.EXPERT_IDS.of(t if s is None else s) for t, s in sources.items()).long()
     weights = torch.zeros(chosen.shape, device=chosen.device)
-    sourced = [number for number, source in enumerate(sources.values()) if source is not None]
+    sourced = {number: source for number, source in enumerate(sources.values()) if source is not None}
     if sourced:
-        names = [f"layers.{source}.expert_weights" for source in sources.values() if source is not None]
-        weights[sourced] = stack(names).float()
+        weights[list(sourced)] = stack(map(Column.EXPERT_WEIGHTS.of, sourced.values())).float()
     # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
     routing = Routing(weights, weights, chosen)
-    quasi, normed = speculators.states(stack(read).float(), routing, [None if i is None else i.float() for i in inner])
+    quasi, normed = speculators.states(read, routing, [None if i is None else i.float() for i in inner])
     return Batch(quasi, normed, mixture_of(routing, logits.shape[-1], logits.dtype), ids, logits)

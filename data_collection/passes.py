@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from .batches import TokenBatch, sample_mask
+from .columns import POSITION, SEQUENCE, TOKEN_IDS, Column, Columns
 from .hooks import LayerRecord, Recorder
 from .settings import CollectConfig
-from .trace import Columns
 
 
 def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
@@ -55,9 +55,9 @@ def _prefill(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, conf
     model.base_model(input_ids=batch.token_ids.to(model.device), use_cache=False)
     columns = layer_columns(recorder.take(), recorder.sources)
     sequence, position = kept.nonzero(as_tuple=True)
-    columns["token_ids"] = batch.token_ids[kept].int()
-    columns["position"] = position.int()
-    columns["sequence"] = (batch.first + sequence).int()
+    columns[TOKEN_IDS] = batch.token_ids[kept].int()
+    columns[POSITION] = position.int()
+    columns[SEQUENCE] = (batch.first + sequence).int()
     return columns
 
 
@@ -96,9 +96,9 @@ class _Steps(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002
         columns = layer_columns(self.recorder.take(), self.recorder.sources)
         position = input_ids.shape[1] - 2  # of the token that was fed: the last one has just been drawn
-        columns["token_ids"] = input_ids[:, position].cpu()[self.mask].int()
-        columns["position"] = torch.full_like(columns["token_ids"], position)
-        columns["sequence"] = (self.batch.first + self.mask.nonzero().flatten()).int()
+        columns[TOKEN_IDS] = input_ids[:, position].cpu()[self.mask].int()
+        columns[POSITION] = torch.full_like(columns[TOKEN_IDS], position)
+        columns[SEQUENCE] = (self.batch.first + self.mask.nonzero().flatten()).int()
         self.columns.append(columns)
         self.running &= ~torch.isin(input_ids[:, -1].cpu(), self.ends)
         step = len(self.columns) - 1
@@ -119,15 +119,13 @@ def layer_columns(records: dict[int, LayerRecord], sources: dict[int, int | None
     columns: Columns = {}
     used_as_source = set(sources.values())
     for layer, record in records.items():
-        name = f"layers.{layer}"
-        columns[f"{name}.expert_ids"] = record.routing.ids.to("cpu", torch.int16)
-        columns[f"{name}.expert_weights"] = record.routing.weights.to("cpu", torch.bfloat16)
+        floats = {Column.EXPERT_WEIGHTS: record.routing.weights, Column.INPUT: record.input}
         if layer in used_as_source:
-            columns[f"{name}.residual"] = record.residual.to(torch.bfloat16).cpu()
-            if record.inner is not None:
-                columns[f"{name}.inner"] = record.inner.to(torch.bfloat16).cpu()
+            floats |= {Column.RESIDUAL: record.residual, Column.INNER: record.inner}
         if layer in sources:
-            columns[f"{name}.router_logits"] = record.routing.logits.to(torch.bfloat16).cpu()
-        if record.input is not None:
-            columns[f"{name}.input"] = record.input.to(torch.bfloat16).cpu()
+            floats |= {Column.ROUTER_LOGITS: record.routing.logits}
+        columns[Column.EXPERT_IDS.of(layer)] = record.routing.ids.to("cpu", torch.int16)
+        columns |= {
+            column.of(layer): tensor.to(torch.bfloat16).cpu() for column, tensor in floats.items() if tensor is not None
+        }
     return columns

@@ -9,19 +9,19 @@ import time
 import torch
 from accelerate.hooks import remove_hook_from_module
 from rich.console import Console
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..predictors.architecture import MoELayer
-from ..predictors.speculation import Router, Speculator
+from ..predictors.speculation import Wiring, wire
 from ..predictors.stacked import StackedSpeculators
 from .batches import read_batches
+from .columns import TOKEN_IDS, Columns
 from .hooks import Recorder
 from .passes import run_batch
 from .progress import Plan
 from .settings import CollectConfig, CollectError
 from .statistics import training_free_hit_rates
-from .trace import Columns
+from .wiring import wiring_state
 
 RATES_TOKENS = 4096
 # The estimate costs a collection at most this share of its time, and no more than a few batches.
@@ -83,7 +83,7 @@ def _estimate(
             started = time.perf_counter()
             columns = run_batch(model, recorder, batch, short)
             times.append(time.perf_counter() - started)
-            rows.append(len(columns["token_ids"]))
+            rows.append(len(columns[TOKEN_IDS]))
             size += sum(tensor.nbytes for tensor in columns.values())
     if len(times) > 1:  # the first also warms up
         times, timed = times[1:], sum(rows[1:])
@@ -102,22 +102,8 @@ def _estimate(
 
 
 def speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:
-    """What a trace keeps beside its rows for its speculators: default vectors, and each target's norm and router."""
-    state = {f"default_vectors.{source}": vectors for source, vectors in recorder.default_vectors().items()}
-    by_index = {layer.index: layer for layer in layers}
-    for layer in layers:
-        if layer.index in recorder.sources:
-            source = recorder.sources[layer.index]
-            parts = {"norm": layer.norm, "router": layer.router}
-            post_norm = None if source is None else by_index[source].join.post_norm
-            if post_norm is not None:
-                parts["post_norm"] = post_norm
-            for part, module in parts.items():
-                for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                    state[f"layers.{layer.index}.{part}.{name}"] = tensor.detach().cpu().clone()
-            for number, tensor in enumerate(layer.router_arguments):
-                state[f"layers.{layer.index}.router_arguments.{number}"] = tensor.detach().cpu().clone()
-    return state
+    """What a trace keeps beside its rows for its speculators."""
+    return wiring_state(wire(layers, recorder.sources, recorder.default_vectors()), recorder.sources)
 
 
 def _choose_targets(
@@ -160,29 +146,19 @@ def _training_free(
     with torch.inference_mode(), Recorder(layers, [layer.index for layer in layers]) as recorder:
         for batch in read_batches(prefill, tokenizer, min(RATES_TOKENS, config.tokens)):
             batches.append(run_batch(model, recorder, batch, prefill))
-    vectors = recorder.default_vectors()
-    by_index = {layer.index: layer for layer in layers}
-    speculators = {}
-    for target, source in recorder.sources.items():
-        layer, join = by_index[target], None if source is None else by_index[source].join
-        arguments = tuple(tensor.detach().cpu().float() for tensor in layer.router_arguments)
-        speculators[target] = Speculator(
-            _own(layer.norm),
-            Router(_own(layer.router), arguments, layer.router_ndim),
-            None if source is None else vectors[source],
-            post_norm=None if join is None or join.post_norm is None else _own(join.post_norm),
-            post_scale=1.0 if join is None else join.post_scale,
-        )
-    stacked = StackedSpeculators(speculators.values(), layers[0].hidden_size)
+    wirings = wire(layers, recorder.sources, recorder.default_vectors())
+    stacked = StackedSpeculators(map(_own, wirings.values()), layers[0].hidden_size)
     [rates] = training_free_hit_rates(iter(batches), recorder.sources, stacked, [layers[0].top_k])
-    return rates, sum(len(columns["token_ids"]) for columns in batches)
+    return rates, sum(len(columns[TOKEN_IDS]) for columns in batches)
 
 
-def _own(module: nn.Module) -> nn.Module:
-    """A copy on the CPU in fp32, as a trace's speculators are; a model's own parts may lie on several devices."""
-    own = copy.deepcopy(module)
-    remove_hook_from_module(own, recurse=True)
-    return own.cpu().float()
+def _own(wiring: Wiring) -> Wiring:
+    """A copy on the CPU in fp32, as a trace's is; a model's own parts may lie on several devices."""
+    own = copy.deepcopy(wiring)
+    for module in own.modules:
+        remove_hook_from_module(module, recurse=True)
+        module.float()
+    return own.to(torch.device("cpu"))
 
 
 def size_text(size: float) -> str:

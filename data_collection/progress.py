@@ -23,8 +23,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from .columns import Columns
+from .manifest import MANIFEST, ShardEntry
 from .settings import CollectConfig, CollectError
-from .trace import MANIFEST, Columns, ShardEntry, Trace
+from .trace import Trace
 
 LOCK = "collect.lock"
 

@@ -16,8 +16,9 @@ from ..predictors.metrics import HitRate
 from ..predictors.mlp import ResidualMLP
 from ..predictors.speculation import candidates
 from ..predictors.stacked import StackedSpeculators
+from .columns import Column, Columns
 from .examples import make_batch
-from .trace import Columns, Trace
+from .trace import Trace
 
 CHUNK_ROWS = 2048
 """Rows in memory at a time: about 3 GB of fp32 states at 48 layers of hidden size 4096."""
@@ -118,13 +119,14 @@ def _previous_token(trace: Trace) -> tuple[list[float], int]:
     metric, pairs = HitRate(len(trace.sources)), 0
     for shard, entry in enumerate(trace.manifest.shards):
         # By number and not by neighbourhood: a trace may be thinned out, and its sequences may be interleaved.
-        token = (trace.column(shard, "sequence").long() << 32) + trace.column(shard, "position").long()
+        sequence, position = trace.places(shard)
+        token = (sequence.long() << 32) + position.long()
         ordered, order = token.sort()
         place = torch.searchsorted(ordered, token - 1).clamp(max=entry.rows - 1)
         present = (ordered[place] == token - 1).nonzero().flatten()
         before = order[place[present]]
         for now, then in zip(present.split(CHUNK_ROWS), before.split(CHUNK_ROWS), strict=True):
-            ids = [trace.column(shard, f"layers.{target}.expert_ids") for target in trace.sources]
+            ids = [trace.column(shard, Column.EXPERT_IDS.of(target)) for target in trace.sources]
             guess = torch.stack([column[then] for column in ids])
             metric.update(guess, torch.stack([column[now] for column in ids]))
             pairs += len(now)
@@ -137,6 +139,6 @@ def _loads(trace: Trace) -> torch.Tensor:
     loads = torch.zeros(len(trace.sources), experts, dtype=torch.int64)
     for shard in range(len(trace.manifest.shards)):
         for number, target in enumerate(trace.sources):
-            ids = trace.column(shard, f"layers.{target}.expert_ids")
+            ids = trace.column(shard, Column.EXPERT_IDS.of(target))
             loads[number] += torch.bincount(ids.flatten().long(), minlength=experts)
     return loads

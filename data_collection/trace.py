@@ -21,143 +21,28 @@ so a folder without one is an unfinished trace.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoConfig
 
 from ..predictors.architecture import skeleton
-from ..predictors.errors import UserError
-from ..predictors.settings import describe
-from ..predictors.speculation import Router, Speculator
+from ..predictors.speculation import Routing, Wiring
 from ..predictors.stacked import StackedSpeculators
+from .columns import POSITION, ROW_COLUMNS, SEQUENCE, Column, Columns, column_shapes
+from .manifest import Manifest, TraceError, read_manifest
+from .wiring import rebuilt_wirings, vectors_name
 
-FORMAT_VERSION = 2
-MANIFEST, CONFIG, SPECULATION = "manifest.json", "config.json", "speculation.safetensors"
-ROW_COLUMNS = ("token_ids", "position", "sequence")
-
-Columns = dict[str, torch.Tensor]
-"""Tensors of some rows, by the names that they have in a shard."""
+CONFIG, SPECULATION = "config.json", "speculation.safetensors"
 
 Piece = tuple[int, torch.Tensor]
 """A shard and rows of it, int64."""
-
-
-class TraceError(UserError):
-    """A trace that can't be written or read; the message says what is wrong and what to do."""
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ModelEntry(_Entry):
-    """The model that was recorded: its name and the facts of `architecture.moe_shape`."""
-
-    name: str
-    revision: str | None
-    architecture: str
-    model_type: str
-    hidden_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    moe_layers: list[int]
-    num_experts: int = Field(gt=0, lt=1 << 15)
-    top_k: int = Field(gt=0)
-    fingerprint: str
-
-    def identity(self) -> dict[str, Any]:
-        """What predictors say of the model that they belong to."""
-        return self.model_dump(exclude={"revision", "architecture"})
-
-
-class LayerEntry(_Entry):
-    """One target layer."""
-
-    layer: int
-    source: int | None
-    norm: str
-    """Dotted name of the norm in the model; empty where its routers read the residual stream itself."""
-    router: str
-    """Dotted name of the router in the model."""
-    router_arguments: list[str] = []
-    """Dotted names of what the router is called with beside its input."""
-    router_ndim: Literal[2, 3] = 2
-    """Of the router's input."""
-    post_norm: str = ""
-    """Dotted name of the norm that the source layer's experts' sum goes through, where it goes through one."""
-    post_scale: float = 1.0
-    """Factor of what that norm puts out."""
-    has_inner: bool = False
-    """Whether the source layer's shared expert goes through that norm as well, and is recorded as `inner`."""
-    has_input: bool = False
-    """Whether the layer's own input is recorded; of a target without a source it always is."""
-    training_free: float = Field(ge=0, le=1)
-    """Hit rate without a predictor, over a sample of the rows."""
-    control: float = Field(ge=0, le=1)
-    """Hit rate of norm and router on their recorded true input, over every eighth row."""
-
-
-class ShardEntry(_Entry):
-    file: str = Field(pattern=r"^shard-(\d{4,}-)?\d{5,}\.safetensors$")
-    rows: int = Field(gt=0)
-    bytes: int = Field(gt=0)
-    xxh3: str
-
-
-class Manifest(_Entry):
-    """Everything in manifest.json."""
-
-    format_version: int
-    model: ModelEntry
-    layers: list[LayerEntry] = Field(min_length=1)
-    dtype: str
-    """Of the model while it was recorded."""
-    phase: str
-    """`prefill`: the rows are tokens of whole sequences, computed at once; `decode`: tokens that the model generated and
-    read one at a time."""
-    corpus: str
-    split: str
-    seed: int
-    sequence_length: int
-    sequences: int
-    """`sequence` of a row is below it; a sample may have left all of a sequence out."""
-    tokens: int
-    """Rows."""
-    speculation_xxh3: str
-    shards: list[ShardEntry] = Field(min_length=1)
-    settings: dict[str, Any] = {}
-    """Those of `collect` that decide what is recorded."""
-    processes: int = 1
-    """How many shared the collection; the shards of each stand one after another."""
-    versions: dict[str, str]
-    command: str
-
-
-def column_shapes(manifest: Manifest) -> dict[str, tuple[torch.dtype, int | None]]:
-    """Dtype and width of each column; a width of None is one value a row."""
-    model = manifest.model
-    shapes: dict[str, tuple[torch.dtype, int | None]] = dict.fromkeys(ROW_COLUMNS, (torch.int32, None))
-    for entry in manifest.layers:
-        if entry.source is None or entry.has_input:
-            shapes[f"layers.{entry.layer}.input"] = (torch.bfloat16, model.hidden_size)
-        if entry.source is not None:
-            shapes[f"layers.{entry.source}.residual"] = (torch.bfloat16, model.hidden_size)
-            if entry.has_inner:
-                shapes[f"layers.{entry.source}.inner"] = (torch.bfloat16, model.hidden_size)
-        shapes[f"layers.{entry.layer}.router_logits"] = (torch.bfloat16, model.num_experts)
-    for layer in {layer for entry in manifest.layers for layer in (entry.layer, entry.source) if layer is not None}:
-        shapes[f"layers.{layer}.expert_ids"] = (torch.int16, model.top_k)
-        shapes[f"layers.{layer}.expert_weights"] = (torch.bfloat16, model.top_k)
-    return shapes
 
 
 class Trace:
@@ -177,7 +62,7 @@ class Trace:
         Raises `TraceError` otherwise, naming the field or the file. Contents are checked by `verify`.
         """
         path = Path(path)
-        trace = cls(path, _read_manifest(path))
+        trace = cls(path, read_manifest(path))
         for shard in trace.manifest.shards:
             file = path / shard.file
             if not file.is_file():
@@ -272,10 +157,38 @@ class Trace:
         recorded = column_shapes(self.manifest)
         names: dict[str, None] = {}
         for target, source in sources.items():
-            names |= dict.fromkeys(f"layers.{target}.{column}" for column in ("expert_ids", "router_logits"))
-            read = ["input"] if source is None else ["residual", "inner", "expert_ids", "expert_weights"]
-            names |= dict.fromkeys(f"layers.{target if source is None else source}.{column}" for column in read)
+            names |= dict.fromkeys((Column.EXPERT_IDS.of(target), Column.ROUTER_LOGITS.of(target)))
+            if source is None:
+                names |= {Column.INPUT.of(target): None}
+            else:
+                read = (Column.RESIDUAL, Column.INNER, Column.EXPERT_IDS, Column.EXPERT_WEIGHTS)
+                names |= dict.fromkeys(column.of(source) for column in read)
         return [name for name in names if name in recorded]
+
+    def places(self, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each token of a shard stands: the numbers of its sequences, and its positions in them, int32 `[rows]`."""
+        return self.column(shard, SEQUENCE), self.column(shard, POSITION)
+
+    def expert_ids(self, columns: Columns) -> torch.Tensor:
+        """The experts that each target's router chose, for the rows of `columns`, int64 `[rows, targets, top_k]`."""
+        return torch.stack([columns[Column.EXPERT_IDS.of(target)] for target in self.sources], 1).long()
+
+    def speculator_input(
+        self, columns: Columns, target: int, source: int | None
+    ) -> tuple[torch.Tensor, Routing | None, torch.Tensor | None]:
+        """What the speculator of `target` that reads `source` is called with, for the rows of `columns`; floats are fp32."""
+        if source is None:
+            return columns[Column.INPUT.of(target)].float(), None, None
+        weights, inner = columns[Column.EXPERT_WEIGHTS.of(source)].float(), columns.get(Column.INNER.of(source))
+        # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
+        routing = Routing(weights, weights, columns[Column.EXPERT_IDS.of(source)].long())
+        return columns[Column.RESIDUAL.of(source)].float(), routing, None if inner is None else inner.float()
+
+    def lacks_input(self, sources: dict[int, int | None]) -> int | None:
+        """The first target that is to read its own input by `sources`, and whose input is not in the trace; or None."""
+        recorded = column_shapes(self.manifest)
+        own = (target for target, source in sources.items() if source is None)
+        return next((target for target in own if Column.INPUT.of(target) not in recorded), None)
 
     def sample(self, rows: int, names: Iterable[str] | None = None) -> Iterator[Columns]:
         """About `rows` rows in all, evenly spaced over the whole trace, shard by shard; columns as in `read`."""
@@ -287,55 +200,25 @@ class Trace:
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32."""
         state = self._speculation()
-        return {s: state[f"default_vectors.{s}"] for s in sorted({s for s in self.sources.values() if s is not None})}
+        return {s: state[vectors_name(s)] for s in sorted({s for s in self.sources.values() if s is not None})}
 
-    def speculators(
-        self, device: torch.device | str = "cpu", sources: dict[int, int | None] | None = None
-    ) -> dict[int, Speculator]:
-        """A training-free speculator for each target layer, in fp32, frozen, made without the model's weights.
+    def wirings(self, sources: dict[int, int | None] | None = None) -> dict[int, Wiring]:
+        """The wiring of each target layer in fp32 on the CPU, frozen, rebuilt without the model's weights.
 
-        With `sources`, those of their targets, each reading what it says; by default the nearest source.
+        With `sources`, those of their targets, each reading what it says; by default the nearest source. Raises `TraceError`
+        where the trace does not hold it.
         """
         try:
-            bones = skeleton(AutoConfig.from_pretrained(self.path))
-            state = self._speculation()
-            by_layer = {entry.layer: entry for entry in self.manifest.layers}
-            # How a source's experts join its output stands with the target that it is the nearest source of.
-            by_source = {entry.source: entry for entry in self.manifest.layers if entry.source is not None}
-
-            def rebuilt(name: str, stored: str) -> nn.Module:
-                module = bones.get_submodule(name) if name else nn.Identity()
-                module.to_empty(device=device)
-                for part, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                    tensor.data = state[f"{stored}.{part}"].to(device)
-                return module.float().requires_grad_(False).eval()
-
-            speculators = {}
-            for target, source in (self.sources if sources is None else sources).items():
-                entry, joined = by_layer[target], None if source is None else by_source.get(source)
-                post_norm = None
-                if joined is not None and joined.post_norm:
-                    post_norm = rebuilt(joined.post_norm, f"layers.{joined.layer}.post_norm")
-                arguments = [
-                    state[f"layers.{target}.router_arguments.{number}"].to(device).float()
-                    for number in range(len(entry.router_arguments))
-                ]
-                speculators[target] = Speculator(
-                    rebuilt(entry.norm, f"layers.{target}.norm"),
-                    Router(rebuilt(entry.router, f"layers.{target}.router"), tuple(arguments), entry.router_ndim),
-                    None if source is None else state[f"default_vectors.{source}"],
-                    post_norm=post_norm,
-                    post_scale=1.0 if joined is None else joined.post_scale,
-                ).to(device)
+            bones, state = skeleton(AutoConfig.from_pretrained(self.path)), self._speculation()
+            return rebuilt_wirings(bones, self.manifest.layers, state, self.sources if sources is None else sources)
         except (KeyError, AttributeError, ValueError, RuntimeError, OSError) as error:
             raise TraceError(
                 f"the routers of {self.path} can't be rebuilt ({type(error).__name__}: {error}); collect the trace again"
             ) from error
-        return speculators
 
     def stacked(self, sources: dict[int, int | None] | None = None) -> StackedSpeculators:
-        """The speculators of `speculators`, on the CPU, as one computation; their order is that of `sources`."""
-        return StackedSpeculators(self.speculators(sources=sources).values(), self.manifest.model.hidden_size)
+        """The training-free speculators of `wirings` as one computation; their order is that of `sources`."""
+        return StackedSpeculators(self.wirings(sources).values(), self.manifest.model.hidden_size)
 
     def _speculation(self) -> Columns:
         try:
@@ -357,33 +240,3 @@ def write_durably(file: Path, text: str) -> None:
         out.flush()
         os.fsync(out.fileno())
     os.replace(aside, file)
-
-
-def _read_manifest(path: Path) -> Manifest:
-    if not path.is_dir():
-        raise TraceError(f"there is no trace at {path}; give the folder that collect wrote")
-    file = path / MANIFEST
-    if not file.is_file():
-        unfinished = any(path.glob("shard-*")) or any(path.glob("progress-*"))
-        raise TraceError(
-            f"{path} holds an unfinished trace (no {MANIFEST}); go on with collect --resume"
-            if unfinished
-            else f"{path} holds no trace (no {MANIFEST}); give the folder that collect wrote"
-        )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version = content["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TraceError(f"{file} is not a trace's manifest; collect the trace again") from error
-    if version != FORMAT_VERSION:
-        raise TraceError(
-            f"{file} has format version {version}, and this release reads {FORMAT_VERSION}; collect the trace again"
-        )
-    try:
-        manifest = Manifest(**content)
-    except ValidationError as error:
-        raise TraceError(f"{file} is broken: {describe(error)}; collect the trace again") from error
-    known = set(manifest.model.moe_layers)
-    if not {i for entry in manifest.layers for i in (entry.layer, entry.source) if i is not None} <= known:
-        raise TraceError(f"{file} is broken: layers names layers that are not MoE layers; collect the trace again")
-    return manifest

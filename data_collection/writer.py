@@ -18,18 +18,10 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save
 
+from .columns import Columns
+from .manifest import MANIFEST, Manifest, ShardEntry, TraceError
 from .progress import Snapshot, save_progress, sync, written_whole
-from .trace import (
-    CONFIG,
-    MANIFEST,
-    SPECULATION,
-    Columns,
-    Manifest,
-    ShardEntry,
-    TraceError,
-    checksum,
-    write_durably,
-)
+from .trace import CONFIG, SPECULATION, checksum, write_durably
 
 DTYPES = {torch.bfloat16: "BF16", torch.int16: "I16", torch.int32: "I32"}
 """Of a shard's columns, as safetensors names them."""

@@ -29,7 +29,7 @@ from .config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_confi
 from .discovery import find_moe_layers
 from .mlp import ResidualMLP
 from .settings import shown
-from .speculation import Router, Speculator
+from .speculation import Speculator, wire
 
 WEIGHTS, CARD = "predictors.safetensors", "README.md"
 FLOATS = ("F32", "BF16", "F16")
@@ -86,23 +86,15 @@ def make_speculators(
     layers = find_moe_layers(model) if layers is None else layers
     if predictors is not None:
         predictors.check(model, layers)
-    speculators, by_index = {}, {layer.index: layer for layer in layers}
     if source_of is None:
         source_of = sources(layers) if predictors is None else predictors.sources_of(layers)
+    wirings = wire(layers, source_of, {} if predictors is None else predictors.default_vectors)
+    speculators = {}
     for layer in layers:
-        source = source_of[layer.index]
-        vectors = predictors.default_vectors.get(source) if predictors is not None and source is not None else None
         mlp = predictors.mlps.get(layer.index) if predictors is not None else None
-        weight = next(layer.router.parameters())
-        join = None if source is None else by_index[source].join
-        speculator = Speculator(
-            layer.norm,
-            Router.of(layer),
-            vectors,
-            post_norm=None if join is None else join.post_norm,
-            post_scale=1.0 if join is None else join.post_scale,
-        ).to(weight.device)
+        speculator = Speculator(wirings[layer.index])
         if mlp is not None:
+            weight = next(layer.router.parameters())
             copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width)
             copy.load_state_dict(mlp.state_dict(), assign=True)  # not twice in memory where the dtype is the model's
             speculator.mlp = copy.to(weight.device, weight.dtype)

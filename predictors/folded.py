@@ -102,7 +102,7 @@ class FoldedSpeculator:
 
     def __init__(self, speculator: Speculator, gain: torch.Tensor, eps: float, router: PlainRouter, to_scale: bool):
         """`gain` `[hidden]`, fp32, and `eps` are the norm's; for `to_scale` see `of`."""
-        self.router, mlp, vectors = router, speculator.mlp, speculator.default_vectors
+        self.router, mlp, vectors = router, speculator.mlp, speculator.wiring.default_vectors
         weight, self._root = router.weight.float(), len(gain) ** 0.5
         self._experts = len(weight)
         matrix, offset = weight, torch.zeros_like(weight[:, 0]) if router.bias is None else router.bias.float()
@@ -136,9 +136,10 @@ class FoldedSpeculator:
         found out there. The folded logits have the order of the speculator's; `to_scale` they have their values too, and the
         router is one whose weights follow from them (`PlainRouter.weighted`).
         """
-        norm, weight = speculator.norm, next(speculator.router.parameters(), None)
+        wiring = speculator.wiring
+        norm, weight = wiring.norm, next(wiring.router.parameters(), None)
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if speculator.post_norm is not None or not isinstance(eps, float) or weight is None:
+        if wiring.post_norm is not None or not isinstance(eps, float) or weight is None:
             return None
         states = torch.randn(PROBES, layer.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
         close = _close(weight.dtype)
@@ -148,7 +149,7 @@ class FoldedSpeculator:
             expected = F.rms_norm(scale * states.float(), gain.shape, gain, eps)
             if not torch.allclose(norm.forward(scale * states).float(), expected, rtol=close, atol=close):
                 return None
-        router = PlainRouter.of(speculator.router, layer.num_experts, norm.forward(states))
+        router = PlainRouter.of(wiring.router, layer.num_experts, norm.forward(states))
         if router is None or (to_scale and router.weigh is None):
             return None
         return cls(speculator, gain, eps, router, to_scale)

@@ -13,7 +13,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,31 +43,6 @@ def mixture_of(source: Routing, num_experts: int, dtype: torch.dtype) -> torch.T
     *rows, top_k = source.ids.shape
     mixture = torch.zeros(*rows, num_experts, dtype=dtype, device=source.weights.device)
     return mixture.scatter_(-1, source.ids.long(), (top_k * source.weights).to(dtype))
-
-
-def quasi_residual(
-    residual: torch.Tensor,
-    source: Routing | None,
-    default_vectors: torch.Tensor | None,
-    post_norm: nn.Module | None = None,
-    post_scale: float = 1.0,
-    inner: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The guess at the source layer's whole output, `[tokens, hidden]`, in the dtype of `residual`.
-
-    It is `s + sum_j w_j D[id_j]`, the sum taken in fp32; where the source layer norms what it adds, it is
-    `s + post_scale * post_norm(inner + sum_j w_j D[id_j])` (see `architecture.Join`). Without a source or default
-    vectors it is the residual itself.
-    """
-    if source is None or default_vectors is None:
-        return residual
-    guess = F.embedding_bag(
-        source.ids.long(), default_vectors, per_sample_weights=source.weights.to(default_vectors.dtype), mode="sum"
-    )
-    if post_norm is not None:
-        guess = guess if inner is None else inner.to(guess.dtype) + guess
-        guess = post_scale * post_norm.forward(guess.to(residual.dtype))
-    return (residual.to(guess.dtype) + guess).to(residual.dtype)
 
 
 class Router(nn.Module):
@@ -102,52 +78,97 @@ def flat_routing(output: tuple[torch.Tensor, ...]) -> Routing:
     return Routing(*(part.flatten(0, -2) for part in output))
 
 
+@dataclass(frozen=True)
+class Wiring:
+    """What of its model one speculation runs through. Modules are the model's own, not copies."""
+
+    norm: nn.Module
+    """Of the target layer."""
+    router: Router
+    """Of the target layer."""
+    default_vectors: torch.Tensor | None = None
+    """Of the source layer, `[experts, hidden]`, fp32; None where it has none, or the target has no source."""
+    post_norm: nn.Module | None = None
+    """The norm that the source layer's experts' sum goes through, or None."""
+    post_scale: float = 1.0
+    """Factor of what that norm puts out."""
+
+    @classmethod
+    def of(cls, target: MoELayer, source: MoELayer | None, default_vectors: torch.Tensor | None) -> Self:
+        """The wiring from `source` to `target`; the default vectors are moved to the device of the target's router."""
+        norm, router = target.norm, Router.of(target)
+        if source is None:
+            return cls(norm, router)
+        if default_vectors is not None:
+            default_vectors = default_vectors.to(next(target.router.parameters()).device)
+        return cls(norm, router, default_vectors, source.join.post_norm, source.join.post_scale)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [module for module in (self.norm, self.router, self.post_norm) if module is not None]
+
+    def to(self, device: torch.device) -> Wiring:
+        """The same on `device`. The modules themselves are moved, so this is for copies of a model's own."""
+        for module in self.modules:
+            module.to(device)
+        vectors = self.default_vectors
+        return self if vectors is None else replace(self, default_vectors=vectors.to(device))
+
+    def quasi_residual(
+        self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The guess at the source layer's whole output, `[tokens, hidden]`, in the dtype of `residual`.
+
+        It is `s + sum_j w_j D[id_j]`, the sum taken in fp32. Where the source layer norms what it adds, it is
+        `s + post_scale * post_norm(inner + sum_j w_j D[id_j])` (see `architecture.Join`). Without a source or default
+        vectors it is the residual itself.
+        """
+        vectors = self.default_vectors
+        if source is None or vectors is None:
+            return residual
+        guess = F.embedding_bag(
+            source.ids.long(), vectors, per_sample_weights=source.weights.to(vectors.dtype), mode="sum"
+        )
+        if self.post_norm is not None:
+            guess = guess if inner is None else inner.to(guess.dtype) + guess
+            guess = self.post_scale * self.post_norm.forward(guess.to(residual.dtype))
+        return (residual.to(guess.dtype) + guess).to(residual.dtype)
+
+
+def wire(
+    layers: list[MoELayer], source_of: dict[int, int | None], default_vectors: dict[int, torch.Tensor]
+) -> dict[int, Wiring]:
+    """The wiring of each target layer in `source_of`, which names its source; `default_vectors` are by source layer."""
+    by_index: dict[int | None, MoELayer] = {layer.index: layer for layer in layers}
+    return {
+        target: Wiring.of(
+            by_index[target], by_index.get(source), None if source is None else default_vectors.get(source)
+        )
+        for target, source in source_of.items()
+    }
+
+
 class Speculator(nn.Module):
     """Guesses the routing of one target layer from its source layer's residual and routing."""
 
-    def __init__(
-        self,
-        norm: nn.Module,
-        router: nn.Module,
-        default_vectors: torch.Tensor | None = None,
-        mlp: ResidualMLP | None = None,
-        post_norm: nn.Module | None = None,
-        post_scale: float = 1.0,
-    ):
+    def __init__(self, wiring: Wiring, mlp: ResidualMLP | None = None):
         super().__init__()
-        # These belong to the model: held, but not registered as children to move or save.
-        self._model_parts = (norm, router if isinstance(router, Router) else Router(router), post_norm)
-        self.post_scale = post_scale
-        """Of the source layer's post-norm, as the norm is."""
-        self.register_buffer("default_vectors", default_vectors)
-        self.default_vectors: torch.Tensor | None
+        self.wiring = wiring
+        """It belongs to the model, so it is no child to move or save."""
         self.mlp = mlp
-
-    @property
-    def norm(self) -> nn.Module:
-        return self._model_parts[0]
-
-    @property
-    def router(self) -> Router:
-        return self._model_parts[1]
-
-    @property
-    def post_norm(self) -> nn.Module | None:
-        return self._model_parts[2]
 
     def quasi(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> torch.Tensor:
         """The quasi-hidden state `q` `[tokens, hidden]`."""
-        guess = quasi_residual(residual, source, self.default_vectors, self.post_norm, self.post_scale, inner)
-        state: torch.Tensor = self.norm.forward(guess)
+        state: torch.Tensor = self.wiring.norm.forward(self.wiring.quasi_residual(residual, source, inner))
         return state
 
     def states(
         self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The quasi-hidden state `q` and the normed residual `a`, each `[tokens, hidden]`."""
-        guess = quasi_residual(residual, source, self.default_vectors, self.post_norm, self.post_scale, inner)
+        guess = self.wiring.quasi_residual(residual, source, inner)
         # A norm goes row by row, so one call does for both; at a single token each operation costs what its call costs.
-        quasi, normed = self.norm.forward(torch.stack((guess, residual))).unbind()
+        quasi, normed = self.wiring.norm.forward(torch.stack((guess, residual))).unbind()
         return quasi, normed
 
     def forward(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> Routing:
@@ -156,10 +177,10 @@ class Speculator(nn.Module):
         `inner` is what the source layer norms together with its experts, where it does.
         """
         if self.mlp is None:  # without an MLP nothing reads the normed residual
-            return self.router.forward(self.quasi(residual, source, inner))
+            return self.wiring.router.forward(self.quasi(residual, source, inner))
         quasi, normed = self.states(residual, source, inner)
         mixture = None if source is None else mixture_of(source, self.mlp.v.shape[1], normed.dtype)
-        return self.router.forward(self.mlp(quasi, normed, mixture))
+        return self.wiring.router.forward(self.mlp(quasi, normed, mixture))
 
 
 def candidates(routing: Routing, m: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from .speculation import Router, Routing, Speculator, quasi_residual
+from .speculation import Router, Routing, Wiring
 
 PROBES = 16
 """Random states on which what is batched is compared with the parts themselves."""
@@ -25,24 +25,20 @@ Weights = dict[str, torch.Tensor]
 
 
 class StackedSpeculators:
-    """Speculators of one model, in fp32. Predictors in them play no part here.
+    """Training-free speculators of one model, in fp32, each given by its `Wiring`.
 
     The weights are taken as they are now. No gradient flows into them; `logits` passes one on to the states.
     """
 
-    def __init__(self, speculators: Iterable[Speculator], hidden_size: int):
-        self.speculators = list(speculators)
-        self._default_vectors = _stacked_default_vectors(self.speculators)
-        self._norms = _stacked_norms([speculator.norm for speculator in self.speculators], hidden_size)
-        self._routers = _stacked_routers([speculator.router for speculator in self.speculators], hidden_size)
+    def __init__(self, wirings: Iterable[Wiring], hidden_size: int):
+        self.wirings = list(wirings)
+        self._default_vectors = _stacked_default_vectors(self.wirings)
+        self._norms = _stacked_norms([wiring.norm for wiring in self.wirings], hidden_size)
+        self._routers = _stacked_routers([wiring.router for wiring in self.wirings], hidden_size)
 
     def to(self, device: torch.device) -> None:
         """Moves all that is in it."""
-        for speculator in self.speculators:
-            speculator.to(device)
-            for part in (speculator.norm, speculator.router, speculator.post_norm):
-                if part is not None:
-                    part.to(device)
+        self.wirings = [wiring.to(device) for wiring in self.wirings]
         if self._default_vectors is not None:
             self._default_vectors = self._default_vectors.to(device)
         for weights in (self._norms, self._routers):
@@ -60,18 +56,16 @@ class StackedSpeculators:
         """
         states = torch.stack((self._guesses(residual, source, inner), residual))
         if self._norms is None:
-            norms = [speculator.norm for speculator in self.speculators]
-            quasi, normed = torch.stack([norm.forward(states[:, n]) for n, norm in enumerate(norms)], 1).unbind()
+            each = [wiring.norm.forward(states[:, number]) for number, wiring in enumerate(self.wirings)]
+            quasi, normed = torch.stack(each, 1).unbind()
         else:
-            quasi, normed = _mapped(self.speculators[0].norm, self._norms, states).unbind()
+            quasi, normed = _mapped(self.wirings[0].norm, self._norms, states).unbind()
         return quasi, normed
 
     def _guesses(self, residual: torch.Tensor, source: Routing, inner: Sequence[torch.Tensor | None]) -> torch.Tensor:
         if self._default_vectors is None:
-            parts = zip(self.speculators, residual, map(Routing, *source), inner, strict=True)
-            return torch.stack(
-                [quasi_residual(s, own, p.default_vectors, p.post_norm, p.post_scale, i) for p, s, own, i in parts]
-            )
+            parts = zip(self.wirings, residual, map(Routing, *source), inner, strict=True)
+            return torch.stack([wiring.quasi_residual(*read) for wiring, *read in parts])
         layers, experts, _ = self._default_vectors.shape
         first = torch.arange(0, layers * experts, experts, device=residual.device)
         sums = F.embedding_bag(
@@ -90,14 +84,14 @@ class StackedSpeculators:
 
     def route(self, states: Sequence[torch.Tensor] | torch.Tensor) -> list[Routing]:
         """What each router itself decides on its layer's states `[rows, hidden]`, fp32."""
-        return [speculator.router(state) for speculator, state in zip(self.speculators, states, strict=True)]
+        return [wiring.router(state) for wiring, state in zip(self.wirings, states, strict=True)]
 
 
-def _stacked_default_vectors(speculators: list[Speculator]) -> torch.Tensor | None:
+def _stacked_default_vectors(wirings: list[Wiring]) -> torch.Tensor | None:
     """`[layers, experts, hidden]`, zero for a layer without any; None where none has any, or a layer norms its experts' sum."""
-    vectors = [speculator.default_vectors for speculator in speculators]
+    vectors = [wiring.default_vectors for wiring in wirings]
     some = next((own for own in vectors if own is not None), None)
-    if some is None or any(speculator.post_norm is not None for speculator in speculators):
+    if some is None or any(wiring.post_norm is not None for wiring in wirings):
         return None
     return torch.stack([torch.zeros_like(some) if own is None else own for own in vectors])
 

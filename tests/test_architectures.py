@@ -12,7 +12,7 @@ from predict_train.data_collection.trace import Trace
 from predict_train.predictors.architecture import moe_shape
 from predict_train.predictors.checkpoint import Predictors, load_predictors, make_speculators
 from predict_train.predictors.discovery import find_moe_layers
-from predict_train.predictors.speculation import Routing
+from predict_train.predictors.speculation import Routing, Speculator
 from predict_train.runtime import offloaded
 from predict_train.train.export import export
 from predict_train.train.fit import FitConfig, fit
@@ -46,14 +46,14 @@ def test_a_traces_speculators_are_the_models(recorded):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     layers = find_moe_layers(model)
     predictors = Predictors(model=moe_shape(model.config, layers), default_vectors=trace.default_vectors())
-    own, rebuilt = make_speculators(model, predictors, layers), trace.speculators()
+    own, rebuilt = make_speculators(model, predictors, layers), trace.wirings()
     generator = torch.Generator().manual_seed(0)
     residual, inner = torch.randn(2, 20, layers[0].hidden_size, generator=generator)
     logits = torch.randn(20, layers[0].num_experts, generator=generator)
     values, ids = logits.topk(layers[0].top_k)
     for target, source in trace.sources.items():
         routing = None if source is None else Routing(logits, values, ids)
-        expected, actual = own[target](residual, routing, inner), rebuilt[target](residual, routing, inner)
+        expected, actual = own[target](residual, routing, inner), Speculator(rebuilt[target])(residual, routing, inner)
         assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True)), target
 
 

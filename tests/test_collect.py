@@ -10,8 +10,10 @@ import pytest
 import torch
 from predict_train.data_collection.batches import read_batches, sample_mask
 from predict_train.data_collection.collect import CollectConfig, collect
+from predict_train.data_collection.columns import column_shapes
 from predict_train.data_collection.hooks import Recorder
-from predict_train.data_collection.trace import FORMAT_VERSION, Trace, column_shapes
+from predict_train.data_collection.manifest import FORMAT_VERSION
+from predict_train.data_collection.trace import Trace
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.settings import SettingsError, load_config

@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from predict_train.data_collection.columns import column_shapes
+from predict_train.data_collection.manifest import LayerEntry, Manifest, ModelEntry, ShardEntry
 from predict_train.data_collection.settings import CollectConfig
-from predict_train.data_collection.trace import LayerEntry, Manifest, ModelEntry, ShardEntry, column_shapes
 from predict_train.predictors.settings import load_config
 
 FOLDER = Path(__file__).parent.parent / "configs"

@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 from predict_train.data_collection.collect import CollectConfig, collect
+from predict_train.data_collection.columns import column_shapes
+from predict_train.data_collection.manifest import TraceError
 from predict_train.data_collection.progress import (
     LOCK,
     Plan,
@@ -32,7 +34,7 @@ from predict_train.data_collection.progress import (
     progress_file,
     save_progress,
 )
-from predict_train.data_collection.trace import Trace, TraceError, column_shapes
+from predict_train.data_collection.trace import Trace
 from predict_train.predictors.errors import UserError
 from predict_train.train.fit import FitConfig, fit
 from rich.console import Console

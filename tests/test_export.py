@@ -200,13 +200,13 @@ def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, 
     trace, mlps = Trace.open(collected), load_predictors(folder).mlps
     chosen = json.loads((fitted / "config.json").read_text())["settings"]
     held_out = held_out_sequences(trace.manifest.sequences, chosen["validation"], chosen["seed"])
-    metric, speculators, rows = HitRate(4), trace.speculators(), 0
+    metric, wirings, rows = HitRate(4), trace.wirings(), 0
     for shard in range(len(trace.manifest.shards)):
         own = held_out[trace.column(shard, "sequence").long()].nonzero().flatten()
         batch = make_batch(trace.read(shard, own), trace.sources, trace.stacked())
         with torch.no_grad():
             ids = [
-                speculators[target].router(mlps[target](batch.quasi[n], batch.normed[n], batch.mixture[n])).ids
+                wirings[target].router(mlps[target](batch.quasi[n], batch.normed[n], batch.mixture[n])).ids
                 for n, target in enumerate(trace.sources)
             ]
         metric.update(torch.stack(ids), batch.ids)

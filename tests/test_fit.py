@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from predict_train.data_collection.collect import CollectConfig, collect
 from predict_train.data_collection.examples import make_batch
-from predict_train.data_collection.trace import Trace, TraceError
+from predict_train.data_collection.manifest import TraceError
+from predict_train.data_collection.trace import Trace
 from predict_train.predictors.errors import UserError
 from predict_train.train import fit as job
 from predict_train.train.data import (
@@ -226,7 +227,7 @@ def test_the_loss_is_the_divergence_from_the_true_routing(collected):
     trace = Trace.open(collected)
     module = training(trace, width=8)
     batch = make_batch(trace.read(0, torch.arange(50)), trace.sources, module.speculators)
-    routers = [speculator.router for speculator in trace.speculators().values()]
+    routers = [wiring.router for wiring in trace.wirings().values()]
     speculated = torch.stack([router(state).logits for router, state in zip(routers, batch.quasi, strict=True)])
     expected = sum(
         (logits.softmax(-1) * (logits.log_softmax(-1) - own.log_softmax(-1))).sum(-1).mean()

@@ -11,7 +11,7 @@ from predict_train.predictors.architecture import MoELayer, UnsupportedModelErro
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.folded import FoldedSpeculator, PlainRouter
 from predict_train.predictors.mlp import ResidualMLP
-from predict_train.predictors.speculation import Router, Routing, Speculator, candidates
+from predict_train.predictors.speculation import Router, Routing, Speculator, Wiring, candidates
 from predict_train.runtime.policy import RestrictedChoice
 
 PLAIN = {"qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "jamba", "granitemoe"}
@@ -45,7 +45,7 @@ def speculator_of(layer: MoELayer, seed: int, trained: bool, has_vectors: bool =
         for parameter in mlp.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     vectors = torch.randn(layer.num_experts, layer.hidden_size) if has_vectors else None
-    return Speculator(layer.norm, Router.of(layer), vectors, mlp).requires_grad_(False)
+    return Speculator(Wiring(layer.norm, Router.of(layer), vectors), mlp).requires_grad_(False)
 
 
 def routing_of(layer: MoELayer, tokens: int, generator: torch.Generator) -> Routing:

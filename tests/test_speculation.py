@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.metrics import HitRate
 from predict_train.predictors.mlp import ResidualMLP
-from predict_train.predictors.speculation import Routing, Speculator, candidates, mixture_of, quasi_residual
+from predict_train.predictors.speculation import Router, Routing, Speculator, Wiring, candidates, mixture_of
+from torch import nn
 
 
 def routing_of(logits: torch.Tensor, top_k: int) -> Routing:
@@ -23,9 +24,10 @@ def test_a_predictor_with_a_zero_output_layer_is_training_free_speculation(build
     torch.nn.init.normal_(mlp.b1)
     with torch.no_grad():
         routing = Routing(*source.router(torch.randn(40, 32)))
-        free = Speculator(target.norm, target.router, vectors)(residual, routing)
-        predicted = Speculator(target.norm, target.router, vectors, mlp)(residual, routing)
-        other = Speculator(target.norm, target.router)(residual, routing)
+        wiring = Wiring.of(target, source, vectors)
+        free = Speculator(wiring)(residual, routing)
+        predicted = Speculator(wiring, mlp)(residual, routing)
+        other = Speculator(Wiring.of(target, source, None))(residual, routing)
     assert all(torch.equal(a, b) for a, b in zip(free, predicted, strict=True))
     assert not torch.equal(free.logits, other.logits)  # so the default vectors did count
 
@@ -36,8 +38,8 @@ def test_a_predictor_changes_the_speculation(tiny_moe):
     torch.nn.init.normal_(mlp.w2)
     residual = torch.randn(40, 32)
     with torch.no_grad():
-        free = Speculator(layer.norm, layer.router)(residual, None)
-        predicted = Speculator(layer.norm, layer.router, mlp=mlp)(residual, None)
+        wiring = Wiring.of(layer, None, None)
+        free, predicted = Speculator(wiring)(residual, None), Speculator(wiring, mlp)(residual, None)
     assert not torch.equal(free.ids, predicted.ids)
 
 
@@ -46,7 +48,7 @@ def test_quasi_residual_adds_the_weighted_rows(tokens, experts, top_k, dtype):
     residual, vectors = torch.randn(tokens, 6).to(dtype), torch.randn(experts, 6)
     source = routing_of(torch.randn(tokens, experts), top_k)
     expected = residual.float() + (vectors[source.ids] * source.weights.unsqueeze(-1)).sum(1)
-    got = quasi_residual(residual, source, vectors)
+    got = Wiring(nn.Identity(), Router(nn.Identity()), vectors).quasi_residual(residual, source)
     assert got.dtype == dtype
     torch.testing.assert_close(got, expected.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
 

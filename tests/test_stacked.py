@@ -10,7 +10,7 @@ from predict_train.data_collection import catalog
 from predict_train.predictors.architecture import MoELayer, sources
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.predictors.speculation import Router, Routing, Speculator
+from predict_train.predictors.speculation import Router, Routing, Speculator, Wiring, wire
 from predict_train.predictors.stacked import StackedSpeculators
 from torch import nn
 
@@ -22,19 +22,10 @@ def frozen_layers(model_type: str) -> list[MoELayer]:
     return find_moe_layers(model.requires_grad_(False))
 
 
-def speculators_of(layers: list[MoELayer], generator: torch.Generator) -> dict[int, Speculator]:
+def wirings_of(layers: list[MoELayer], generator: torch.Generator) -> dict[int, Wiring]:
     """As a trace's are, with random default vectors."""
-    by_index, made = {layer.index: layer for layer in layers}, {}
-    for target, source in sources(layers).items():
-        layer, join = by_index[target], None if source is None else by_index[source].join
-        made[target] = Speculator(
-            layer.norm,
-            Router.of(layer),
-            None if source is None else torch.randn(layer.num_experts, layer.hidden_size, generator=generator),
-            post_norm=None if join is None else join.post_norm,
-            post_scale=1.0 if join is None else join.post_scale,
-        )
-    return made
+    vectors = {x.index: torch.randn(x.num_experts, x.hidden_size, generator=generator) for x in layers}
+    return wire(layers, sources(layers), vectors)
 
 
 @pytest.mark.timeout(300)
@@ -46,8 +37,8 @@ def test_a_stack_of_any_model_type_is_its_layers():
         except UserError:
             continue
         hidden, experts, top_k = layers[0].hidden_size, layers[0].num_experts, layers[0].top_k
-        speculators = speculators_of(layers, generator)
-        stack = StackedSpeculators(speculators.values(), hidden)
+        wirings = wirings_of(layers, generator)
+        stack = StackedSpeculators(wirings.values(), hidden)
         residual, inner = torch.randn(2, len(layers), ROWS, hidden, generator=generator)
         weights, ids = torch.rand(len(layers), ROWS, experts, generator=generator).topk(top_k)
         quasi, normed = stack.states(residual, Routing(weights, weights, ids), list(inner))
@@ -55,8 +46,9 @@ def test_a_stack_of_any_model_type_is_its_layers():
         for n, (target, source) in enumerate(sources(layers).items()):
             routing = None if source is None else Routing(weights[n], weights[n], ids[n])
             with torch.no_grad():
-                own = speculators[target].states(residual[n], routing, inner[n])
-                decided = speculators[target](residual[n], routing, inner[n])
+                speculator = Speculator(wirings[target])
+                own = speculator.states(residual[n], routing, inner[n])
+                decided = speculator(residual[n], routing, inner[n])
             for actual, expected in zip((quasi[n], normed[n]), own, strict=True):
                 torch.testing.assert_close(actual, expected, msg=lambda text, name=model_type: f"{name}: {text}")
             spread = float(decided.logits.abs().max())
@@ -105,8 +97,10 @@ def test_parts_that_can_not_be_batched_are_called_themselves(norms, squashing, v
         "double": lambda: Scaled(2.0 + torch.rand(()).item()),
     }
     parts = [
-        Speculator(
-            made[norm](), Gate(hidden, experts, squashing), torch.randn(experts, hidden) if has_vectors else None
+        Wiring(
+            made[norm](),
+            Router(Gate(hidden, experts, squashing)),
+            torch.randn(experts, hidden) if has_vectors else None,
         )
         for norm, has_vectors in zip(norms, vectors, strict=False)
     ]
@@ -118,7 +112,7 @@ def test_parts_that_can_not_be_batched_are_called_themselves(norms, squashing, v
     stack.logits(states).square().sum().backward()
     for n, part in enumerate(parts):
         with torch.no_grad():
-            own = part.states(residual[n], Routing(weights[n], weights[n], ids[n]))
+            own = Speculator(part).states(residual[n], Routing(weights[n], weights[n], ids[n]))
         torch.testing.assert_close(quasi[n], own[0])
         torch.testing.assert_close(normed[n], own[1])
         state = quasi[n].clone().requires_grad_()

@@ -9,10 +9,11 @@ import pytest
 import torch
 from predict_train.data_collection import writer as writer_module
 from predict_train.data_collection.examples import make_batch
-from predict_train.data_collection.trace import MANIFEST, Trace, TraceError
+from predict_train.data_collection.manifest import MANIFEST, TraceError
+from predict_train.data_collection.trace import Trace
 from predict_train.data_collection.writer import TraceWriter
 from predict_train.predictors.discovery import find_moe_layers
-from predict_train.predictors.speculation import Routing, Speculator
+from predict_train.predictors.speculation import Routing, Speculator, wire
 from safetensors.torch import load_file
 
 
@@ -50,14 +51,13 @@ def test_a_shard_costs_its_payload(collected):
 
 def test_speculators_need_no_model_and_are_the_models_own(collected, tiny_moe):
     trace = Trace.open(collected)
-    rebuilt, vectors = trace.speculators(), trace.default_vectors()
+    layers, rebuilt = find_moe_layers(tiny_moe), trace.wirings()
+    own = wire(layers, trace.sources, trace.default_vectors())
     x = torch.randn(50, 32)
     with torch.no_grad():
-        for layer in find_moe_layers(tiny_moe):
-            source = trace.sources[layer.index]
-            own = Speculator(layer.norm, layer.router, None if source is None else vectors[source])
-            routing = None if source is None else Routing(*layer.router(x))
-            expected, actual = own(x, routing), rebuilt[layer.index](x, routing)
+        for layer in layers:
+            routing = None if trace.sources[layer.index] is None else Routing(*layer.router(x))
+            expected, actual = (Speculator(wirings[layer.index])(x, routing) for wirings in (own, rebuilt))
             assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 

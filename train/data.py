@@ -12,7 +12,8 @@ import lightning
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..data_collection.trace import Columns, Piece, Trace
+from ..data_collection.columns import SEQUENCE, Columns
+from ..data_collection.trace import Piece, Trace
 from ..predictors.errors import UserError
 
 MIXED_SHARDS = 4
@@ -143,7 +144,7 @@ class TraceData(lightning.LightningDataModule):
         self.train_rows: list[torch.Tensor] = []
         self.validation_rows: list[torch.Tensor] = []
         for shard in range(len(trace.manifest.shards)):
-            is_held_out = held_out[trace.column(shard, "sequence").long()]
+            is_held_out = held_out[trace.column(shard, SEQUENCE).long()]
             self.train_rows.append((~is_held_out).nonzero().flatten())
             self.validation_rows.append(is_held_out.nonzero().flatten())
         trace.unmap()

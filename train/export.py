@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..data_collection.columns import SEQUENCE
 from ..data_collection.statistics import CHUNK_ROWS, hit_rates
 from ..data_collection.trace import Trace
 from ..predictors.checkpoint import Predictors, refuse_existing, save_predictors
@@ -106,7 +107,7 @@ def _validation_rows(trace: Trace, share: float, seed: int) -> list[torch.Tensor
     """Rows of each shard that `fit` kept for validation, evenly spaced, `ROUNDING_ROWS` in all at the most."""
     held_out = held_out_sequences(trace.manifest.sequences, share, seed)
     shards = range(len(trace.manifest.shards))
-    rows = [held_out[trace.column(shard, "sequence").long()].nonzero().flatten() for shard in shards]
+    rows = [held_out[trace.column(shard, SEQUENCE).long()].nonzero().flatten() for shard in shards]
     step = -(-sum(map(len, rows)) // ROUNDING_ROWS)
     return [some[::step] for some in rows]
 

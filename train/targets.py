@@ -40,10 +40,11 @@ def sources_in(trace: Trace, source: Source, horizon: int) -> dict[int, int | No
     if source == "layer_input":
         if horizon != 1:
             raise FitError("a layer's own input is known at its beginning only; leave --horizon out, or --source")
-        lacking = next((e.layer for e in trace.manifest.layers if e.source is not None and not e.has_input), None)
+        own = dict.fromkeys(trace.sources, None)
+        lacking = trace.lacks_input(own)
         if lacking is not None:
             raise FitError(f"{trace.path} lacks the input of layer {lacking}; collect it again with --inputs")
-        return dict.fromkeys(trace.sources, None)
+        return own
     found = farther(trace.sources, horizon)
     first, recorded = trace.manifest.model.moe_layers[0], set(trace.sources)
     for target, nearest in trace.sources.items():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...predictors.checkpoint import Predictors
-from ...predictors.speculation import Routing, candidates
+from ...predictors.speculation import Speculator, candidates
 from ..targets import sources_read
 from .routing import ReplayedRouting, RoutingError
 
@@ -25,38 +25,29 @@ def replay(
     if sorted(trace.sources) != trace.manifest.model.moe_layers:
         raise RoutingError(f"{trace.path} does not have all layers as targets; collect it with --layers all")
     sources = sources_read(trace.sources, predictors, horizon)
+    lacking = trace.lacks_input(sources)
+    if lacking is not None:
+        raise RoutingError(f"{trace.path} lacks the input of layer {lacking}; collect it again with --inputs")
     shard, start, length = max(
         ((number, *_longest_run(trace, number)) for number in range(len(trace.manifest.shards))), key=lambda run: run[2]
     )
     rows = torch.arange(start, start + min(steps, length))
     columns = trace.read(shard, rows)
-    speculators = trace.speculators(sources=sources)
     guesses = []
-    for target, source in sorted(sources.items()):
-        speculator = speculators[target]
-        if predictors is not None:
-            speculator.mlp = predictors.mlps.get(target)
-        routing = None
-        if source is not None:
-            weights = columns[f"layers.{source}.expert_weights"].float()
-            routing = Routing(weights, weights, columns[f"layers.{source}.expert_ids"].long())
-        name = f"layers.{target}.input" if source is None else f"layers.{source}.residual"
-        if name not in columns:
-            raise RoutingError(f"{trace.path} lacks the input of layer {target}; collect it again with --inputs")
-        inner = columns.get(f"layers.{source}.inner")
+    for target, wiring in trace.wirings(sources).items():
+        speculator = Speculator(wiring, None if predictors is None else predictors.mlps.get(target))
         with torch.no_grad():
-            speculation = speculator(columns[name].float(), routing, None if inner is None else inner.float())
+            speculation = speculator(*trace.speculator_input(columns, target, sources[target]))
         guesses.append(candidates(speculation, m))
-    ids = [columns[f"layers.{target}.expert_ids"].long() for target in sorted(trace.sources)]
     source_of = {"routing": "trace", "path": str(trace.path), "steps": len(rows), "model": trace.manifest.model.name}
     return ReplayedRouting(
-        np.asarray(torch.stack(ids, 1)), np.asarray(torch.stack(guesses, 1), dtype=np.int64), source_of
+        np.asarray(trace.expert_ids(columns)), np.asarray(torch.stack(guesses, 1), dtype=np.int64), source_of
     )
 
 
 def _longest_run(trace: Any, shard: int) -> tuple[int, int]:
     """First row and length of the longest run of consecutive tokens of one sequence in a shard."""
-    sequence, position = (trace.column(shard, name).numpy() for name in ("sequence", "position"))
+    sequence, position = (numbers.numpy() for numbers in trace.places(shard))
     breaks = np.flatnonzero((np.diff(sequence) != 0) | (np.diff(position) != 1)) + 1
     borders = np.array([0, *breaks, len(sequence)])
     longest = int(np.diff(borders).argmax())

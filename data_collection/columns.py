@@ -1,0 +1,48 @@
+"""The columns of a trace's shards: their names, dtypes and widths."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import torch
+
+from .manifest import Manifest
+
+Columns = dict[str, torch.Tensor]
+"""Tensors of some rows, by the names that they have in a shard."""
+
+TOKEN_IDS, POSITION, SEQUENCE = ROW_COLUMNS = ("token_ids", "position", "sequence")
+"""Of the row's token itself; all others are of a layer."""
+
+
+class Column(StrEnum):
+    """The columns of a layer; `trace.py` says what they hold."""
+
+    RESIDUAL = "residual"
+    INNER = "inner"
+    INPUT = "input"
+    EXPERT_IDS = "expert_ids"
+    EXPERT_WEIGHTS = "expert_weights"
+    ROUTER_LOGITS = "router_logits"
+
+    def of(self, layer: int) -> str:
+        """The column's name in a shard."""
+        return f"layers.{layer}.{self}"
+
+
+def column_shapes(manifest: Manifest) -> dict[str, tuple[torch.dtype, int | None]]:
+    """Dtype and width of each column; a width of None is one value a row."""
+    model = manifest.model
+    shapes: dict[str, tuple[torch.dtype, int | None]] = dict.fromkeys(ROW_COLUMNS, (torch.int32, None))
+    for entry in manifest.layers:
+        if entry.source is None or entry.has_input:
+            shapes[Column.INPUT.of(entry.layer)] = (torch.bfloat16, model.hidden_size)
+        if entry.source is not None:
+            shapes[Column.RESIDUAL.of(entry.source)] = (torch.bfloat16, model.hidden_size)
+            if entry.has_inner:
+                shapes[Column.INNER.of(entry.source)] = (torch.bfloat16, model.hidden_size)
+        shapes[Column.ROUTER_LOGITS.of(entry.layer)] = (torch.bfloat16, model.num_experts)
+    for layer in {layer for entry in manifest.layers for layer in (entry.layer, entry.source) if layer is not None}:
+        shapes[Column.EXPERT_IDS.of(layer)] = (torch.int16, model.top_k)
+        shapes[Column.EXPERT_WEIGHTS.of(layer)] = (torch.bfloat16, model.top_k)
+    return shapes

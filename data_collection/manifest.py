@@ -1,0 +1,136 @@
+"""manifest.json of a trace: what was recorded, from which model and text, and the shards with their checksums."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..predictors.errors import UserError
+from ..predictors.settings import describe
+
+FORMAT_VERSION = 2
+MANIFEST = "manifest.json"
+
+
+class TraceError(UserError):
+    """A trace that can't be written or read; the message says what is wrong and what to do."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelEntry(_Entry):
+    """The model that was recorded: its name and the facts of `architecture.moe_shape`."""
+
+    name: str
+    revision: str | None
+    architecture: str
+    model_type: str
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    moe_layers: list[int]
+    num_experts: int = Field(gt=0, lt=1 << 15)
+    top_k: int = Field(gt=0)
+    fingerprint: str
+
+    def identity(self) -> dict[str, Any]:
+        """What predictors say of the model that they belong to."""
+        return self.model_dump(exclude={"revision", "architecture"})
+
+
+class LayerEntry(_Entry):
+    """One target layer."""
+
+    layer: int
+    source: int | None
+    norm: str
+    """Dotted name of the norm in the model; empty where its routers read the residual stream itself."""
+    router: str
+    """Dotted name of the router in the model."""
+    router_arguments: list[str] = []
+    """Dotted names of what the router is called with beside its input."""
+    router_ndim: Literal[2, 3] = 2
+    """Of the router's input."""
+    post_norm: str = ""
+    """Dotted name of the norm that the source layer's experts' sum goes through, where it goes through one."""
+    post_scale: float = 1.0
+    """Factor of what that norm puts out."""
+    has_inner: bool = False
+    """Whether the source layer's shared expert goes through that norm as well, and is recorded as `inner`."""
+    has_input: bool = False
+    """Whether the layer's own input is recorded; of a target without a source it always is."""
+    training_free: float = Field(ge=0, le=1)
+    """Hit rate without a predictor, over a sample of the rows."""
+    control: float = Field(ge=0, le=1)
+    """Hit rate of norm and router on their recorded true input, over every eighth row."""
+
+
+class ShardEntry(_Entry):
+    file: str = Field(pattern=r"^shard-(\d{4,}-)?\d{5,}\.safetensors$")
+    rows: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    xxh3: str
+
+
+class Manifest(_Entry):
+    """Everything in manifest.json."""
+
+    format_version: int
+    model: ModelEntry
+    layers: list[LayerEntry] = Field(min_length=1)
+    dtype: str
+    """Of the model while it was recorded."""
+    phase: str
+    """`prefill`: the rows are tokens of whole sequences, computed at once; `decode`: tokens that the model generated and
+    read one at a time."""
+    corpus: str
+    split: str
+    seed: int
+    sequence_length: int
+    sequences: int
+    """`sequence` of a row is below it; a sample may have left all of a sequence out."""
+    tokens: int
+    """Rows."""
+    speculation_xxh3: str
+    shards: list[ShardEntry] = Field(min_length=1)
+    settings: dict[str, Any] = {}
+    """Those of `collect` that decide what is recorded."""
+    processes: int = 1
+    """How many shared the collection; the shards of each stand one after another."""
+    versions: dict[str, str]
+    command: str
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the trace in the folder `path`. Raises `TraceError` where there is none, or a broken one."""
+    if not path.is_dir():
+        raise TraceError(f"there is no trace at {path}; give the folder that collect wrote")
+    file = path / MANIFEST
+    if not file.is_file():
+        unfinished = any(path.glob("shard-*")) or any(path.glob("progress-*"))
+        raise TraceError(
+            f"{path} holds an unfinished trace (no {MANIFEST}); go on with collect --resume"
+            if unfinished
+            else f"{path} holds no trace (no {MANIFEST}); give the folder that collect wrote"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version = content["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TraceError(f"{file} is not a trace's manifest; collect the trace again") from error
+    if version != FORMAT_VERSION:
+        raise TraceError(
+            f"{file} has format version {version}, and this release reads {FORMAT_VERSION}; collect the trace again"
+        )
+    try:
+        manifest = Manifest(**content)
+    except ValidationError as error:
+        raise TraceError(f"{file} is broken: {describe(error)}; collect the trace again") from error
+    known = set(manifest.model.moe_layers)
+    if not {i for entry in manifest.layers for i in (entry.layer, entry.source) if i is not None} <= known:
+        raise TraceError(f"{file} is broken: layers names layers that are not MoE layers; collect the trace again")
+    return manifest

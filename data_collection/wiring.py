@@ -1,0 +1,70 @@
+"""speculation.safetensors of a trace: the wiring of its speculators, rebuilt from it without the model's weights.
+
+default_vectors.<source>
+layers.<target>.norm.<name>, .router.<name>, .router_arguments.<n>    the target's
+layers.<target>.post_norm.<name>                                      its nearest source's, where there is one
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..predictors.speculation import Router, Wiring
+from .columns import Columns
+from .manifest import LayerEntry
+
+
+def vectors_name(source: int) -> str:
+    """Of the default vectors of a source layer."""
+    return f"default_vectors.{source}"
+
+
+def wiring_state(wirings: dict[int, Wiring], sources: dict[int, int | None]) -> Columns:
+    """What a trace keeps of the wiring of its targets, which read `sources`: copies on the CPU, by name."""
+    state: Columns = {}
+    for target, wiring in wirings.items():
+        source = sources[target]
+        if source is not None and wiring.default_vectors is not None:
+            state[vectors_name(source)] = wiring.default_vectors
+        parts = {"norm": wiring.norm, "router": wiring.router.router, "post_norm": wiring.post_norm}
+        for part, module in parts.items():
+            held = [] if module is None else [*module.named_parameters(), *module.named_buffers()]
+            state |= {f"layers.{target}.{part}.{name}": tensor for name, tensor in held}
+        arguments = enumerate(wiring.router.arguments)
+        state |= {f"layers.{target}.router_arguments.{number}": tensor for number, tensor in arguments}
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def rebuilt_wirings(
+    bones: nn.Module, entries: list[LayerEntry], state: Columns, sources: dict[int, int | None]
+) -> dict[int, Wiring]:
+    """The wiring of each target in `sources`, in fp32 and frozen, from what `wiring_state` gave.
+
+    `bones` is the model without memory; its modules are filled, so it is used up. Raises `KeyError`, `AttributeError` or
+    `RuntimeError` where names or shapes don't go together.
+    """
+
+    def rebuilt(name: str, stored: str) -> nn.Module:
+        module = bones.get_submodule(name) if name else nn.Identity()
+        module.to_empty(device="cpu")
+        for part, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            tensor.data = state[f"{stored}.{part}"]
+        return module.float().requires_grad_(False).eval()
+
+    by_layer = {entry.layer: entry for entry in entries}
+    # How a source's experts join its output stands with the target that it is the nearest source of.
+    by_source = {entry.source: entry for entry in entries if entry.source is not None}
+    wirings = {}
+    for target, source in sources.items():
+        entry = by_layer[target]
+        names = [f"layers.{target}.router_arguments.{number}" for number in range(len(entry.router_arguments))]
+        arguments = tuple(state[name].float() for name in names)
+        joined = None if source is None else by_source[source]
+        wirings[target] = Wiring(
+            rebuilt(entry.norm, f"layers.{target}.norm"),
+            Router(rebuilt(entry.router, f"layers.{target}.router"), arguments, entry.router_ndim),
+            None if source is None else state[vectors_name(source)],
+            rebuilt(joined.post_norm, f"layers.{joined.layer}.post_norm") if joined and joined.post_norm else None,
+            joined.post_scale if joined else 1.0,
+        )
+    return wirings
