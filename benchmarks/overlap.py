@@ -123,7 +123,7 @@ def measured(arguments: argparse.Namespace, pack: Path) -> dict[str, Any]:
     model.expert_offload.detach()
     layers = find_moe_layers(model)
     known, routing = predictors_of(config, layers, arguments.predictors), routing_of(arguments.tokens)
-    predictor = sum(p.nbytes for mlp in known.mlps.values() for p in mlp.parameters()) // len(layers)  # in the mean
+    predictor = sum(entry.nbytes for entry in known.layers) // len(layers)  # in the mean
     cells: list[dict[str, Any]] = []
     machine: list[tuple[float, float]] = []
     for part in arguments.links.split(","):

@@ -57,13 +57,13 @@ def predictors_of(config: Any, layers: list[Any], count: int) -> Any:
     """Predictors of the default width for the first `count` layers, with random weights, which cost what trained ones do."""
     import torch
     from predict_train.predictors.architecture import moe_shape
-    from predict_train.predictors.checkpoint import Predictors
+    from predict_train.predictors.checkpoint import Predictors, TargetLayer
     from predict_train.predictors.mlp import ResidualMLP
 
     size, experts = config.hidden_size, config.num_experts
     return Predictors(
         model={"name": "random"} | moe_shape(config, layers),
-        mlps={layer.index: ResidualMLP(size, experts, WIDTH).bfloat16() for layer in layers[:count]},
+        layers=[TargetLayer(layer.index, mlp=ResidualMLP(size, experts, WIDTH).bfloat16()) for layer in layers[:count]],
         default_vectors={layer.index: torch.zeros(experts, size) for layer in layers[:-1]},
     )
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -36,26 +36,52 @@ FLOATS = ("F32", "BF16", "F16")
 """The dtypes that weights may have, by safetensors' names."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class TargetLayer:
+    """The speculation on one target layer: what it reads, its predictor, and what it finds."""
+
+    layer: int
+    source: int | Literal["nearest"] | None = "nearest"
+    """The layer whose residual it reads; None for the target's own input. `nearest` is what `architecture.sources` says: so
+    does an export of before it was written."""
+    mlp: ResidualMLP | None = None
+    """fp32 when loaded; without one the speculation is training-free."""
+    hit_rates: dict[str, float] = field(default_factory=dict)
+    """`training_free` and, where there is an MLP, `predictor`; on validation sequences."""
+    recall: list[float] = field(default_factory=list)
+    """At k, k + 1, ..., 2k candidates, on validation sequences; empty in an export of before it was written."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the MLP's weights as they are in memory."""
+        return 0 if self.mlp is None else sum(p.nbytes for p in self.mlp.parameters())
+
+
+@dataclass(frozen=True)
 class Predictors:
     """Predictors in memory: what `save_predictors` writes and `load_predictors` returns."""
 
     model: dict[str, Any]
     """`name` and the facts of `architecture.moe_shape` of the model they belong to."""
-    mlps: dict[int, ResidualMLP] = field(default_factory=dict)
-    """By target layer, fp32 when loaded; of one without, speculation is training-free."""
-    sources: dict[int, int | None] = field(default_factory=dict)
-    """By target layer: the source layer whose residual it reads, None for its own input. Of a target that is not here, what
-    `architecture.sources` says."""
+    layers: list[TargetLayer] = field(default_factory=list)
+    """A target layer that is not among them is speculated on training-free, from its nearest source."""
     default_vectors: dict[int, torch.Tensor] = field(default_factory=dict)
     """By source layer: `[experts, hidden]`, fp32."""
-    hit_rates: dict[int, dict[str, float]] = field(default_factory=dict)
-    """By target layer: `training_free` and, where there is one, `predictor`; on validation sequences."""
-    recall: dict[int, list[float]] = field(default_factory=dict)
-    """By target layer: the speculation's recall at k, k + 1, ..., 2k candidates, on validation sequences; empty in an
-    export of before it was written."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Command, versions and trace."""
+
+    @property
+    def mlps(self) -> dict[int, ResidualMLP]:
+        """Those that there are, by target layer."""
+        return {entry.layer: entry.mlp for entry in self.layers if entry.mlp is not None}
+
+    def of(self, target: int) -> TargetLayer:
+        """What is known of the speculation on a target layer."""
+        return next((entry for entry in self.layers if entry.layer == target), TargetLayer(target))
+
+    def training_free(self) -> Predictors:
+        """The same without MLPs."""
+        return replace(self, layers=[replace(entry, mlp=None) for entry in self.layers])
 
     def check(self, model: PreTrainedModel, layers: list[MoELayer]) -> None:
         """Raises `PredictorsError` unless these predictors fit `model`."""
@@ -66,9 +92,10 @@ class Predictors:
                 f"{describe_shape(shape)}; give the predictors that were made for it"
             )
 
-    def sources_of(self, layers: list[MoELayer]) -> dict[int, int | None]:
-        """The source of every one of a model's MoE `layers`, by target layer."""
-        return {target: self.sources.get(target, source) for target, source in sources(layers).items()}
+    def sources_among(self, nearest: dict[int, int | None]) -> dict[int, int | None]:
+        """The source of each target layer in `nearest`, which names its nearest one."""
+        own = {target: self.of(target).source for target in nearest}
+        return {target: nearest[target] if isinstance(source, str) else source for target, source in own.items()}
 
 
 def make_speculators(
@@ -84,15 +111,16 @@ def make_speculators(
     Raises `PredictorsError` where the predictors belong to another model.
     """
     layers = find_moe_layers(model) if layers is None else layers
-    if predictors is not None:
+    if predictors is None:
+        predictors = Predictors(model={})
+    else:
         predictors.check(model, layers)
     if source_of is None:
-        source_of = sources(layers) if predictors is None else predictors.sources_of(layers)
-    wirings = wire(layers, source_of, {} if predictors is None else predictors.default_vectors)
+        source_of = predictors.sources_among(sources(layers))
+    wirings = wire(layers, source_of, predictors.default_vectors)
     speculators = {}
     for layer in layers:
-        mlp = predictors.mlps.get(layer.index) if predictors is not None else None
-        speculator = Speculator(wirings[layer.index])
+        mlp, speculator = predictors.of(layer.index).mlp, Speculator(wirings[layer.index])
         if mlp is not None:
             weight = next(layer.router.parameters())
             copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width)
@@ -115,18 +143,17 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
     """
     folder = Path(folder)
     refuse_existing(folder)
-    targets = sorted(predictors.mlps.keys() | predictors.sources.keys())
     config = make_config(
         model=predictors.model,
         layers=[
             {
-                "layer": target,
-                **({"source": predictors.sources[target]} if target in predictors.sources else {}),
-                "width": predictors.mlps[target].width if target in predictors.mlps else 0,
-                "hit_rate": predictors.hit_rates.get(target, {}),
-                "recall": predictors.recall.get(target, []),
+                "layer": entry.layer,
+                **({} if entry.source == "nearest" else {"source": entry.source}),
+                "width": 0 if entry.mlp is None else entry.mlp.width,
+                "hit_rate": entry.hit_rates,
+                "recall": entry.recall,
             }
-            for target in targets
+            for entry in sorted(predictors.layers, key=lambda entry: entry.layer)
         ],
         default_vectors=sorted(predictors.default_vectors),
         provenance=predictors.provenance,
@@ -173,11 +200,17 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
         mlp.requires_grad_(False)
     predictors = Predictors(
         model=config.model.model_dump(),
-        mlps=mlps,
-        sources={entry.layer: entry.source for entry in config.layers if "source" in entry.model_fields_set},
+        layers=[
+            TargetLayer(
+                entry.layer,
+                entry.source if "source" in entry.model_fields_set else "nearest",
+                mlps.get(entry.layer),
+                {str(kind): rate for kind, rate in entry.hit_rate.items()},
+                entry.recall,
+            )
+            for entry in config.layers
+        ],
         default_vectors={source: tensors[f"default_vectors.{source}"] for source in config.default_vectors},
-        hit_rates={entry.layer: {str(kind): rate for kind, rate in entry.hit_rate.items()} for entry in config.layers},
-        recall={entry.layer: entry.recall for entry in config.layers},
         provenance=config.provenance.model_dump(exclude_unset=True),
     )
     if model is not None:

@@ -247,8 +247,8 @@ def plan(
     known = None if predictors is None else load_predictors(predictors)
     sources = sources_of(shape, known, horizon)
     replayed = _routing(routing, _statistics(preset, kept, hit_rate, skew), 2 * tokens, seed, known, horizon, sizes)
-    mlps = [] if known is None else [sum(p.nbytes for p in mlp.parameters()) for mlp in known.mlps.values()]
-    costs = costs_of(shape, hardware, sum(mlps) // shape.layers)
+    mlps = 0 if known is None else sum(entry.nbytes for entry in known.layers)
+    costs = costs_of(shape, hardware, mlps // shape.layers)
     result = {
         "results": job(
             costs, replayed, shape, count, is_cuda=cuda, candidates=candidates, sources=sources, eviction=eviction

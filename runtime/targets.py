@@ -46,7 +46,7 @@ def targets_of(
     targets = []
     for number, layer in enumerate(layers):
         # Exports of before recall was written have none, and neither has speculation without predictors.
-        recall = predictors.recall.get(layer.index) if predictors is not None and candidates == "auto" else None
+        recall = predictors.of(layer.index).recall if predictors is not None and candidates == "auto" else []
         count = min(candidates_from_recall(recall, top_k, policy, gating), experts) if recall else usual
         targets.append(Target(layer, number, source_of[layer.index], count))
     return targets
@@ -65,7 +65,7 @@ def sources_read(
     asked = farther(nearest, horizon or 1)
     if predictors is None:
         return asked
-    trained = {target: predictors.sources.get(target, source) for target, source in nearest.items()}
+    trained = predictors.sources_among(nearest)
     for target, source in trained.items():
         if source is not None and (source not in nearest or source >= target):
             raise OffloadError(

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from predict_train.predictors.architecture import moe_shape
-from predict_train.predictors.checkpoint import Predictors, PredictorsError
+from predict_train.predictors.checkpoint import Predictors, PredictorsError, TargetLayer
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.mlp import ResidualMLP
@@ -28,12 +28,12 @@ def predictors(tiny_moe: PreTrainedModel) -> Predictors:
     """Predictors for layers 1 and 2 that change what is speculated, and default vectors."""
     torch.manual_seed(0)
     layers = find_moe_layers(tiny_moe)
-    mlps = {index: ResidualMLP(32, 8, 8).requires_grad_(False) for index in (1, 2)}
-    for mlp in mlps.values():
-        mlp.w2.normal_()
+    trained = [TargetLayer(index, mlp=ResidualMLP(32, 8, 8).requires_grad_(False)) for index in (1, 2)]
+    for layer in trained:
+        layer.mlp.w2.normal_()
     return Predictors(
         model={"name": "tiny"} | moe_shape(tiny_moe.config, layers),
-        mlps=mlps,
+        layers=trained,
         default_vectors={layer.index: torch.randn(8, 32) for layer in layers[:-1]},
     )
 
@@ -65,7 +65,9 @@ def test_exact_policies_lose_nothing_and_the_control_is_one(
 def test_a_predictor_with_zeroed_output_is_training_free(
     tiny_moe: PreTrainedModel, batches: list[torch.Tensor], predictors: Predictors
 ) -> None:
-    zeroed = dataclasses.replace(predictors, mlps={index: ResidualMLP(32, 8, 8) for index in range(4)})
+    zeroed = dataclasses.replace(
+        predictors, layers=[TargetLayer(index, mlp=ResidualMLP(32, 8, 8)) for index in range(4)]
+    )
     result = evaluate(tiny_moe, batches, zeroed)
     assert result["cross_entropy"] == result["training_free_cross_entropy"]
     assert all(row["predictor"] == row["training_free"] for row in result["layers"])

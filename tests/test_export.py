@@ -80,14 +80,14 @@ def test_an_export_is_what_was_trained(exported, fitted, collected):
     assert predictors.default_vectors.keys() == {0, 1, 2}
     for source, vectors in trace.default_vectors().items():
         assert torch.equal(vectors, predictors.default_vectors[source])
-    assert predictors.hit_rates[2]["predictor"] == result["layers"][2]["predictor"]["recall@k"]
+    assert predictors.of(2).hit_rates["predictor"] == result["layers"][2]["predictor"]["recall@k"]
     top_k = predictors.model["top_k"]
     for entry in result["layers"]:
-        curve = predictors.recall[entry["layer"]]
+        curve = predictors.of(entry["layer"]).recall
         assert len(curve) == top_k + 1
         assert curve == sorted(curve)
         assert (curve[0], curve[-1]) == (entry["predictor"]["recall@k"], entry["predictor"]["recall@2k"])
-    assert predictors.hit_rates[2]["training_free"] == result["layers"][2]["training_free"]["recall@k"]
+    assert predictors.of(2).hit_rates["training_free"] == result["layers"][2]["training_free"]["recall@k"]
 
 
 def test_the_model_card_has_front_matter_and_the_figures(exported, fitted):
@@ -191,7 +191,7 @@ def test_a_run_that_learned_nothing_is_exported_without_predictors(collected, ti
         loaded = load_predictors(export(run, tmp_path / dtype, dtype=dtype), tiny_moe)
         assert loaded.mlps == {}
         assert loaded.default_vectors.keys() == {0, 1, 2}
-        assert [list(rates) for rates in loaded.hit_rates.values()] == [["training_free"]] * 4
+        assert [list(layer.hit_rates) for layer in loaded.layers] == [["training_free"]] * 4
 
 
 def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, tmp_path):

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from predict_train.predictors.checkpoint import Predictors, load_predictors, make_speculators, save_predictors
+from predict_train.predictors.checkpoint import (
+    Predictors,
+    TargetLayer,
+    load_predictors,
+    make_speculators,
+    save_predictors,
+)
 from predict_train.predictors.config import FORMAT_VERSION, READABLE
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.predictors.speculation import Routing
@@ -61,28 +67,28 @@ def of_version(version: int) -> Predictors:
     }
     if version == 2:
         return Predictors(
-            mlps={1: mlp(-7, 3), 3: mlp(-2, 3)},
-            hit_rates={1: {"training_free": 0.5, "predictor": 0.75}, 3: {"training_free": 0.875, "predictor": 0.9375}},
-            recall={1: [0.75, 0.875, 1.0], 3: []},  # of before recall was written
+            layers=[
+                TargetLayer(1, "nearest", mlp(-7, 3), {"training_free": 0.5, "predictor": 0.75}, [0.75, 0.875, 1.0]),
+                # Of before recall was written.
+                TargetLayer(3, "nearest", mlp(-2, 3), {"training_free": 0.875, "predictor": 0.9375}, []),
+            ],
             **both,
         )
     return Predictors(
-        mlps={0: mlp(-7, 3).bfloat16(), 1: mlp(4, 1).half(), 3: mlp(-2, 2)},
-        sources={0: None, 1: 0, 2: 1, 3: 1},
-        hit_rates={
-            0: {"training_free": 0.5, "predictor": 0.75},
-            1: {"training_free": 0.625, "predictor": 0.6875},
-            2: {"training_free": 0.875},  # no predictor was better
-            3: {"training_free": 0.5, "predictor": 0.9375},
-        },
-        recall={0: [0.75, 0.875, 1.0], 1: [0.6875, 0.75, 0.75], 2: [0.875, 0.875, 0.9375], 3: []},
+        layers=[
+            TargetLayer(0, None, mlp(-7, 3).bfloat16(), {"training_free": 0.5, "predictor": 0.75}, [0.75, 0.875, 1.0]),
+            TargetLayer(1, 0, mlp(4, 1).half(), {"training_free": 0.625, "predictor": 0.6875}, [0.6875, 0.75, 0.75]),
+            TargetLayer(2, 1, None, {"training_free": 0.875}, [0.875, 0.875, 0.9375]),  # no predictor was better
+            TargetLayer(3, 1, mlp(-2, 2), {"training_free": 0.5, "predictor": 0.9375}, []),
+        ],
         **both,
     )
 
 
 def assert_same(loaded: Predictors, expected: Predictors) -> None:
-    for name in ("model", "sources", "hit_rates", "recall", "provenance"):
+    for name in ("model", "provenance"):
         assert getattr(loaded, name) == getattr(expected, name), name
+    assert loaded.training_free().layers == expected.training_free().layers
     assert loaded.mlps.keys() == expected.mlps.keys()
     for target, made in expected.mlps.items():
         found = dict(loaded.mlps[target].named_parameters())

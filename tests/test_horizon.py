@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import sources
-from predict_train.predictors.checkpoint import make_speculators
+from predict_train.predictors.checkpoint import Predictors, TargetLayer, make_speculators
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.settings import SettingsError
 from predict_train.runtime import Gating, Policy, offloaded
@@ -25,6 +25,11 @@ from transformers import PreTrainedModel
 ARCHITECTURES = ["qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 OWN_INPUT = {0: None, 1: 0, 2: None, 3: 1}
 """Layer 2 reads its own input, layer 3 the layer before that."""
+
+
+def reading(predictors: Predictors, sources: dict[int, int | None]) -> Predictors:
+    """`predictors` whose target layers read `sources`."""
+    return replace(predictors, layers=[TargetLayer(target, source) for target, source in sources.items()])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -48,7 +53,7 @@ def test_no_source_changes_a_token(
 ) -> None:
     model = build_moe("qwen2_moe")
     source_of = {target: None if place < 0 or place >= target else place for target, place in enumerate(places)}
-    predictors = replace(with_default_vectors(model), sources=source_of)
+    predictors = reading(with_default_vectors(model), source_of)
     with everything_resident(model):
         expected = greedy(model, prompt(1, 5), 4)
     with offloaded(model, predictors, policy="prefetch", slots=slots, candidates=candidates, device="cpu"):
@@ -59,7 +64,7 @@ def test_no_source_changes_a_token(
 def test_speculative_tokens_do_not_depend_on_slots(build_moe: Callable[..., PreTrainedModel], gating: Gating) -> None:
     """Not those of `resident` either, where every expert is a candidate."""
     model = build_moe("qwen3_moe")
-    predictors = replace(with_default_vectors(model), sources=OWN_INPUT)
+    predictors = reading(with_default_vectors(model), OWN_INPUT)
     candidates = 8 if gating is Gating.RESIDENT else None
     for arguments in ({"predictors": predictors}, {"horizon": 2}):
         tokens = []
@@ -109,8 +114,8 @@ def test_every_layer_is_announced_once_and_the_nearer_first(
 def test_a_horizon_that_the_predictors_were_not_trained_for(tiny_moe: PreTrainedModel) -> None:
     layers = find_moe_layers(tiny_moe)
     nearest = with_default_vectors(tiny_moe)
-    farther = replace(nearest, sources=sources(layers, 2))
-    for predictors, horizon in ((nearest, 2), (farther, 1), (replace(nearest, sources=OWN_INPUT), 1)):
+    farther = reading(nearest, sources(layers, 2))
+    for predictors, horizon in ((nearest, 2), (farther, 1), (reading(nearest, OWN_INPUT), 1)):
         with (
             pytest.raises(OffloadError, match="trained to read other layers"),
             offloaded(tiny_moe, predictors, horizon=horizon),
@@ -119,7 +124,7 @@ def test_a_horizon_that_the_predictors_were_not_trained_for(tiny_moe: PreTrained
     with pytest.raises(SettingsError, match="guess 1 or 2 layers ahead"), offloaded(tiny_moe, horizon=3):
         pass
     for source in (3, 7):
-        wrong = replace(nearest, sources={2: source})
+        wrong = reading(nearest, {2: source})
         with pytest.raises(OffloadError, match="no mixture-of-experts layer before"), offloaded(tiny_moe, wrong):
             pass
     for predictors, horizon in itertools.product((farther,), (None, 2)):

@@ -289,14 +289,13 @@ def assert_holds(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) ->
     """Loading `folder` gives exactly what the parsed config and the tensors say."""
     loaded = load_predictors(folder)
     assert loaded.model == config["model"]
-    entries = {entry["layer"]: entry for entry in config["layers"]}
-    assert loaded.sources == {layer: entry["source"] for layer, entry in entries.items() if "source" in entry}
-    assert loaded.hit_rates == {layer: entry.get("hit_rate", {}) for layer, entry in entries.items()}
-    assert loaded.recall == {layer: entry.get("recall", []) for layer, entry in entries.items()}
+    for layer, entry in zip(loaded.layers, config["layers"], strict=True):
+        assert (layer.layer, layer.source) == (entry["layer"], entry.get("source", "nearest"))
+        assert (layer.hit_rates, layer.recall) == (entry.get("hit_rate", {}), entry.get("recall", []))
+        assert (0 if layer.mlp is None else layer.mlp.width) == entry["width"]
     assert loaded.provenance == config.get("provenance", {})
     found = {f"default_vectors.{source}": vectors for source, vectors in loaded.default_vectors.items()}
     for layer, mlp in loaded.mlps.items():
-        assert mlp.width == entries[layer]["width"]
         found |= {f"layers.{layer}.{name}": parameter for name, parameter in mlp.named_parameters()}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in tensors.items())

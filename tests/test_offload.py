@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from predict_train.predictors.architecture import moe_shape
-from predict_train.predictors.checkpoint import Predictors
+from predict_train.predictors.checkpoint import Predictors, TargetLayer
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.experts import run_experts
@@ -221,9 +221,9 @@ class Counted:
 def test_candidates_follow_the_recall_of_each_layer(tiny_moe: PreTrainedModel) -> None:
     """`recall` is that of 2, 3 and 4 candidates of the 2 experts of each token."""
     layers = find_moe_layers(tiny_moe)
-    predictors = Predictors(model={"name": "tiny"} | moe_shape(tiny_moe.config, layers))
-    recall = {0: [0.995, 1.0, 1.0], 1: [0.9, 0.995, 1.0], 2: [0.4, 0.7, 0.9]}  # of layer 3 nothing is known
-    vars(predictors)["recall"] = recall
+    recall = ([0.995, 1.0, 1.0], [0.9, 0.995, 1.0], [0.4, 0.7, 0.9])  # of layer 3 nothing is known
+    targets = [TargetLayer(layer, recall=curve) for layer, curve in enumerate(recall)]
+    predictors = Predictors({"name": "tiny"} | moe_shape(tiny_moe.config, layers), targets)
     expected = {
         ("prefetch", "true"): [2, 2, 3, 2],
         ("speculative", "true"): [2, 2, 2, 2],

@@ -11,7 +11,7 @@ import torch
 import typer
 from predict_train.data_collection.catalog import tiny_config, tiny_model
 from predict_train.predictors.architecture import UnsupportedModelError, moe_shape, sources
-from predict_train.predictors.checkpoint import Predictors
+from predict_train.predictors.checkpoint import Predictors, TargetLayer
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.runtime.commands import plan as plan_command
@@ -95,7 +95,8 @@ def test_predictors_are_planned_as_far_ahead_as_they_read(model_type: str) -> No
     place = {layer.index: number for number, layer in enumerate(layers)}
 
     def trained(horizon: int) -> Predictors:
-        return Predictors(moe_shape(model.config, layers), {}, sources(layers, horizon))
+        read = sources(layers, horizon).items()
+        return Predictors(moe_shape(model.config, layers), [TargetLayer(target, source) for target, source in read])
 
     for horizon in (1, 2):
         by_layer = sources(layers, horizon)

@@ -101,7 +101,7 @@ def test_every_kind_is_trained_exported_and_run(with_inputs, collected, tmp_path
     predictors = load_predictors(export(run, tmp_path / "predictors"))
     what_is_read = {name: value for name, value in changes.items() if name != "loss"}
     expected = {target.layer: target.source for target in choose(with_inputs, **what_is_read)}
-    assert predictors.sources == expected
+    assert {layer.layer: layer.source for layer in predictors.layers} == expected
     # Replayed from the trace they guess as well as on validation.
     replayed = replay(Trace.open(with_inputs), 1000, 4, predictors)
     assert replayed.hit_rate == pytest.approx(result["mean"]["predictor"], abs=0.1)

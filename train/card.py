@@ -38,14 +38,14 @@ def layer_table(
     headers += [f"top {size}" for size in sizes] + (["by rounding"] if rounding else [])
     rows, rates = [], []
     for target, entry in entries.items():
-        source, mlp = predictors.sources[target], predictors.mlps.get(target)
+        own = predictors.of(target)
+        source, mlp, curve = own.source, own.mlp, own.recall
         before, after = entry["training_free"]["recall@k"], entry["predictor"]["recall@k"]
-        curve = predictors.recall[target]
         row = [
             str(target),
             "its input" if source is None else str(source),
             str(mlp.width if mlp else 0),
-            f"{_bytes(predictors, target):,}",
+            f"{own.nbytes:,}",
             f"{before:.3f}",
             f"{after:.3f}" if mlp else f"{after:.3f}, dropped",
             f"{gap_closed(before, after):.0%}" if mlp else "",
@@ -56,16 +56,16 @@ def layer_table(
         rows.append(row)
         rates.append((before, after if mlp else before))
     before, after = (sum(values) / len(rates) for values in zip(*rates, strict=True))
-    size = f"{sum(_bytes(predictors, target) for target in entries):,}"
+    size = f"{sum(own.nbytes for own in predictors.layers):,}"
     means = ["all", "", "", size, f"{before:.3f}", f"{after:.3f}", f"{gap_closed(before, after):.0%}"]
     return headers, [*rows, means + [""] * (len(headers) - len(means))]
 
 
-def remarks(predictors: Predictors, entries: dict[int, Any], rounding: Rounding | None = None) -> list[str]:
+def remarks(predictors: Predictors, rounding: Rounding | None = None) -> list[str]:
     """Sentences on what the table does not say by itself."""
     vectors = sum(d.nbytes for d in predictors.default_vectors.values())
     found = [f"The default vectors take another {vectors:,} bytes."]
-    dropped = [str(target) for target in entries if target not in predictors.mlps]
+    dropped = [str(own.layer) for own in predictors.layers if own.mlp is None]
     if dropped:
         found.append(
             "Dropped, since training-free speculation finds as many of their experts on validation: the predictors of "
@@ -80,10 +80,6 @@ def remarks(predictors: Predictors, entries: dict[int, Any], rounding: Rounding 
             f"{rounding.after[worst]:.5f}, on {rounding.rows:,} validation rows."
         )
     return found
-
-
-def _bytes(predictors: Predictors, target: int) -> int:
-    return sum(p.nbytes for p in predictors.mlps[target].parameters()) if target in predictors.mlps else 0
 
 
 def _is_hub_name(name: str) -> bool:
@@ -135,7 +131,7 @@ def model_card(predictors: Predictors, entries: dict[int, Any], rounding: Roundi
         "",
         *_markdown(*layer_table(predictors, entries, rounding)),
         "",
-        *(f"- {sentence}" for sentence in remarks(predictors, entries, rounding)),
+        *(f"- {sentence}" for sentence in remarks(predictors, rounding)),
         "",
         "## How it was made",
         "",

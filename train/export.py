@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from rich.table import Table
 from ..data_collection.columns import SEQUENCE
 from ..data_collection.statistics import CHUNK_ROWS, hit_rates
 from ..data_collection.trace import Trace
-from ..predictors.checkpoint import Predictors, refuse_existing, save_predictors
+from ..predictors.checkpoint import Predictors, TargetLayer, refuse_existing, save_predictors
 from ..predictors.loading import DTYPES
 from ..predictors.mlp import ResidualMLP, StackedResidualMLPs
 from ..predictors.provenance import command, versions
@@ -54,26 +55,11 @@ def export(
     if [shard.xxh3 for shard in source.manifest.shards] != settings["trace"]["shards"]:
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
     entries = {entry["layer"]: entry for entry in result["layers"]}
-    kinds = {  # the last of them is what speculates
-        target: ["training_free", "predictor"]
-        if entry["predictor"]["recall@k"] > entry["training_free"]["recall@k"]
-        else ["training_free"]
-        for target, entry in entries.items()
-    }
     trained = _trained(run / result["checkpoint"], {t: entry["width"] for t, entry in entries.items()}, source)
-    mlps = {target: mlp for target, mlp in trained.items() if "predictor" in kinds[target]}
-    sources = {target: entry["source"] for target, entry in entries.items()}
-    rounding = None
-    if dtype != "float32" and mlps:
-        rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
-        rounding = _rounding(mlps, DTYPES[dtype], source, sources, rows)
     predictors = Predictors(
         model=source.manifest.model.identity(),
-        mlps={target: _cast(mlp, DTYPES[dtype]) for target, mlp in mlps.items()},
-        sources=sources,
+        layers=[_layer(entry, trained[target]) for target, entry in entries.items()],
         default_vectors=source.default_vectors(),
-        hit_rates={target: {kind: entries[target][kind]["recall@k"] for kind in kinds[target]} for target in entries},
-        recall={target: entries[target][kinds[target][-1]]["recall"] for target in entries},
         provenance={
             "commands": {
                 "collect": source.manifest.command,
@@ -85,9 +71,29 @@ def export(
             "settings": {name: value for name, value in settings["settings"].items() if name not in ("trace", "out")},
         },
     )
-    folder = save_predictors(out, predictors, model_card(predictors, entries, rounding))
-    _report(folder, predictors, entries, rounding, console or Console())
+    kept, rounding = _cast(predictors, DTYPES[dtype]), None
+    if dtype != "float32" and kept.mlps:
+        rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
+        before, after = (_hit_rates(some, source, rows) for some in (predictors, kept))
+        rounding = Rounding(dtype, sum(map(len, rows)), before, after)
+    folder = save_predictors(out, kept, model_card(kept, entries, rounding))
+    _report(folder, kept, entries, rounding, console or Console())
     return folder
+
+
+def _layer(entry: dict[str, Any], mlp: ResidualMLP) -> TargetLayer:
+    """The layer of a run's result, with the predictor trained for it unless that is no better than none."""
+    # The last of them is what speculates.
+    kinds = ["training_free"]
+    if entry["predictor"]["recall@k"] > entry["training_free"]["recall@k"]:
+        kinds.append("predictor")
+    return TargetLayer(
+        entry["layer"],
+        entry["source"],
+        mlp if "predictor" in kinds else None,
+        {kind: entry[kind]["recall@k"] for kind in kinds},
+        entry[kinds[-1]]["recall"],
+    )
 
 
 def _trained(checkpoint: Path, widths: dict[int, int], trace: Trace) -> dict[int, ResidualMLP]:
@@ -112,28 +118,26 @@ def _validation_rows(trace: Trace, share: float, seed: int) -> list[torch.Tensor
     return [some[::step] for some in rows]
 
 
-def _rounding(
-    mlps: dict[int, ResidualMLP],
-    dtype: torch.dtype,
-    trace: Trace,
-    sources: dict[int, int | None],
-    rows: list[torch.Tensor],
-) -> Rounding:
-    """What rounding the predictors to `dtype` costs on the given rows of each shard."""
-    sources = {target: sources[target] for target in mlps}
-    speculators, names = trace.stacked(sources), trace.columns_for(sources)
-
-    def measure(some: dict[int, ResidualMLP]) -> dict[int, float]:
-        pieces = [(shard, piece) for shard, own in enumerate(rows) for piece in own.split(CHUNK_ROWS) if len(piece)]
-        batches = (trace.read(shard, piece, names) for shard, piece in pieces)
-        return hit_rates(batches, sources, speculators, [trace.manifest.model.top_k], some)[0]
-
-    rounded = {target: _cast(_cast(mlp, dtype), torch.float32) for target, mlp in mlps.items()}
-    return Rounding(str(dtype).removeprefix("torch."), sum(map(len, rows)), measure(mlps), measure(rounded))
+def _hit_rates(predictors: Predictors, trace: Trace, rows: list[torch.Tensor]) -> dict[int, float]:
+    """The hit rate of each layer that has an MLP, computed in fp32, on the given rows of each shard."""
+    mlps = _cast(predictors, torch.float32).mlps
+    sources = predictors.sources_among({target: trace.sources[target] for target in mlps})
+    names, pieces = (
+        trace.columns_for(sources),
+        ((n, some) for n, own in enumerate(rows) for some in own.split(CHUNK_ROWS)),
+    )
+    batches = (trace.read(shard, piece, names) for shard, piece in pieces if len(piece))
+    [rates] = hit_rates(batches, sources, trace.stacked(sources), [trace.manifest.model.top_k], mlps)
+    return rates
 
 
-def _cast(mlp: ResidualMLP, dtype: torch.dtype) -> ResidualMLP:
-    return copy.deepcopy(mlp).to(dtype)
+def _cast(predictors: Predictors, dtype: torch.dtype) -> Predictors:
+    """The same with copies of their MLPs in `dtype`."""
+
+    def cast(layer: TargetLayer) -> TargetLayer:
+        return layer if layer.mlp is None else replace(layer, mlp=copy.deepcopy(layer.mlp).to(dtype))
+
+    return replace(predictors, layers=[cast(layer) for layer in predictors.layers])
 
 
 def _report(
@@ -152,5 +156,5 @@ def _report(
         table.add_row(*(row[number] for number in shown))
     console.print(table)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    for line in (*remarks(predictors, entries, rounding), f"{folder}: {size:,} bytes"):
+    for line in (*remarks(predictors, rounding), f"{folder}: {size:,} bytes"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -130,26 +130,25 @@ def _predictors(path: Path) -> dict[str, Any]:
     from ..predictors.checkpoint import WEIGHTS, load_predictors
     from ..predictors.config import read_config
 
-    predictors = load_predictors(path)
-    config, weights = read_config(path), load_file(path / WEIGHTS)
+    predictors, weights = load_predictors(path), load_file(path / WEIGHTS)
     layers = [
         {
             "layer": entry.layer,
-            # A file of version 2 does not say.
-            "source": entry.source if "source" in entry.model_fields_set else "nearest",
-            "width": entry.width,
+            "source": entry.source,
+            "width": 0 if entry.mlp is None else entry.mlp.width,
+            # As they are in the file; in memory they are fp32.
             "bytes": sum(w.nbytes for name, w in weights.items() if name.startswith(f"layers.{entry.layer}.")),
-            "hit_rate": dict(entry.hit_rate),
+            "hit_rate": entry.hit_rates,
             "recall": entry.recall,
         }
-        for entry in config.layers
+        for entry in predictors.layers
     ]
     return {
         "kind": "predictors",
         "path": str(path),
         "bytes": _size(path),
         "bytes_of_weights": (path / WEIGHTS).stat().st_size,
-        "format_version": config.format_version,
+        "format_version": read_config(path).format_version,
         "model": predictors.model,
         "default_vectors": sorted(predictors.default_vectors),
         "provenance": predictors.provenance,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -48,7 +47,7 @@ def evaluate(
     if not batches:
         raise UserError("there is no text to evaluate on; give a corpus of at least two tokens")
     layers = find_moe_layers(model)
-    without = None if predictors is None else dataclasses.replace(predictors, mlps={})
+    without = None if predictors is None else predictors.training_free()
     wide = targets_of(layers, predictors, horizon, resident_candidates, Policy.SPECULATIVE, Gating.RESIDENT)
     targets = targets_of(layers, predictors, horizon)
     source_of = {target.layer.index: target.source for target in targets}

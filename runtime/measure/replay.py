@@ -35,7 +35,7 @@ def replay(
     columns = trace.read(shard, rows)
     guesses = []
     for target, wiring in trace.wirings(sources).items():
-        speculator = Speculator(wiring, None if predictors is None else predictors.mlps.get(target))
+        speculator = Speculator(wiring, None if predictors is None else predictors.of(target).mlp)
         with torch.no_grad():
             speculation = speculator(*trace.speculator_input(columns, target, sources[target]))
         guesses.append(candidates(speculation, m))
