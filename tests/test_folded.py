@@ -12,7 +12,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.folded import FoldedSpeculator, PlainRouter
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.predictors.speculation import Router, Routing, Speculator, Wiring, candidates
-from predict_train.runtime.policy import RestrictedChoice
+from predict_train.runtime.restricted import RestrictedChoice, fixed
 
 PLAIN = {"qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "jamba", "granitemoe"}
 
@@ -171,7 +171,7 @@ def test_a_plain_router_weights_what_it_must_choose_as_it_does(model_type: str) 
         logits = plain.logits(states[:9])
         torch.testing.assert_close(plain.weighted(logits, own.ids.long()).weights, own.weights, rtol=1e-4, atol=1e-5)
         ids = torch.rand(9, layer.num_experts, generator=torch.Generator().manual_seed(8)).topk(layer.top_k).indices
-        choose = RestrictedChoice.fixed(ids)
+        choose = fixed(ids)
         with RestrictedChoice((9, layer.num_experts), layer.top_k, choose) as choice:
             restricted = router.forward(states[:9])
         assert choice.free_ids is not None
