@@ -1,10 +1,13 @@
 """Finds the MoE layers of a transformers model, without a table of models.
 
 The class of the routers stands in the model's own `_can_record_outputs`; the block that holds a router holds its
-experts. The rest is read off one tiny forward pass, in which random numbers stand in the place of the experts' sum, so
-that it costs next to nothing even where they lie in host memory: which norm feeds the router, with what the router is
-called, and how the experts' sum joins the residual stream. The last is a small linear system: the layer's output, of
-several tokens, as a sum of the tensors that were seen on the way.
+experts. Older releases of transformers leave that class out for some types: there a router is the module beside the
+experts that returns what routers do.
+
+The rest is read off one tiny forward pass, in which random numbers stand in the place of the experts' sum, so that it
+costs next to nothing even where they lie in host memory: which norm feeds the router, with what the router is called,
+and how the experts' sum joins the residual stream. The last is a small linear system: the layer's output, of several
+tokens, as a sum of the tensors that were seen on the way.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import Join, MoELayer, UnsupportedModelError, first_tensor, override_forward
+from .experts import expert_modules
 
 PROBE_TOKENS = 8
 
@@ -40,11 +45,10 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     or experts don't have the form described in `MoELayer`.
     """
     kind = model.config.model_type
-    classes = _router_classes(model)
-    routers = [name for name, m in model.named_modules() if classes and isinstance(m, classes)]
+    routers = _routers(model)
     if not routers:
         raise UnsupportedModelError(
-            f"{kind} is not a mixture-of-experts model that transformers knows the routers of; "
+            f"{kind} is not a mixture-of-experts model that transformers {transformers.__version__} knows the routers of; "
             "speculating experts needs one"
         )
     names = {module: name for name, module in model.named_modules()}
@@ -56,17 +60,49 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
             stack.enter_context(probe.watching())
             handle = probe.router.register_forward_pre_hook(lambda *_, number=number: order.append(number))
             stack.callback(handle.remove)
-        was_training = model.training
-        stack.callback(model.train, was_training)
-        model.eval()
-        embedding = model.get_input_embeddings()
-        vocabulary = min(PROBE_TOKENS + 3, model.config.get_text_config().vocab_size)
-        token_ids = torch.arange(vocabulary - PROBE_TOKENS, vocabulary).unsqueeze(0)
-        model(input_ids=token_ids.to(next(embedding.parameters()).device), use_cache=False)
+        _tiny_pass(model)
     found = [probes[number].result() for number in dict.fromkeys(order)]
     if len({(layer.num_experts, layer.top_k, layer.hidden_size) for layer in found}) > 1:
         raise UnsupportedModelError(f"the MoE layers of {kind} differ in shape; one that is the same in all is needed")
     return found
+
+
+def _tiny_pass(model: PreTrainedModel) -> None:
+    """Runs a few tokens in evaluation mode, without a cache."""
+    was_training = model.training
+    embedding = model.get_input_embeddings()
+    vocabulary = min(PROBE_TOKENS + 3, model.config.get_text_config().vocab_size)
+    token_ids = torch.arange(vocabulary - PROBE_TOKENS, vocabulary).unsqueeze(0)
+    try:
+        model.eval()
+        model(input_ids=token_ids.to(next(embedding.parameters()).device), use_cache=False)
+    finally:
+        model.train(was_training)
+
+
+def _routers(model: PreTrainedModel) -> list[str]:
+    """The names of the model's routers, in no particular order."""
+    classes = _router_classes(model)
+    named = [name for name, module in model.named_modules() if classes and isinstance(module, classes)]
+    experts = {name.rpartition(".")[0]: module for name, module in expert_modules(model).items()}
+    if not experts or any(name.rpartition(".")[0] in experts for name in named):
+        return named
+    found: set[str] = set()
+
+    def keep(name: str, output: Any) -> None:
+        if _is_routing(output):
+            found.add(name)
+
+    with ExitStack() as stack, torch.no_grad():
+        for block, module in experts.items():
+            stack.enter_context(
+                override_forward(module, lambda hidden_states, *_, **__: torch.zeros_like(hidden_states))
+            )
+            for name, child in model.get_submodule(block).named_children():
+                handle = child.register_forward_hook(lambda _, __, output, name=f"{block}.{name}": keep(name, output))
+                stack.callback(handle.remove)
+        _tiny_pass(model)
+    return list(found)
 
 
 def _router_classes(model: nn.Module) -> tuple[type, ...]:
@@ -77,6 +113,17 @@ def _router_classes(model: nn.Module) -> tuple[type, ...]:
             for recorder in recorders if isinstance(recorders, list) else [recorders]:
                 classes.append(getattr(recorder, "target_class", None) or recorder)
     return tuple(classes)
+
+
+def _is_routing(output: Any) -> bool:
+    """Whether a module returned `(logits, weights, ids)`."""
+    return (
+        isinstance(output, tuple)
+        and len(output) == 3
+        and all(isinstance(part, torch.Tensor) for part in output)
+        and output[2].dtype in (torch.int32, torch.int64)
+        and output[1].shape == output[2].shape
+    )
 
 
 def _is_experts(module: nn.Module) -> bool:
@@ -189,14 +236,8 @@ class _Probe:
         )
 
     def _routing(self) -> tuple[torch.Tensor, ...]:
-        r = self.routing
-        if not (
-            isinstance(r, tuple)
-            and len(r) == 3
-            and all(isinstance(part, torch.Tensor) for part in r)
-            and r[2].dtype in (torch.int32, torch.int64)
-            and r[1].shape == r[2].shape
-        ):
+        r: tuple[torch.Tensor, ...] = self.routing
+        if not _is_routing(r):
             raise UnsupportedModelError(f"{self.router_name} does not return (logits, weights, ids) for each token")
         stacked = next(p for p in self.experts.parameters(recurse=False) if p.ndim == 3).shape[0]
         if r[0].shape[-1] != stacked:

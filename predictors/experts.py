@@ -44,7 +44,7 @@ def expert_parameters(experts: nn.Module) -> list[str]:
     Raises `UnsupportedModelError` where the module does not say how its weights lie, or holds weights beside them.
     """
     kind = type(experts).__name__
-    if not all(hasattr(experts, name) for name in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")):
+    if not is_experts(experts):
         raise UnsupportedModelError(
             f"{kind} does not say how its weights lie (it lacks use_experts_implementation), so its experts can't be run one by one"
         )
@@ -68,7 +68,8 @@ def expert_output(experts: nn.Module, weights: dict[str, torch.Tensor], x: torch
     hidden = _linear(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", x)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)  # type: ignore[operator]
     output = _linear(experts, weights, "down_proj", hidden)
-    return experts.post_expert_norm(output) if experts.has_post_expert_norm else output  # type: ignore[operator]
+    # Older releases of transformers don't have the mark, nor experts with such a norm.
+    return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output  # type: ignore[operator]
 
 
 def _linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
