@@ -142,8 +142,8 @@ def test_a_sample_is_the_same_however_it_is_asked_for(rate, seed, first):
     assert whole.shape == (40, 50)
     assert torch.equal(sample_mask(seed, sequence[7:9], position, rate), whole[7:9])
     assert torch.equal(sample_mask(seed, sequence, position[:, 3:4], rate), whole[:, 3:4])
-    # Five standard deviations of 2,000 tosses.
-    assert abs(float(whole.float().mean()) - rate) < 5 * (rate * (1 - rate) / 2000) ** 0.5 + 1e-9
+    # Five standard deviations of 2,000 tosses, and a few tosses where hardly any is expected to fall otherwise.
+    assert abs(float(whole.float().mean()) - rate) < 5 * (rate * (1 - rate) / 2000) ** 0.5 + 3.5 / 2000
 
 
 def test_samples_of_two_seeds_are_independent():
