@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import settings
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -27,6 +30,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
+PINNED = re.search(r"^transformers==(.+)$", (Path(__file__).parents[1] / "constraints.txt").read_text(), re.MULTILINE)
+IS_OLDER_RELEASE = PINNED is not None and Version(transformers.__version__) < Version(PINNED[1])
+"""Whether transformers is older than what this was developed with."""
+
+
+def skip_if_lacking(model_type: str) -> None:
+    """Skips a test of a model type that an older release of transformers lacks, or whose routers it writes otherwise."""
+    from predict_train.data_collection.catalog import examine
+
+    if IS_OLDER_RELEASE and (reason := examine(model_type).reason):
+        pytest.skip(f"transformers {transformers.__version__}: {reason}")
 
 
 END_OF_TEXT = "<|endoftext|>"

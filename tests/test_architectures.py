@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import skip_if_lacking
 from predict_train.data_collection.catalog import tiny_model
 from predict_train.data_collection.collect import CollectConfig, collect
 from predict_train.data_collection.trace import Trace
@@ -28,6 +29,7 @@ PECULIAR = ["afmoe", "flex_olmo", "cohere2_moe", "nemotron_h", "beam", "minimax_
 @pytest.fixture(scope="module", params=PECULIAR)
 def recorded(request, tmp_path_factory, tokenizer, text_corpus) -> tuple[Path, Path]:
     """The folders of a tiny random model and of a trace of it."""
+    skip_if_lacking(request.param)
     folder = tmp_path_factory.mktemp(request.param)
     tiny_model(request.param).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

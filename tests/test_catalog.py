@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import skip_if_lacking
 from predict_train.data_collection import catalog
 from predict_train.data_collection.catalog import Support
 from predict_train.predictors.discovery import find_moe_layers
@@ -21,7 +22,7 @@ def supports() -> dict[str, Support]:
 def test_every_moe_type_of_transformers_is_supported_or_says_why_not(supports):
     assert set(supports) == set(catalog.moe_types())
     unsupported = {name: support.reason for name, support in supports.items() if support.reason is not None}
-    assert len(supports) - len(unsupported) >= 45, unsupported
+    assert 3 * len(unsupported) <= len(supports), unsupported
     for name, reason in unsupported.items():
         assert "\n" not in reason, name
         # A type of which not even a small model can be made is a gap of the catalog, not of the type.
@@ -52,6 +53,7 @@ def test_the_readme_says_what_the_walk_found(supports):
     ],
 )
 def test_what_is_special_about_a_type_is_seen(supports, model_type, remark):
+    skip_if_lacking(model_type)
     assert supports[model_type].reason is None
     assert remark in supports[model_type].remarks
 
@@ -93,4 +95,5 @@ def test_the_check_sees_a_router_without_its_arguments():
 def test_the_source_is_the_last_layer_known_in_time(model_type, expected):
     from predict_train.predictors.architecture import sources
 
+    skip_if_lacking(model_type)
     assert sources(find_moe_layers(catalog.tiny_model(model_type))) == expected

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import skip_if_lacking
 from predict_train.data_collection import catalog
 from predict_train.predictors.architecture import MoELayer, UnsupportedModelError
 from predict_train.predictors.discovery import find_moe_layers
@@ -85,6 +86,7 @@ def test_it_is_the_speculator_to_rounding(model_type: str) -> None:
 def test_to_scale_it_weights_its_guess_as_the_speculator_does(
     model_type: str, trained: bool, has_vectors: bool
 ) -> None:
+    skip_if_lacking(model_type)
     layer = layers_of(model_type)[-1]
     speculator = speculator_of(layer, 3, trained, has_vectors)
     if speculator.mlp is not None:  # as training begins: nothing here may rest on a bias that is not zero

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from conftest import skip_if_lacking
 from predict_train.data_collection.catalog import tiny_config, tiny_model
 from predict_train.predictors.architecture import UnsupportedModelError, moe_shape, sources
 from predict_train.predictors.checkpoint import Predictors, TargetLayer
@@ -25,6 +26,7 @@ TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoehybrid", "
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_the_shape_is_that_of_the_model_itself(model_type: str) -> None:
+    skip_if_lacking(model_type)
     model = tiny_model(model_type)
     layers = find_moe_layers(model)
     shape = read_shape(tiny_config(model_type), torch.float32)
@@ -90,6 +92,7 @@ def test_the_command_on_a_recorded_trace(tiny_moe_folder: Path, collected: Path,
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "jamba"])  # jamba's MoE layers have others between
 def test_predictors_are_planned_as_far_ahead_as_they_read(model_type: str) -> None:
+    skip_if_lacking(model_type)
     model = tiny_model(model_type)
     layers, shape = find_moe_layers(model), read_shape(tiny_config(model_type))
     place = {layer.index: number for number, layer in enumerate(layers)}

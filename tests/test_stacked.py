@@ -56,7 +56,7 @@ def test_a_stack_of_any_model_type_is_its_layers():
             torch.testing.assert_close(routings[n].logits, decided.logits, rtol=1e-4, atol=1e-5 * spread)
             assert routings[n].ids.shape == (ROWS, top_k)
         seen += 1
-    assert seen >= 45
+    assert 3 * seen >= 2 * len(catalog.moe_types())
 
 
 class Scaled(nn.Module):
