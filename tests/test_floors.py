@@ -22,11 +22,10 @@ from pathlib import Path
 import pytest
 from conftest import skip_if_lacking
 from packaging.requirements import Requirement
+from predict_train.data_collection.catalog import tiny_model
+from predict_train.predictors.architecture import MoELayer, UnsupportedModelError
+from predict_train.predictors.discovery import find_moe_layers
 from transformers import PreTrainedModel
-
-from data_collection.catalog import tiny_model
-from predictors.architecture import MoELayer, UnsupportedModelError
-from predictors.discovery import find_moe_layers
 
 ROOT = Path(__file__).parents[1]
 DECLARED = [
