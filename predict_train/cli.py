@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __path__
+from . import commands as runtime_commands
 from .predictors.errors import UserError
-from .runtime import commands as runtime_commands
 
 if TYPE_CHECKING:
     import torch

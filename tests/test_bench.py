@@ -14,12 +14,13 @@ import torch
 import typer
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.runtime.commands import bench as bench_command
-from predict_train.runtime.commands import pack as pack_command
 from predict_train.runtime.measure.accelerated import accelerated
 from predict_train.runtime.measure.bench import BenchError, Measured, Round, Settings, Way, bench, parse_ways, results
 from predict_train.runtime.measure.routing import Statistics, draw_routing
 from transformers import PreTrainedModel
+
+from predict_train.commands import bench as bench_command
+from predict_train.commands import pack as pack_command
 
 ALL = "resident,on_demand,prefetch,speculative"
 TINY = {"layers": 4, "num_experts": 8, "top_k": 2, "candidates": 4}
@@ -129,7 +130,7 @@ def test_a_broken_setting_leaves_the_model_whole(build_moe: Callable[..., PreTra
 def test_the_timeline_shows_copies_beside_computing(build_moe: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     file = tmp_path / "timeline.json"
     routing = draw_routing(Statistics(0.1, 0.7), steps=8, **TINY)
-    bench(build_moe("qwen3_moe"), parse_ways("on_demand,prefetch"), settings(slots=4), routing=routing, timeline=file)
+    bench(build_moe("qwen3_moe"), parse_ways("on_demand,prefetch"), settings(slots=4, timeline=file), routing=routing)
     events = json.loads(file.read_text())["traceEvents"]
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"on_demand", "prefetch"}
     spans = [e for e in events if e["ph"] == "X"]

@@ -15,10 +15,11 @@ from predict_train.predictors.architecture import UnsupportedModelError, moe_sha
 from predict_train.predictors.checkpoint import Predictors, TargetLayer
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.runtime.commands import plan as plan_command
 from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.measure.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit, sources_of
 from transformers import AutoConfig
+
+from predict_train.commands import plan as plan_command
 
 QWEN = Path(__file__).parent.parent / "benchmarks" / "models" / "qwen3-30b-a3b.json"
 TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoehybrid", "nemotron_h", "glm4_moe", "qwen3_next"]

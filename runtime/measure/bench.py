@@ -101,6 +101,8 @@ class Settings:
     candidates: int | str | None = None
     offload: dict[str, Any] | None = None
     """Whatever else `offload_experts` takes."""
+    timeline: Path | None = None
+    """A file for a trace of a few more tokens of each way."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,6 @@ def bench(
     settings: Settings,
     predictors: Predictors | None = None,
     routing: ReplayedRouting | None = None,
-    timeline: Path | None = None,
     reference: Callable[[int], Any] | None = None,
     on_round: Callable[[Way, Round], None] = lambda *_: None,
     store: ExpertStore | None = None,
@@ -135,8 +136,8 @@ def bench(
     """Measures the `ways` on `model`, which is in host memory or has its experts in a packed file, and not offloaded.
 
     `reference(bytes)` is a context manager that yields another copy of the model, offloaded by accelerate with that
-    much memory for its experts; it is measured after all others. `timeline` names a file for a trace of a few more
-    tokens (see `runtime.timeline`; on CUDA there is one a way, with its name in the file's). `store` is where the experts
+    much memory for its experts; it is measured after all others. For the timeline of `settings` see `runtime.timeline`; on CUDA
+    there is one a way, with its name in the file's. `store` is where the experts
     are, if not in the model or in its packed file.
 
     Raises `BenchError` where there is no way left that can be run, and what `offload_experts` raises.
@@ -166,8 +167,8 @@ def bench(
             start = number % len(ours) if ours else 0
             for way in ours[start:] + ours[:start]:  # whatever else the machine does meets all of them
                 measure(way, model, layers)
-        if timeline is not None and ours:
-            _record(timeline, ours, model, layers, store, settings, predictors, routing)
+        if settings.timeline is not None and ours:
+            _record(settings.timeline, ours, model, layers, store, settings, predictors, routing)
     if Way("accelerate") in rounds and reference is not None:
         with reference(slots * size) as other:
             its_layers = find_moe_layers(other)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..predictors.errors import UserError
+from .predictors.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from ..predictors.checkpoint import Predictors
-    from .measure.routing import ReplayedRouting, Statistics
+    from .predictors.checkpoint import Predictors
+    from .runtime.measure.routing import ReplayedRouting, Statistics
 
 PROMPT = "def mean(values):\n    total = 0.0\n    for value in values:\n        total +="
 
@@ -99,14 +99,14 @@ def bench(
     """Measures every way to run MODEL with its experts offloaded, in turn, and how close each is to its limit."""
     from rich.console import Console
 
-    from ..predictors.checkpoint import load_predictors
-    from ..predictors.discovery import find_moe_layers
-    from ..predictors.loading import resolve_device
-    from ..predictors.provenance import command, hardware, versions
-    from .measure.accelerated import accelerated
-    from .measure.bench import Settings, parse_ways, results
-    from .measure.bench import bench as job
-    from .measure.figures import draw_bench, print_bench
+    from .predictors.checkpoint import load_predictors
+    from .predictors.discovery import find_moe_layers
+    from .predictors.loading import resolve_device
+    from .predictors.provenance import command, hardware, versions
+    from .runtime.measure.accelerated import accelerated
+    from .runtime.measure.bench import Settings, parse_ways, results
+    from .runtime.measure.bench import bench as job
+    from .runtime.measure.figures import draw_bench, print_bench
 
     _check_outputs(plot, json_file, timeline)
     if (model is None) == (random_weights is None):
@@ -133,6 +133,7 @@ def bench(
         slots,
         fetched,
         {"eviction": eviction, "readers": readers, "horizon": horizon},
+        timeline,
     )
     console = Console()
     packed = pack_file is not None
@@ -143,7 +144,6 @@ def bench(
         settings,
         known,
         replayed,
-        timeline,
         reference,
         on_round=lambda way, r: console.print(f"{way}: {1000 * r.seconds_per_token:.2f} ms per token", style="dim"),
     )
@@ -216,12 +216,12 @@ def plan(
     import torch
     from rich.console import Console
 
-    from ..predictors.checkpoint import load_predictors
-    from ..predictors.loading import resolve_dtype
-    from ..predictors.provenance import command, versions
-    from .measure.figures import print_plan
-    from .measure.plan import Hardware, costs_of, read_shape, slots_that_fit, sources_of
-    from .measure.plan import plan as job
+    from .predictors.checkpoint import load_predictors
+    from .predictors.loading import resolve_dtype
+    from .predictors.provenance import command, versions
+    from .runtime.measure.figures import print_plan
+    from .runtime.measure.plan import Hardware, costs_of, read_shape, slots_that_fit, sources_of
+    from .runtime.measure.plan import plan as job
 
     _check_outputs(None, json_file, None)
     chosen = resolve_dtype(dtype, torch.device("cuda"))
@@ -283,9 +283,9 @@ def pack(
     """Packs MODEL's experts into one file, from which the runtime reads them as they are needed."""
     import torch
 
-    from ..predictors.loading import resolve_dtype
-    from .pack import pack as job
-    from .pack import pack_random
+    from .predictors.loading import resolve_dtype
+    from .runtime.pack import pack as job
+    from .runtime.pack import pack_random
 
     if out is None:
         raise UserError("name the packed file to write with --out")
@@ -302,8 +302,8 @@ def _load(
     """The model, not offloaded, and the token ids `[1, length]` of its prompt."""
     import torch
 
-    from ..predictors.loading import load_tokenizer, resolve_dtype
-    from .load import load_offloaded
+    from .predictors.loading import load_tokenizer, resolve_dtype
+    from .runtime.load import load_offloaded
 
     kind = resolve_dtype(dtype, torch.device("cuda"))  # which leaves auto to the checkpoint
     source: Any = model if random_weights is None else _config(random_weights)
@@ -335,7 +335,7 @@ def _config(name: str) -> PretrainedConfig:
 def _statistics(preset: str, kept: float | None, hit_rate: float | None, skew: float | None) -> Statistics:
     from dataclasses import replace
 
-    from .measure.routing import PRESETS
+    from .runtime.measure.routing import PRESETS
 
     if preset not in PRESETS:
         raise UserError(f"there is no preset {preset}; give {' or '.join(PRESETS)}")
@@ -353,12 +353,12 @@ def _routing(
     shape: dict[str, int],
 ) -> ReplayedRouting:
     """A drawn routing, or that of the trace in the folder `kind`."""
-    from .measure.routing import draw_routing
+    from .runtime.measure.routing import draw_routing
 
     if kind == "synthetic":
         return draw_routing(statistics, steps=steps, seed=seed, **shape)
-    from ..data_collection.trace import Trace  # only here: `import runtime` loads no training library
-    from .measure.replay import replay
+    from .data_collection.trace import Trace  # only here: `import runtime` loads no training library
+    from .runtime.measure.replay import replay
 
     return replay(Trace.open(kind), steps, shape["candidates"], predictors, horizon)
 
