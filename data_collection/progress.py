@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..predictors.files import written_whole
 from .columns import Columns
 from .manifest import MANIFEST, ShardEntry
 from .settings import CollectConfig, CollectError
@@ -220,25 +221,3 @@ def is_finished(config: CollectConfig, processes: int) -> bool:
     if others and not progress:
         raise CollectError(f"{folder} holds no unfinished trace to resume; name another folder")
     return False
-
-
-@contextmanager
-def written_whole(file: Path) -> Iterator[Path]:
-    """Yields where to write a file that is to be there whole or not at all, even if the machine stops."""
-    aside = file.with_name(file.name + ".partial")
-    try:
-        yield aside
-        sync(aside)
-        os.replace(aside, file)
-        sync(file.parent)
-    finally:
-        aside.unlink(missing_ok=True)  # on a full disk its room is wanted
-
-
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,7 +21,6 @@ so a folder without one is an unfinished trace.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,13 +229,3 @@ class Trace:
 def checksum(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, xxhash.xxh3_128).hexdigest()
-
-
-def write_durably(file: Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all, even if the machine stops."""
-    aside = file.with_name(file.name + ".partial")
-    with aside.open("w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(aside, file)

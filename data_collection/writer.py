@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,10 +18,11 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save
 
+from ..predictors.files import written_whole
 from .columns import Columns
 from .manifest import MANIFEST, Manifest, ShardEntry, TraceError
-from .progress import Snapshot, save_progress, sync, written_whole
-from .trace import CONFIG, SPECULATION, checksum, write_durably
+from .progress import Snapshot, save_progress
+from .trace import CONFIG, SPECULATION, checksum
 
 DTYPES = {torch.bfloat16: "BF16", torch.int16: "I16", torch.int32: "I32"}
 """Of a shard's columns, as safetensors names them."""
@@ -69,7 +70,8 @@ class TraceWriter:
     """A context that makes the folder `path`, takes rows by `append`, and ends with `flush`.
 
     A shard ends with the first batch that fills it. It is there whole or not at all, and once it is, the progress that
-    came with its last batch. Nothing is removed by an error, which surfaces as a `TraceError` in the next call.
+    came with its last batch. Nothing is removed by an error, after which no other shard is written, and which surfaces as
+    a `TraceError` in the next call.
 
     Process `rank` of several goes on after `shards`, its own that are written already; `prefix` begins their names.
     """
@@ -86,12 +88,9 @@ class TraceWriter:
         self.shards: list[ShardEntry] = list(shards or [])
         """Of those written so far; complete after `flush`."""
         self._filling: Rows | None = None
-        self._free: queue.SimpleQueue[Rows] = queue.SimpleQueue()
-        for _ in range(2):
-            self._free.put(Rows())
-        self._queue: queue.SimpleQueue[tuple[Rows, Snapshot | None] | None] = queue.SimpleQueue()
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._work, name="trace-writer", daemon=True)
+        self._writes: deque[Future[Rows]] = deque()
+        """Of the last shards, in their order, at most two; each gives its memory back."""
+        self._pool = ThreadPoolExecutor(1, "trace-writer")
 
     def __enter__(self) -> TraceWriter:
         try:
@@ -100,61 +99,42 @@ class TraceWriter:
             raise TraceError(
                 f"{self.path} can't be made ({error.strerror}); name a folder that can be written"
             ) from error
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self._pool.shutdown()
 
     def append(self, columns: Columns, snapshot: Callable[[], Snapshot] | None = None) -> None:
         """Copies rows: CPU tensors of one length, by column name.
 
         Where they fill a shard, `snapshot` is asked for the progress at its end.
         """
-        self._raise()
-        if self._filling is None:
-            self._filling = self._free.get()  # waits while both are on their way to the disk
-            self._raise()
+        for write in self._writes:
+            if write.done():
+                write.result()  # raises what the writing raised
+        if self._filling is None:  # waits while both are on their way to the disk
+            self._filling = Rows() if len(self._writes) < 2 else self._writes.popleft().result()
         self._filling.append(columns, self.shard_bytes)
         if self._filling.bytes >= self.shard_bytes:
-            self._hand_over(snapshot)
+            self._hand_over(self._filling, snapshot)
 
     def flush(self) -> list[ShardEntry]:
         """Waits until all rows are on disk; returns the shards. No rows can be appended after it."""
         if self._filling is not None and self._filling.count:
-            self._hand_over(None)
-        self._stop()
-        self._raise()
+            self._hand_over(self._filling, None)
+        for write in self._writes:
+            write.result()
         return self.shards
 
-    def _hand_over(self, snapshot: Callable[[], Snapshot] | None) -> None:
-        assert self._filling is not None
-        self._queue.put((self._filling, None if snapshot is None else snapshot()))
+    def _hand_over(self, rows: Rows, snapshot: Callable[[], Snapshot] | None) -> None:
+        progress, before = None if snapshot is None else snapshot(), self._writes[-1] if self._writes else None
+        self._writes.append(self._pool.submit(self._write_shard, rows, progress, before))
         self._filling = None
 
-    def _stop(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
-
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            rows, snapshot = item
-            try:
-                # After an error the queue is emptied all the same, or the main thread would wait for ever.
-                if self._error is None:
-                    self._write_shard(rows, snapshot)
-            except Exception as error:  # raised again in the main thread
-                self._error = error
-            finally:
-                rows.clear()
-                self._free.put(rows)
-
-    def _write_shard(self, rows: Rows, snapshot: Snapshot | None) -> None:
+    def _write_shard(self, rows: Rows, snapshot: Snapshot | None, before: Future[Rows] | None) -> Rows:
+        """Writes a shard, unless the one before it failed, and gives back its memory."""
+        if before is not None:
+            before.result()
         file = self.path / f"{self.prefix}-{len(self.shards):05d}.safetensors"
         with disk(file), written_whole(file) as aside:
             digest = write_columns(aside, rows.columns())
@@ -164,6 +144,8 @@ class TraceWriter:
             with disk(self.path):
                 progress = snapshot.progress.model_copy(update={"shards": list(self.shards)})
                 save_progress(self.path, self.rank, Snapshot(progress, snapshot.sums))
+        rows.clear()
+        return rows
 
 
 def write_columns(file: Path, columns: Columns) -> str:
@@ -196,17 +178,18 @@ def write_speculation(folder: Path, tensors: Columns, config_json: str) -> str:
     """Writes what speculation needs beside the rows; returns the checksum of its tensors."""
     file = folder / SPECULATION
     with disk(file):
-        file.write_bytes(save(tensors))  # save_file would let nobody else read it
-        sync(file)
-        write_durably(folder / CONFIG, config_json)
+        with written_whole(file) as aside:
+            aside.write_bytes(save(tensors))  # save_file would let nobody else read it
+        with written_whole(folder / CONFIG) as aside:
+            aside.write_text(config_json, encoding="utf-8")
     return checksum(file)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, which makes the trace a finished one."""
-    with disk(folder / MANIFEST):
-        write_durably(folder / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
-        sync(folder)
+    file = folder / MANIFEST
+    with disk(file), written_whole(file) as aside:
+        aside.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

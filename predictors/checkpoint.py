@@ -11,8 +11,6 @@ such a folder can be wrong ends in one `PredictorsError`.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +25,7 @@ from transformers import PreTrainedModel
 from .architecture import MoELayer, describe_shape, moe_shape, sources
 from .config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
 from .discovery import find_moe_layers
+from .files import written_whole
 from .mlp import ResidualMLP
 from .settings import shown
 from .speculation import Speculator, wire
@@ -161,19 +160,14 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
     tensors = {f"default_vectors.{source}": d.contiguous() for source, d in predictors.default_vectors.items()}
     for target, mlp in predictors.mlps.items():
         tensors |= {f"layers.{target}.{name}": p.detach().contiguous() for name, p in mlp.named_parameters()}
-    aside = folder.absolute().with_name(folder.absolute().name + ".partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        # save_file would make a file that its owner alone can read.
-        (aside / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        (aside / CONFIG).write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2) + "\n")
-        (aside / CARD).write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(aside, folder)
+        with written_whole(folder) as aside:
+            aside.mkdir(parents=True)
+            # save_file would make a file that its owner alone can read.
+            (aside / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+            (aside / CONFIG).write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2) + "\n")
+            (aside / CARD).write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise PredictorsError(f"{folder} can't be written ({error}); name a folder that can") from error
     return folder
 

@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..data_collection.memory import keep_freed_memory
-from ..data_collection.trace import Trace, write_durably
+from ..data_collection.trace import Trace
+from ..predictors.files import written_whole
 from ..predictors.loading import resolve_device
 from ..predictors.metrics import gap_closed
 from ..predictors.provenance import command, versions
@@ -122,7 +123,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     run = _content(config, trace)
     if is_first():
         config.out.mkdir(parents=True, exist_ok=True)
-        write_durably(config.out / CONFIG, json.dumps(run, indent=2) + "\n")
+        _write(config.out / CONFIG, run)
 
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
     stopping = EarlyStopping(MEAN_HIT_RATE, patience=config.patience, mode="max", check_on_train_epoch_end=False)
@@ -155,7 +156,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
         "epochs": trainer.current_epoch,
     }
     board.finish(results, trace.manifest.model.top_k, module.mlps.count())
-    write_durably(config.out / RESULT, json.dumps(result, indent=2) + "\n")
+    _write(config.out / RESULT, result)
     _report(result["layers"], console)
     console.print(
         f"{config.out}: {len(targets)} predictors, {trainer.current_epoch} epochs, {seconds:,.0f} s; "
@@ -220,6 +221,11 @@ def _content(config: FitConfig, trace: Trace) -> dict[str, Any]:
         "command": command(),
         "versions": versions(),
     }
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    with written_whole(file) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def lightning_trainer(config: FitConfig, device: torch.device, **arguments: Any) -> lightning.Trainer:
