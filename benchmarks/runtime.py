@@ -129,6 +129,7 @@ def expected(rows: list[dict[str, Any]], link: float, slots: int, routing: Any, 
     import torch
     from predict_train.runtime.measure.plan import Hardware, costs_of, read_shape
     from predict_train.runtime.measure.simulation import simulate
+    from predict_train.runtime.settings import OffloadConfig
 
     shape = read_shape(config, torch.bfloat16)
     compute = rows[0]["time_per_output_token_ms"]["median"] - rows[0]["stall_ms_per_token"]
@@ -137,10 +138,13 @@ def expected(rows: list[dict[str, Any]], link: float, slots: int, routing: Any, 
     costs = costs_of(shape, Hardware(active / (compute / 1000), link, latency=0.0, launch=0.0))
     for row in rows:
         known = replace(costs, speculation=row["speculating_ms_per_token"] / 1000 / shape.layers)
-        policies = ["on_demand", "prefetch"] if row["policy"] == "auto" else [row["policy"]]
-        arguments = {"slots": slots, "gating": row["gating"] or "true", "warmup": WARMUP}
-        times = [simulate(known, routing, policy=policy, **arguments).seconds for policy in policies]
-        row["expected_ms_per_token"] = 1000 * min(times)
+        times = [
+            simulate(
+                known, routing, OffloadConfig(slots=slots, policy=policy, gating=row["gating"] or "true"), warmup=WARMUP
+            )
+            for policy in (["on_demand", "prefetch"] if row["policy"] == "auto" else [row["policy"]])
+        ]
+        row["expected_ms_per_token"] = 1000 * min(found.seconds for found in times)
 
 
 def accelerate(scratch: Path, tokens: int, rounds: int) -> dict[str, Any]:
