@@ -8,6 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# The libraries read these when they are imported. The models are tiny: a second thread gains nothing, and waiting for it
+# costs much where the cores are shared.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
 import pytest
 import torch
 import transformers
@@ -16,12 +20,9 @@ from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 # A busy machine is not a failure: no test is timed.
 settings.register_profile("untimed", deadline=None, max_examples=30)
 settings.load_profile("untimed")
-# The models are tiny: a second thread gains nothing, and waiting for it costs much where the cores are shared.
-os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 

@@ -9,26 +9,34 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from predict_train.data_collection.trace import Trace
 from predict_train.train.data import TraceBlocks, TraceData, TraceLoader
 
+from predict_train import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def command(trace: Path, out: Path, *more: object) -> list[str]:
-    arguments = ["fit", trace, "--out", out, "--width", 32, "--batch-size", 128, "--device", "cpu", *more]
-    return [sys.executable, "-m", "predict_train", *map(str, arguments)]
+def arguments(trace: Path, out: Path, *more: object) -> list[str]:
+    return [*map(str, ["fit", trace, "--out", out, "--width", 32, "--batch-size", 128, "--device", "cpu", *more])]
 
 
-def run(*arguments: object) -> str:
-    done = subprocess.run(
-        command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False, timeout=250  # type: ignore[arg-type]
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(*given: Any) -> None:
+    """A training in this process, which has the libraries already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["predict-train", *arguments(*given)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert not end.value.code
+
+
+def command(*given: Any) -> list[str]:
+    """What begins a training in a process of its own."""
+    return [sys.executable, "-m", "predict_train", *arguments(*given)]
 
 
 def result(folder: Path) -> dict:
@@ -57,8 +65,10 @@ def test_processes_share_each_step_and_see_each_row_once(collected, world):
 def test_two_gloo_processes_reach_what_one_does(collected, tmp_path):
     settings = ("--epochs", 2, "--precision", "32-true")
     run(collected, tmp_path / "one", *settings)
-    said = run(collected, tmp_path / "two", *settings, "--devices", 2, "--strategy", "ddp")
-    assert said.count("mean hit rate") == 1
+    both = command(collected, tmp_path / "two", *settings, "--devices", 2, "--strategy", "ddp")
+    done = subprocess.run(both, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mean hit rate") == 1
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
     assert two["mean"]["training_free"] == pytest.approx(one["mean"]["training_free"], abs=1e-9)
     for alone, shared in zip(one["layers"], two["layers"], strict=True):
@@ -66,10 +76,10 @@ def test_two_gloo_processes_reach_what_one_does(collected, tmp_path):
 
 
 def test_a_killed_training_is_resumed_to_what_it_would_have_become(collected, tmp_path):
-    settings = ("--epochs", 12, "--resume")
+    settings = ("--epochs", 5, "--resume")
     out = tmp_path / "killed"
-    run(collected, tmp_path / "first", "--epochs", 12)
-    process = subprocess.Popen(command(collected, out, "--epochs", 12), cwd=ROOT, stdout=subprocess.DEVNULL)
+    run(collected, tmp_path / "first", "--epochs", 5)
+    process = subprocess.Popen(command(collected, out, "--epochs", 5), cwd=ROOT, stdout=subprocess.DEVNULL)
     last = out / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists() and process.poll() is None and time.monotonic() < deadline:
