@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -115,6 +116,12 @@ def test_the_house_is_seen():
     libraries = {found.target for found in of_room(*BELOW)}
     assert {"torch", "lightning", f"{PACKAGE}.train.figures"} <= libraries
     assert any(found.lazy for found in of_room(*BELOW))
+
+
+def test_every_folder_of_modules_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {module if file.name == "__init__.py" else module.rpartition(".")[0] for module, file in MODULES.items()}
+    assert folders <= set(listed)
 
 
 def test_no_import_goes_up():
