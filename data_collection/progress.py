@@ -10,15 +10,14 @@ after it is computed again. Both kinds of file are gone from a finished trace.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -176,26 +175,18 @@ def locked(folder: Path) -> Iterator[None]:
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        held = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise CollectError(f"another collect is writing to {folder}; wait for it, or name another folder") from error
     except OSError as error:
         raise CollectError(f"{folder} can't be written to ({error.strerror}); name another folder") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, its holder may have ended and removed it: then this lock holds nobody off.
-            is_there = os.fstat(handle).st_ino == (folder / LOCK).stat().st_ino
-        except OSError:
-            is_there = False
-        if not is_there:
-            raise CollectError(f"another collect is writing to {folder}; wait for it, or name another folder")
+    with held:
         try:
             yield
         finally:
             (folder / LOCK).unlink(missing_ok=True)
             if made and not any(folder.iterdir()):
                 folder.rmdir()
-    finally:
-        os.close(handle)
 
 
 def is_finished(config: CollectConfig, processes: int) -> bool:
