@@ -208,7 +208,7 @@ def test_what_is_imported_loads_no_training_library(modules, unwanted):
     assert [name for name in loaded if name.startswith((f"{PACKAGE}.data_collection", f"{PACKAGE}.train"))] == []
 
 
-def test_every_module_can_be_imported_by_itself():
+def test_every_module_can_be_imported_by_itself(tmp_path):
     """In a process each, that has the libraries already and nothing of ours."""
     libraries = {
         found.target
@@ -218,8 +218,9 @@ def test_every_module_can_be_imported_by_itself():
     modules = [module for module in MODULES if not module.endswith(".__main__")]  # that one runs
     script = (
         "import importlib, json, os, pkgutil, sys\n"
-        "modules, libraries = map(json.loads, sys.argv[1:])\n"
+        "modules, libraries = map(json.loads, sys.argv[1:3])\n"
         "for name in libraries: pkgutil.resolve_name(name)\n"
+        "sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[3]\n"  # what one process compiles, the next reads
         "def ends(name):\n"
         "    child = os.fork()\n"
         "    if not child:\n"
@@ -229,5 +230,7 @@ def test_every_module_can_be_imported_by_itself():
         f"assert not [name for name in sys.modules if name.startswith('{PACKAGE}')]\n"
         "print(json.dumps({name: ends(name) for name in modules}))"
     )
-    ends = json.loads(python(script, json.dumps(modules), json.dumps(sorted(libraries))).splitlines()[-1])
+    ends = json.loads(
+        python(script, json.dumps(modules), json.dumps(sorted(libraries)), str(tmp_path)).splitlines()[-1]
+    )
     assert ends == dict.fromkeys(modules, 0)
