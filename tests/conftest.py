@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,16 @@ def build_model(architecture: str, **overrides: Any) -> PreTrainedModel:
             if tensor.ndim >= 2 or "bias" in name:
                 tensor.normal_(0.0, 0.5 if is_router else 0.2, generator=generator)
     return model
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> ForkServerContext:
+    """Makes processes from a server that has imported the command line, the job collect and their libraries once."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        ["predict_train.cli", "predict_train.data_collection.collect", "transformers.models.qwen3_moe"]
+    )
+    return server
 
 
 @pytest.fixture(scope="session")

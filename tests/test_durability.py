@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -64,17 +64,13 @@ def command_line(arguments: list[str], file_limit: int | None) -> None:
 
 
 @pytest.fixture(scope="module")
-def begin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., BaseProcess]:
+def begin(tmp_path_factory: pytest.TempPathFactory, forkserver: ForkServerContext) -> Callable[..., BaseProcess]:
     """`begin(job, *arguments)` does a job in a process of its own; its `log` attribute is the file it prints to."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(
-        ["predict_train.cli", "predict_train.data_collection.collect", "transformers.models.qwen3_moe"]
-    )
     logs = tmp_path_factory.mktemp("logs")
 
     def process(job: Callable[..., None], *arguments: Any) -> BaseProcess:
         log = logs / f"{len(list(logs.iterdir()))}.txt"
-        child = server.Process(target=logged, args=(log, job, arguments), daemon=True)
+        child = forkserver.Process(target=logged, args=(log, job, arguments), daemon=True)
         child.log = log
         child.start()
         return child
@@ -98,10 +94,10 @@ def flags(config: CollectConfig) -> list[str]:
     return arguments
 
 
-def test_a_start_imports_neither_datasets_nor_lightning(start):  # noqa: ARG001
+def test_a_start_imports_neither_datasets_nor_lightning(forkserver):
     # The server has imported the command line and the job, and nothing else.
     code = "import sys; sys.exit('datasets' in sys.modules or 'lightning' in sys.modules)"
-    child = multiprocessing.get_context("forkserver").Process(target=exec, args=(code,))
+    child = forkserver.Process(target=exec, args=(code,))
     child.start()
     child.join(60)
     assert child.exitcode == 0

@@ -119,7 +119,7 @@ PEAK = """
 import json, resource, sys
 import torch
 torch.set_num_threads(1)
-import transformers, runtime
+import transformers
 from predict_train.runtime import load_offloaded
 from predict_train.runtime.pack import pack
 from predict_train.predictors.discovery import find_moe_layers

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -124,8 +125,13 @@ def as_process(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_measure_what_one_does(tmp_path: Path):
-    torch.multiprocessing.spawn(as_process, (str(tmp_path),), nprocs=2)
+def test_two_processes_measure_what_one_does(forkserver: ForkServerContext, tmp_path: Path):
+    processes = [forkserver.Process(target=as_process, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
     alone = Measures(LAYERS, TOP_K, EXPERTS)
     for rank in range(2):
         for kind in KINDS:
