@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -30,9 +33,14 @@ PROMPTS = [
 PROMPT_TOKENS, NEW_TOKENS = 8, 64
 
 
+def load() -> PreTrainedModel:
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    return loaded
+
+
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    return load()
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +62,28 @@ def generated(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return output
 
 
+class Expected(NamedTuple):
+    """What everything resident gives for one batch of prompts."""
+
+    prompts: torch.Tensor
+    tokens: torch.Tensor
+    logits: torch.Tensor
+
+
+def check_offloaded(policy: str, expected: list[Expected]) -> None:
+    """Holds a model of its own against what is expected, with few slots and with many."""
+    model, top_k, experts = load(), 4, 32
+    for slots in (top_k, top_k + 1, experts // 2, experts):
+        with offloaded(model, policy=policy, slots=slots, device="cpu"), torch.no_grad():
+            for batch, tokens, logits in expected:
+                assert torch.equal(generated(model, batch), tokens), (policy, slots, len(batch))
+                torch.testing.assert_close(model(batch).logits, logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.timeout(900)
-def test_exact_policies_give_the_very_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_exact_policies_give_the_very_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, forkserver: ForkServerContext
+) -> None:
     rows = torch.tensor([tokenizer(prompt)["input_ids"][:PROMPT_TOKENS] for prompt in PROMPTS])
     batches = [*rows[:8].split(1), *rows.split(3)]
     ALL_EXPERTS_FUNCTIONS.register("one_by_one", run_experts)
@@ -66,13 +94,10 @@ def test_exact_policies_give_the_very_tokens(model: PreTrainedModel, tokenizer: 
         for batch, logits in zip(batches, theirs, strict=True):
             torch.testing.assert_close(model(batch).logits, logits, rtol=1e-4, atol=1e-4)
         model.set_experts_implementation("eager")
-    top_k, experts = 4, 32
-    for policy in ("on_demand", "prefetch"):
-        for slots in (top_k, top_k + 1, experts // 2, experts):
-            with offloaded(model, policy=policy, slots=slots, device="cpu"), torch.no_grad():
-                for batch, tokens, logits in zip(batches, expected, theirs, strict=True):
-                    assert torch.equal(generated(model, batch), tokens), (policy, slots, len(batch))
-                    torch.testing.assert_close(model(batch).logits, logits, rtol=1e-4, atol=1e-4)
+    known = [Expected(*parts) for parts in zip(batches, expected, theirs, strict=True)]
+    with ProcessPoolExecutor(2, mp_context=forkserver) as pool:  # thousands of tokens: a core for each policy
+        for check in [pool.submit(check_offloaded, policy, known) for policy in ("on_demand", "prefetch")]:
+            check.result()
 
 
 def test_the_control_is_one_and_every_expert_is_used(model: PreTrainedModel, held_out: torch.Tensor) -> None:
