@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,14 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.runtime.automatic import BLOCK, BLOCKS
 from predict_train.runtime.load import load_offloaded
-from predict_train.runtime.measure.bench import Measured, bench, parse_ways, results
+from predict_train.runtime.measure.bench import Measured, bench, results
 from predict_train.runtime.measure.plan import KERNELS, Hardware, costs_of, plan, read_shape
 from predict_train.runtime.packfile import PackedStore
+from predict_train.runtime.settings import Slots
 from predict_train.runtime.store import Bytes
 from transformers import AutoConfig
 
-from benchmarks.runtime import CONFIG, RESULTS, WARMUP, expected, packed, predictors_of, routing_of, settings_of
+from benchmarks.runtime import CONFIG, RESULTS, WARMUP, expected, packed, predictors_of, prompt, routing_of, settings_of
 
 FIXED = "on_demand,prefetch"
 WAYS = f"{FIXED},speculative/true,auto"
@@ -76,7 +76,7 @@ def starting_time() -> float:
     config = AutoConfig.from_pretrained(CONFIG, hidden_size=64, moe_intermediate_size=32, head_dim=16)
     model: Any = load_offloaded(config, device="cpu", dtype=torch.bfloat16)
     model.expert_offload.detach()
-    found = bench(model, parse_ways("on_demand"), settings_of(24, 3, 768), routing=routing_of(24))
+    found = bench(model, prompt(), settings_of("on_demand", 24, 3, 768), routing=routing_of(24))
     row, shape = results(found)[0], read_shape(config, torch.bfloat16)
     started = KERNELS["rest"] + shape.layers * (KERNELS["layer"] + shape.top_k * KERNELS["expert"])
     return (row["time_per_output_token_ms"]["median"] - row["stall_ms_per_token"]) / 1000 / started
@@ -85,7 +85,7 @@ def starting_time() -> float:
 def planned(rows: list[dict[str, Any]], here: Hardware, slots: int, routing: Any, config: Any, predictor: int) -> None:
     """Adds to each row what `predict-train plan` says; `predictor` is the bytes of one layer's."""
     shape = read_shape(config, torch.bfloat16)
-    told = plan(costs_of(shape, here, predictor), routing, shape, slots, is_cuda=False)
+    told = plan(costs_of(shape, here, predictor), routing, shape, Slots(slots=slots), is_cuda=False)
     times = {(row["policy"], row["gating"]): row["time_per_output_token_ms"] for row in told}
     times["auto", None] = min(times["on_demand", None], times["prefetch", None])
     for row in rows:
@@ -131,9 +131,9 @@ def measured(arguments: argparse.Namespace, pack: Path) -> dict[str, Any]:
             link = float("inf") if part == "none" else 1e9 * float(part)
 
             def measure(ways: str, tokens: int, warmup: int, link: float = link, slots: int = slots) -> Measured:
-                settings = replace(settings_of(tokens, arguments.rounds, slots), warmup=warmup)
+                settings = settings_of(ways, tokens, arguments.rounds, slots, warmup)
                 with closing(ThrottledStore(pack, link)) as store:
-                    return bench(model, parse_ways(ways), settings, known, routing, store=store)
+                    return bench(model, prompt(), settings, known, routing, store=store)
 
             found = measure(WAYS, arguments.tokens, WARMUP)
             trial = measure(f"{FIXED},auto", BLOCK * BLOCKS, 0)

@@ -39,12 +39,16 @@ FREES = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**20), "MALLOC_
 above it is mapped and unmapped, which beside readers takes milliseconds."""
 
 
-def settings_of(tokens: int, rounds: int, slots: int | None) -> Any:
-    import torch
-    from predict_train.runtime.measure.bench import Settings
+def settings_of(policies: str, tokens: int, rounds: int, slots: int | None, warmup: int = WARMUP) -> Any:
+    from predict_train.runtime.measure.settings import Measuring
 
-    prompt = torch.randint(8192, (1, 32), generator=torch.Generator().manual_seed(0))
-    return Settings(prompt, torch.device("cpu"), tokens=tokens, warmup=WARMUP, rounds=rounds, slots=slots)
+    return Measuring(policies=policies, device="cpu", tokens=tokens, warmup=warmup, rounds=rounds, slots=slots)
+
+
+def prompt() -> Any:
+    import torch
+
+    return torch.randint(8192, (1, 32), generator=torch.Generator().manual_seed(0))
 
 
 def routing_of(tokens: int) -> Any:
@@ -98,7 +102,7 @@ def ours(scratch: Path, tokens: int, rounds: int, slots: int, predictors: int) -
     import torch
     from predict_train.predictors.discovery import find_moe_layers
     from predict_train.runtime.load import load_offloaded
-    from predict_train.runtime.measure.bench import bench, parse_ways, results
+    from predict_train.runtime.measure.bench import bench, results
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(CONFIG)
@@ -106,7 +110,7 @@ def ours(scratch: Path, tokens: int, rounds: int, slots: int, predictors: int) -
     model.expert_offload.detach()
     routing = routing_of(tokens)
     known = predictors_of(config, find_moe_layers(model), predictors)
-    measured = bench(model, parse_ways(WAYS), settings_of(tokens, rounds, slots), known, routing)
+    measured = bench(model, prompt(), settings_of(WAYS, tokens, rounds, slots), known, routing)
     rows = results(measured)
     expected(rows, measured.link, slots, routing, config)
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
@@ -150,7 +154,7 @@ def expected(rows: list[dict[str, Any]], link: float, slots: int, routing: Any, 
 def accelerate(scratch: Path, tokens: int, rounds: int) -> dict[str, Any]:
     import torch
     from predict_train.predictors.discovery import find_moe_layers
-    from predict_train.runtime.measure.bench import measure_round
+    from predict_train.runtime.measure.bench import Setup, measure_round
     from predict_train.runtime.measure.routing import replaying
     from transformers import AutoModelForCausalLM
 
@@ -161,9 +165,9 @@ def accelerate(scratch: Path, tokens: int, rounds: int) -> dict[str, Any]:
         max_memory={"cpu": ACCELERATE_MEMORY},
         offload_folder=scratch / "offload",
     ).eval()
-    settings = settings_of(tokens, rounds, None)
+    setup = Setup(prompt(), torch.device("cpu"), settings_of("accelerate", tokens, rounds, None))
     with replaying(find_moe_layers(model), routing_of(tokens)):
-        times = [1000 * measure_round(model, None, settings).seconds_per_token for _ in range(rounds)]
+        times = [1000 * measure_round(model, None, setup).seconds_per_token for _ in range(rounds)]
     places = list(model.hf_device_map.values())
     return {
         "policy": "accelerate",

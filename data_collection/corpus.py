@@ -24,16 +24,16 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..predictors.errors import UserError
+from .settings import EMBEDDED, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EMBEDDED = "embedded"
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".html", ".tex"}
 ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
@@ -43,7 +43,6 @@ LONGEST_TEXT = 1 << 22
 HELD_OUT_SHARE = 20  # one file in so many is held out
 KINDS = "a text file, a folder, a glob, a .jsonl, .json or .parquet file, or a Hub dataset as name:config:split"
 
-Split = Literal["train", "held_out"]
 Row = dict[str, Any]
 
 

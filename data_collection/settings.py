@@ -1,17 +1,17 @@
-"""The settings of `collect`."""
+"""The settings of `collect`. No torch is imported here: the command line's help needs none of it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import ByteSize, Field
+from pydantic import Field
 
 from ..predictors.errors import UserError
-from ..predictors.settings import Settings
-from .corpus import EMBEDDED, Split
+from ..predictors.settings import Bytes, Count, Device, Dtype, Layers, LocalPath, Name, Settings
 
-Count = Annotated[int, Field(gt=0)]
+EMBEDDED = "embedded"
+
+Split = Literal["train", "held_out"]
 Phase = Literal["prefill", "decode"]
 
 
@@ -22,14 +22,18 @@ class CollectError(UserError):
 class CollectConfig(Settings):
     """Settings of `collect`."""
 
-    model: str
+    argument: ClassVar[str | None] = "model"
+
+    model: Name
     """Folder or Hub name of a mixture-of-experts model."""
-    out: Path
+    out: LocalPath
     """The trace's folder; it must not exist, or be empty, unless the collection is resumed."""
     resume: bool = False
     """Go on with the unfinished trace in `out`, if there is one; every other setting must be what it was."""
-    corpus: str | list[str] = EMBEDDED
-    """What `corpus.py` names, or a list of such, each `path` or `path@weight`: the weights are shares of the text."""
+    corpus: Name | list[Name] = EMBEDDED
+    """`embedded`, a text file, a folder, a glob, a .jsonl, .json or .parquet file, a folder of `save_to_disk`, or a Hub
+    dataset as name:config:split. A list of such (a flag given again) mixes them, each as path@weight: the weights are shares
+    of the text."""
     split: Split = "train"
     """Of the embedded corpus: `train` or `held_out`."""
     text_column: str = "text"
@@ -38,16 +42,16 @@ class CollectConfig(Settings):
     """How many tokens to run (`decode`: to generate, in whole prompts' worth); fewer where the corpus has fewer."""
     sample: float = Field(1.0, gt=0, le=1)
     """The probability with which each token that was run is recorded."""
-    max_bytes: Annotated[ByteSize, Field(gt=0)] | None = None
-    """The most bytes that the trace may have, a number or like `20GB`; the collection then ends with the last whole batch."""
+    max_bytes: Bytes | None = None
+    """The most bytes that the trace may have, like `20GB`; the collection then ends with the last whole batch."""
     phase: Phase = "prefill"
     """`prefill` records whole sequences of the corpus, `decode` what the model generates when its documents prompt it."""
     max_new_tokens: Count = 128
     """Of `decode`: tokens generated from each prompt. The prompt has the rest of `sequence_length` at most."""
     pack: bool = False
     """Let documents follow one another in a sequence; otherwise a sequence holds tokens of one document only."""
-    layers: Literal["all", "auto"] | list[int] = "all"
-    """Target layers: `all`, a list of them, or `auto`: those whose training-free hit rate is below `threshold`."""
+    layers: Layers = "all"
+    """Target layers: `all`, numbers like 0,1 or 0-3, or `auto`: those whose training-free hit rate is below `threshold`."""
     threshold: float = Field(0.9, gt=0, le=1)
     """The training-free hit rate below which `auto` takes a layer."""
     inputs: bool = False
@@ -57,13 +61,13 @@ class CollectConfig(Settings):
     """The most tokens of a sequence; a longer document is cut into several, each beginning at position 0."""
     batch_size: Count = 16
     """Sequences of a forward pass; of shorter ones there are more, of as many tokens in all."""
-    shard_bytes: Annotated[ByteSize, Field(gt=0)] = ByteSize(256 << 20)
-    """Bytes of a shard, a number or like `256MiB`; an interruption costs at most the computing of a few of them."""
-    device: str = "auto"
+    shard_bytes: Bytes = 256 << 20
+    """Bytes of a shard, like `256MiB`; an interruption costs at most the computing of a few of them."""
+    device: Device = "auto"
     """`auto` (CUDA where there is one), `cpu` or `cuda`."""
     device_map: Literal["auto"] | None = None
     """`auto` spreads a model that is larger than one GPU over all of them."""
-    dtype: str = "auto"
+    dtype: Dtype = "auto"
     """`auto` (the checkpoint's on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`."""
     seed: int = 0
     """Of the sample and of what is generated; the text is read in a fixed order."""
@@ -80,3 +84,10 @@ class CollectConfig(Settings):
     def decides(self) -> dict[str, Any]:
         """The settings that decide what is recorded: all but the folder's name and whether it is resumed."""
         return self.model_dump(mode="json", exclude={"out", "resume"}) | {"corpus": self.corpora}
+
+
+class ModelsConfig(Settings):
+    """Settings of `models`."""
+
+    markdown: bool = False
+    """Print the tables of the README instead."""

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import UserError
 
@@ -41,6 +48,17 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     if dtype not in DTYPES:
         raise LoadingError(f"dtype can't be {dtype}; give auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def read_model_config(name: str | Path) -> PretrainedConfig:
+    """The config of a model: a .json file, a folder or a Hub repository. Raises `LoadingError` where there is none."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoadingError(
+            f"no config can be read from {name} ({_first_line(error)}); give a .json file, a folder or a Hub name"
+        ) from error
+    return config
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

@@ -10,10 +10,11 @@ import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import yaml
 from pydantic import (
@@ -193,9 +194,26 @@ def parse_bytes(text: str) -> int:
         raise ValueError("give bytes like 8GiB or 500MB") from error
 
 
+def is_written(info: ValidationInfo) -> bool:
+    """Whether a value that is validated is from a file or a command line."""
+    return info.context is _WRITTEN
+
+
+def count_text(count: int) -> str:
+    """What `parse_count` reads, as short as it can be."""
+    letter, times = max(((k, n) for k, n in _TIMES.items() if count % n == 0), key=itemgetter(1), default=("", 1))
+    return f"{count // times}{letter if letter == 'k' else letter.upper()}" if count else "0"
+
+
+def bytes_text(size: int) -> str:
+    """What `parse_bytes` reads, in the largest unit that is exact."""
+    units = ("B", "KiB", "MiB", "GiB")
+    power = max(power for power in range(len(units)) if size % 1024**power == 0)
+    return f"{size >> 10 * power}{units[power]}"
+
+
 def _size(value: Any, info: ValidationInfo) -> Any:
-    is_written = bool(info.context and info.context.get("written"))
-    return parse_bytes(str(value)) if isinstance(value, str) or is_written else value
+    return parse_bytes(str(value)) if isinstance(value, str) or is_written(info) else value
 
 
 def _rate(value: Any, info: ValidationInfo) -> Any:
@@ -242,21 +260,32 @@ def _expanded(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
 
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
+class Kind(NamedTuple):
+    """What the command line's help says of a field: what it takes, and how its default is written."""
+
+    name: str
+    text: Callable[[Any], str] = str
+
+
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0), Kind("count", count_text)]
 """A number of things, one at least; text like `400k`, `1e5` or `2M` is one too."""
-Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0)]
+Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0), Kind("count", count_text)]
 """The same, or 0."""
-Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0)]
+Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0), Kind("size", bytes_text)]
 """Bytes; text needs a unit, and so does a number in a file."""
-Rate = Annotated[int, BeforeValidator(_rate), Field(gt=0)]
+Rate = Annotated[int, BeforeValidator(_rate), Field(gt=0), Kind("rate")]
 """Bytes per second, like `25GB/s`."""
-Layers = Annotated[Literal["all", "auto"] | list[int], BeforeValidator(parse_layers)]
+Layers = Annotated[Literal["all", "auto"] | list[int], BeforeValidator(parse_layers), Kind("layers")]
 """Layers of a model: `all`, `auto`, or numbers like `0,1` or `0-3,7`."""
 Horizon = Annotated[int, BeforeValidator(_horizon)]
 """MoE layers from a source to its target: 1 or 2."""
-Name = Annotated[str, BeforeValidator(_expanded)]
+Name = Annotated[str, BeforeValidator(_expanded), Kind("name")]
 """What may be the path of a file or folder or a name of the Hub; `~` is the user's home."""
-LocalPath = Annotated[Path, BeforeValidator(_expanded)]
+Device = Annotated[str, BeforeValidator(lambda device: "auto" if device is None else str(device))]
+"""Where something is computed; from Python also torch's own device."""
+Dtype = Annotated[str, BeforeValidator(lambda dtype: str(dtype).removeprefix("torch."))]
+"""Of weights; from Python also torch's own dtype."""
+LocalPath = Annotated[Path, BeforeValidator(_expanded), Kind("path")]
 """A path on this machine; `~` is the user's home."""
 Output = Annotated[LocalPath, AfterValidator(_in_a_folder)]
 """A file to write, in a folder that is there."""

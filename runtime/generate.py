@@ -32,6 +32,20 @@ class Generation:
     counters: Counters
     """Of the tokens after the first, which is the prompt's."""
 
+    def figures(self) -> dict[str, str]:
+        """What a person reads of it."""
+        told = {
+            "time to first token": (self.seconds_to_first_token, lambda x: f"{x * 1000:.1f} ms"),
+            "time per output token": (self.seconds_per_output_token, lambda x: f"{x * 1000:.1f} ms (median)"),
+            "hit rate": (
+                self.counters.speculation_hit_rate,
+                "{:.3f} of the router's experts were among the candidates".format,
+            ),
+            "bytes per token": (self.bytes_per_token, "{:,.0f}".format),
+            "stalled per token": (self.stalled_seconds_per_token, lambda x: f"{x * 1000:.2f} ms"),
+        }
+        return {name: "none" if value is None else text(value) for name, (value, text) in told.items()}
+
 
 class _Streamer(TextStreamer):
     """Passes finished words on and notes when each token came."""

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..predictors.architecture import MoELayer, override_forward
-from ..predictors.checkpoint import Predictors, load_predictors, make_speculators
+from ..predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_parameters
 from ..predictors.loading import resolve_device
@@ -36,7 +36,7 @@ from .host.slots import ExpertSlots
 from .observer import Observer
 from .packfile import PackedStore
 from .policy import Gating, Policy
-from .settings import OffloadConfig
+from .settings import OffloadConfig, Slots
 from .store import ExpertStore, HostStore
 from .targets import Target, targets_of
 
@@ -64,16 +64,13 @@ def offload_experts(
     Raises `SettingsError`, `OffloadError`, `StoreError`, `UnsupportedModelError` or `PredictorsError`, and then leaves the
     model as it was.
     """
-    if settings.get("device") is not None:
-        settings["device"] = str(settings["device"])
     config = make(OffloadConfig, **((config.model_dump() if config is not None else {}) | settings))
     device = resolve_device(config.device)
     if getattr(model, "expert_offload", None) is not None:
         raise OffloadError("the model's experts are offloaded already; detach it first: model.expert_offload.detach()")
     layers = find_moe_layers(model)
-    config = config.model_copy(update={"slots": _slots(config, layers), "expert_memory": None, "device": str(device)})
-    if predictors is not None and not isinstance(predictors, Predictors):
-        predictors = load_predictors(predictors)
+    config = config.model_copy(update={"slots": slots_of(config, layers), "expert_memory": None, "device": str(device)})
+    predictors = as_predictors(predictors)
     if predictors is not None:
         predictors.check(model, layers)
     targets = targets_of(
@@ -94,7 +91,7 @@ def policy_of(config: OffloadConfig) -> Policy:
     return Policy.PREFETCH if config.policy == AUTO else Policy(config.policy)
 
 
-def _slots(config: OffloadConfig, layers: list[MoELayer]) -> int:
+def slots_of(config: Slots, layers: list[MoELayer]) -> int:
     """How many experts are on the device at a time, by default a quarter of them."""
     top_k, total = layers[0].top_k, sum(layer.num_experts for layer in layers)
     slots = config.slots

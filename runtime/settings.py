@@ -6,7 +6,19 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ..predictors.settings import Bytes, Count, Horizon, LocalPath, Name, Settings, Whole, choice, parse_count
+from ..predictors.settings import (
+    Bytes,
+    Count,
+    Device,
+    Dtype,
+    Horizon,
+    LocalPath,
+    Name,
+    Settings,
+    Whole,
+    choice,
+    parse_count,
+)
 from .automatic import AUTO
 from .host.cache import Eviction
 from .policy import Gating, Policy
@@ -26,9 +38,6 @@ def _candidates(value: Any) -> Any:
 
 Candidates = Annotated[int | Literal["auto"], BeforeValidator(_candidates)]
 PolicyName = Annotated[Policy | Literal["auto"], choice("policies", *Policy, AUTO)]
-# Python callers give torch's own devices and dtypes.
-Device = Annotated[str, BeforeValidator(lambda device: "auto" if device is None else str(device))]
-Dtype = Annotated[str, BeforeValidator(lambda dtype: str(dtype).removeprefix("torch."))]
 
 
 class Predicted(Settings):
@@ -144,17 +153,28 @@ class GenerateConfig(Named, LoadConfig):
         return self
 
 
-class PackConfig(Settings):
-    """Settings of `pack`."""
+class Made(Settings):
+    """Of a command that runs a checkpoint or a model that is made up."""
 
     argument: ClassVar[str | None] = "model"
 
     model: Name | None = None
     """Folder or Hub name of a mixture-of-experts model."""
+    random_weights: Name | None = None
+    """Instead of MODEL: the config (.json file, folder or Hub name) of a model to make up."""
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if (self.model is None) == (self.random_weights is None):
+            raise ValueError("give a MODEL, or --random-weights with the config of one to make up, and not both")
+        return self
+
+
+class PackConfig(Made):
+    """Settings of `pack`."""
+
     out: LocalPath
     """The packed file; it must be new."""
-    random_weights: Name | None = None
-    """In the place of MODEL: the config (.json file, folder or Hub name) of a model to make up."""
     dtype: Dtype = "auto"
     """`auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`."""
     seed: int = 0

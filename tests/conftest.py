@@ -195,5 +195,6 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> Path:
 def exported(tmp_path_factory: pytest.TempPathFactory, fitted: Path) -> Path:
     """The predictors of the finished run, in fp32, as `export` writes them. Don't write to it."""
     from predict_train.train.export import export
+    from predict_train.train.settings import ExportConfig
 
-    return export(fitted, tmp_path_factory.mktemp("exports") / "predictors")
+    return export(ExportConfig(run=fitted, out=tmp_path_factory.mktemp("exports") / "predictors"))

@@ -17,6 +17,7 @@ from predict_train.predictors.speculation import Routing, Speculator
 from predict_train.runtime import offloaded
 from predict_train.train.export import export
 from predict_train.train.fit import FitConfig, fit
+from predict_train.train.settings import ExportConfig
 from rich.console import Console
 from test_offload import everything_resident
 from transformers import AutoModelForCausalLM
@@ -63,7 +64,7 @@ def test_the_loop_runs_and_exact_policies_are_exact(recorded, tmp_path):
     folder, trace = recorded
     run = fit(FitConfig(trace=trace, out=tmp_path / "run", width=8, epochs=1, device="cpu"), Console(quiet=True))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    predictors = load_predictors(export(run, tmp_path / "predictors"), model)
+    predictors = load_predictors(export(ExportConfig(run=run, out=tmp_path / "predictors")), model)
     prompt = torch.randint(3, 250, (1, 7), generator=torch.Generator().manual_seed(2))
 
     def tokens() -> list[int]:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.runtime.measure.accelerated import accelerated
-from predict_train.runtime.measure.bench import BenchError, Measured, Round, Settings, Way, bench, parse_ways, results
+from predict_train.runtime.measure.bench import BenchError, Measured, Round, Way, bench, parse_ways, results
 from predict_train.runtime.measure.routing import Statistics, draw_routing
+from predict_train.runtime.measure.settings import Measuring
 from transformers import PreTrainedModel
 
-from predict_train.commands import bench as bench_command
-from predict_train.commands import pack as pack_command
+from predict_train import cli
 
 ALL = "resident,on_demand,prefetch,speculative"
 TINY = {"layers": 4, "num_experts": 8, "top_k": 2, "candidates": 4}
@@ -32,10 +30,12 @@ ROW = {
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def settings(device: str = "cpu", **others: Any) -> Settings:
-    prompt = torch.arange(1, 25).unsqueeze(0)
-    chosen = Settings(prompt, torch.device(device), tokens=6, warmup=2, rounds=2, slots=12)
-    return replace(chosen, **others)
+PROMPT = torch.arange(1, 25).unsqueeze(0)
+
+
+def settings(policies: str, **others: Any) -> Measuring:
+    usual = {"device": "cpu", "tokens": 6, "warmup": 2, "rounds": 2, "slots": 12}
+    return Measuring(policies=policies, **(usual | others))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -43,7 +43,7 @@ def test_every_way_is_measured_over_the_same_routing(build_moe: Callable[..., Pr
     model = build_moe("qwen3_moe")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     routing = draw_routing(Statistics(0.4, 0.7), steps=8, **TINY)
-    measured = bench(model, parse_ways(ALL), settings(device), routing=routing)
+    measured = bench(model, PROMPT, settings(ALL, device=device), routing=routing)
     assert [str(way) for way in measured.rounds] == [
         "resident", "on_demand", "prefetch", "speculative/speculated", "speculative/true", "speculative/resident",
     ]  # fmt: skip
@@ -104,17 +104,15 @@ def test_accelerate_runs_the_same_routing(build_moe: Callable[..., PreTrainedMod
     reference = partial(accelerated, model, None, torch.device("cpu"))
     with reference(12 * 8192) as other:
         assert "disk" in other.hf_device_map.values()
-    measured = bench(
-        model, parse_ways("on_demand,accelerate"), settings(rounds=1), routing=routing, reference=reference
-    )
+    measured = bench(model, PROMPT, settings("on_demand,accelerate", rounds=1), routing=routing, reference=reference)
     assert len(measured.rounds[Way("accelerate")]) == 1
 
 
 def test_a_way_that_can_not_be_run_is_skipped_and_said(build_moe: Callable[..., PreTrainedModel]) -> None:
-    measured = bench(build_moe("mixtral"), parse_ways("on_demand,accelerate"), settings(rounds=1))
+    measured = bench(build_moe("mixtral"), PROMPT, settings("on_demand,accelerate", rounds=1))
     assert {str(way) for way in measured.skipped} == {"accelerate"}
     with pytest.raises(BenchError, match="nothing is left"):
-        bench(build_moe("mixtral"), parse_ways("accelerate"), settings(rounds=1))
+        bench(build_moe("mixtral"), PROMPT, settings("accelerate", rounds=1))
     with pytest.raises(BenchError, match="no policy fastest"):
         parse_ways("fastest")
 
@@ -122,7 +120,7 @@ def test_a_way_that_can_not_be_run_is_skipped_and_said(build_moe: Callable[..., 
 def test_a_broken_setting_leaves_the_model_whole(build_moe: Callable[..., PreTrainedModel]) -> None:
     model = build_moe("qwen3_moe")
     with pytest.raises(UserError, match="slots"):
-        bench(model, parse_ways("on_demand"), settings(slots=1))
+        bench(model, PROMPT, settings("on_demand", slots=1))
     model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
     assert all(p.is_contiguous() for layer in find_moe_layers(model) for p in layer.experts.parameters())
 
@@ -130,7 +128,8 @@ def test_a_broken_setting_leaves_the_model_whole(build_moe: Callable[..., PreTra
 def test_the_timeline_shows_copies_beside_computing(build_moe: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     file = tmp_path / "timeline.json"
     routing = draw_routing(Statistics(0.1, 0.7), steps=8, **TINY)
-    bench(build_moe("qwen3_moe"), parse_ways("on_demand,prefetch"), settings(slots=4, timeline=file), routing=routing)
+    config = settings("on_demand,prefetch", slots=4, timeline=file)
+    bench(build_moe("qwen3_moe"), PROMPT, config, routing=routing)
     events = json.loads(file.read_text())["traceEvents"]
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {"on_demand", "prefetch"}
     spans = [e for e in events if e["ph"] == "X"]
@@ -146,17 +145,15 @@ def test_the_timeline_shows_copies_beside_computing(build_moe: Callable[..., Pre
         assert sum(e["name"].startswith("speculate") for e in computing) == (0 if run == 0 else 16)
 
 
-def run(command: Any, *arguments: object) -> None:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(command)
-    app([str(a) for a in arguments], standalone_mode=False)
+def run(*arguments: object) -> None:
+    cli.app([str(a) for a in arguments], standalone_mode=False)
 
 
 def test_the_command_on_random_weights_in_a_packed_file(tiny_moe_folder: Path, tmp_path: Path) -> None:
     pack, out, plot = tmp_path / "experts.pack", tmp_path / "bench.json", tmp_path / "bench.png"
     config = tiny_moe_folder / "config.json"
-    run(pack_command, "--random-weights", config, "--out", pack)
-    run(bench_command, "--random-weights", config, "--pack", pack, "--tokens", 4, "--rounds", 1, "--slots", 10,
+    run("pack", "--random-weights", config, "--out", pack)
+    run("bench", "--random-weights", config, "--pack", pack, "--tokens", 4, "--rounds", 1, "--slots", 10,
         "--preset", "moe-1b", "--json", out, "--plot", plot)  # fmt: skip
     result = json.loads(out.read_text())
     assert {"results", "hardware", "versions", "command", "routing", "settings"} <= result.keys()
@@ -173,7 +170,7 @@ def test_the_command_replays_a_trace(
     tiny_moe_folder: Path, collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench.json"
-    run(bench_command, tiny_moe_folder, "--routing", collected, "--policies", "prefetch,speculative/resident",
+    run("bench", tiny_moe_folder, "--routing", collected, "--policies", "prefetch,speculative/resident",
         "--tokens", 4, "--rounds", 1, "--json", out)  # fmt: skip
     result = json.loads(out.read_text())
     assert result["routing"]["path"] == str(collected)
@@ -196,4 +193,4 @@ def test_the_command_replays_a_trace(
 )
 def test_what_the_command_refuses(tiny_moe_folder: Path, arguments: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        run(bench_command, *(a.replace("{model}", str(tiny_moe_folder)) for a in arguments))
+        run("bench", *(a.replace("{model}", str(tiny_moe_folder)) for a in arguments))

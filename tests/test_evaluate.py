@@ -14,6 +14,7 @@ from predict_train.predictors.mlp import ResidualMLP
 from predict_train.runtime import offload_experts
 from predict_train.runtime.generate import generate
 from predict_train.runtime.measure.evaluate import evaluate
+from predict_train.runtime.measure.settings import Evaluating
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -76,7 +77,7 @@ def test_a_predictor_with_zeroed_output_is_training_free(
 def test_gating_resident_with_every_candidate_is_the_full_model(
     tiny_moe: PreTrainedModel, batches: list[torch.Tensor]
 ) -> None:
-    entropies = evaluate(tiny_moe, batches, resident_candidates=8)["cross_entropy"]
+    entropies = evaluate(tiny_moe, batches, config=Evaluating(candidates=8))["cross_entropy"]
     assert entropies["speculative/resident"] == pytest.approx(entropies["full"], rel=1e-6)
 
 

@@ -23,6 +23,7 @@ from predict_train.train.export import export
 from predict_train.train.fit import FitConfig, fit
 from predict_train.train.inspection import inspect, report
 from predict_train.train.module import PredictorTraining
+from predict_train.train.settings import ExportConfig
 from predict_train.train.targets import Target
 from rich.console import Console
 from safetensors.torch import load_file
@@ -123,7 +124,7 @@ def test_a_model_of_the_hub_is_named_as_the_base(fitted, collected, tmp_path):
     manifest = json.loads((trace / "manifest.json").read_text())
     manifest["model"]["name"] = "Qwen/Qwen3-30B-A3B"
     (trace / "manifest.json").write_text(json.dumps(manifest))
-    folder = export(fitted, tmp_path / "out", trace=trace)
+    folder = export(ExportConfig(run=fitted, out=tmp_path / "out", trace=trace))
     assert ModelCard.load(folder / "README.md").data.base_model == "Qwen/Qwen3-30B-A3B"
 
 
@@ -155,7 +156,7 @@ def test_a_predictor_that_is_no_better_than_none_is_dropped(fitted, tiny_moe, tm
     same["predictor"] = same["training_free"]
     (run / "result.json").write_text(json.dumps(result))
     console = Console(record=True, quiet=False, file=StringIO(), width=120)
-    folder = export(run, tmp_path / "out", console=console)
+    folder = export(ExportConfig(run=run, out=tmp_path / "out"), console)
     told, card = console.export_text(), (folder / "README.md").read_text()
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(folder / "predictors.safetensors")
@@ -188,7 +189,7 @@ def test_a_run_that_learned_nothing_is_exported_without_predictors(collected, ti
     idle = FitConfig(trace=collected, out=tmp_path / "run", width=8, epochs=1, learning_rate=1e-20, device="cpu")
     run = fit(idle, Console(quiet=True))
     for dtype in ("float32", "bfloat16"):
-        loaded = load_predictors(export(run, tmp_path / dtype, dtype=dtype), tiny_moe)
+        loaded = load_predictors(export(ExportConfig(run=run, out=tmp_path / dtype, dtype=dtype)), tiny_moe)
         assert loaded.mlps == {}
         assert loaded.default_vectors.keys() == {0, 1, 2}
         assert [list(layer.hit_rates) for layer in loaded.layers] == [["training_free"]] * 4
@@ -196,7 +197,7 @@ def test_a_run_that_learned_nothing_is_exported_without_predictors(collected, ti
 
 def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, tmp_path):
     console = Console(record=True, quiet=False, file=StringIO(), width=200)
-    folder = export(fitted, tmp_path / "small", dtype="bfloat16", console=console)
+    folder = export(ExportConfig(run=fitted, out=tmp_path / "small", dtype="bfloat16"), console)
     trace, mlps = Trace.open(collected), load_predictors(folder).mlps
     chosen = json.loads((fitted / "config.json").read_text())["settings"]
     held_out = held_out_sequences(trace.manifest.sequences, chosen["validation"], chosen["seed"])
@@ -219,11 +220,11 @@ def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, 
         assert sentence in text
         assert f"on {rows:,} validation rows" in text
         assert all(difference in text for difference in differences)
-    assert "Rounding" not in (export(fitted, tmp_path / "whole") / "README.md").read_text()
+    assert "Rounding" not in (export(ExportConfig(run=fitted, out=tmp_path / "whole")) / "README.md").read_text()
 
 
 def test_bfloat16_halves_the_file_and_loads(fitted, exported, tmp_path, tiny_moe):
-    small = export(fitted, tmp_path / "small", dtype="bfloat16")
+    small = export(ExportConfig(run=fitted, out=tmp_path / "small", dtype="bfloat16"))
     tensors = load_file(small / "predictors.safetensors")
     assert tensors["layers.0.w1"].dtype == torch.bfloat16
     assert tensors["default_vectors.0"].dtype == torch.float32
@@ -242,26 +243,26 @@ def test_what_can_not_be_exported_is_refused_with_nothing_written(fitted, export
         return shutil.copytree(fitted, tmp_path / name)
 
     with pytest.raises(UserError, match="holds no run"):
-        export(tmp_path / "nowhere", out)
+        export(ExportConfig(run=tmp_path / "nowhere", out=out))
     unfinished = copy("unfinished")
     (unfinished / "result.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
-        export(unfinished, out)
+        export(ExportConfig(run=unfinished, out=out))
     broken = copy("broken")
     checkpoint = broken / json.loads((broken / "result.json").read_text())["checkpoint"]
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(UserError, match="is missing or broken"):
-        export(broken, out)
+        export(ExportConfig(run=broken, out=out))
     with pytest.raises(UserError, match="there is no trace"):
-        export(fitted, out, trace=tmp_path / "nowhere")
+        export(ExportConfig(run=fitted, out=out, trace=tmp_path / "nowhere"))
     other = shutil.copytree(collected, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["shards"][0]["xxh3"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="is not the trace that"):
-        export(fitted, out, trace=other)
+        export(ExportConfig(run=fitted, out=out, trace=other))
     with pytest.raises(UserError, match="exists already"):
-        export(fitted, exported)
+        export(ExportConfig(run=fitted, out=exported))
     assert not out.exists()
 
 
@@ -275,5 +276,5 @@ def test_a_checkpoint_runs_no_code(fitted, tmp_path):
 
     torch.save({"state_dict": Evil()}, run / json.loads((run / "result.json").read_text())["checkpoint"])
     with pytest.raises(UserError, match="is missing or broken"):
-        export(run, tmp_path / "out")
+        export(ExportConfig(run=run, out=tmp_path / "out"))
     assert not ran.exists()

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from conftest import skip_if_lacking
 from predict_train.data_collection.catalog import tiny_config, tiny_model
 from predict_train.predictors.architecture import UnsupportedModelError, moe_shape, sources
@@ -19,7 +18,7 @@ from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.measure.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit, sources_of
 from transformers import AutoConfig
 
-from predict_train.commands import plan as plan_command
+from predict_train import cli
 
 QWEN = Path(__file__).parent.parent / "benchmarks" / "models" / "qwen3-30b-a3b.json"
 TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoehybrid", "nemotron_h", "glm4_moe", "qwen3_next"]
@@ -61,9 +60,7 @@ def test_qwen3_30b_in_bfloat16() -> None:
 
 
 def plan(*arguments: object) -> None:
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(plan_command)
-    app([str(a) for a in arguments], standalone_mode=False)
+    cli.app(["plan", *(str(a) for a in arguments)], standalone_mode=False)
 
 
 def rows(file: Path) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ from predict_train.train.data import FitError
 from predict_train.train.export import export
 from predict_train.train.fit import FitConfig, fit
 from predict_train.train.losses import LOSSES
+from predict_train.train.settings import ExportConfig
 from predict_train.train.targets import Target, choose_targets, hit_rates_of, parameters_in, share_out
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -98,7 +99,7 @@ def test_every_kind_is_trained_exported_and_run(with_inputs, collected, tmp_path
     run = train(with_inputs, tmp_path / "run", **changes)
     result = json.loads((run / "result.json").read_text())
     assert result["mean"]["predictor"] > result["mean"]["training_free"]
-    predictors = load_predictors(export(run, tmp_path / "predictors"))
+    predictors = load_predictors(export(ExportConfig(run=run, out=tmp_path / "predictors")))
     what_is_read = {name: value for name, value in changes.items() if name != "loss"}
     expected = {target.layer: target.source for target in choose(with_inputs, **what_is_read)}
     assert {layer.layer: layer.source for layer in predictors.layers} == expected
@@ -145,7 +146,7 @@ def test_a_budget_in_the_place_of_a_width(collected, tmp_path, tiny_moe):
     gaps = {entry["layer"]: 1 - entry["training_free"]["recall@k"] for entry in entries}
     widths = {entry["layer"]: entry["width"] for entry in entries}
     assert widths[max(gaps, key=gaps.__getitem__)] == max(widths.values()) > min(widths.values())
-    predictors = load_predictors(export(run, tmp_path / "predictors", dtype="bfloat16"))
+    predictors = load_predictors(export(ExportConfig(run=run, out=tmp_path / "predictors", dtype="bfloat16")))
     assert all(mlp.width == widths[layer] for layer, mlp in predictors.mlps.items())
     trace = Trace.open(collected)
     experts = sum(p.numel() for name, p in tiny_moe.named_parameters() if ".experts." in name)

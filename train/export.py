@@ -10,7 +10,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich import box
@@ -27,31 +27,26 @@ from ..predictors.provenance import command, versions
 from .card import Rounding, layer_table, model_card, remarks
 from .data import FitError, held_out_sequences
 from .fit import RESULT, read_run
+from .settings import ExportConfig
 
 ROUNDING_ROWS = 20_000
 """Validation rows that the cost of rounding is measured on, at the most."""
 
 
-def export(
-    run: Path,
-    out: Path,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    trace: Path | None = None,
-    console: Console | None = None,
-) -> Path:
-    """Writes the predictors of the best epoch of `run` to the new folder `out` and returns it.
+def export(config: ExportConfig, console: Console | None = None) -> Path:
+    """Writes the predictors of a run's best epoch to a new folder and returns it.
 
-    `dtype` is that of the predictors' weights in the file; default vectors are fp32. Where it rounds, what that costs in hit
-    rate is measured on validation rows. `trace` says where the trace is, if it was moved since. Raises a `UserError` for a
-    run that is not finished or was changed, and where `out` exists.
+    Where the dtype rounds, what that costs in hit rate is measured on validation rows. Raises a `UserError` for a run that is
+    not finished or was changed, and where the folder exists.
     """
+    run, dtype = config.run, DTYPES[config.dtype]
     settings = read_run(run)
-    refuse_existing(out)
+    refuse_existing(config.out)
     try:
         result = json.loads((run / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FitError(f"the run in {run} is not finished (no {RESULT}); go on with it by fit --resume") from error
-    source = Trace.open(trace or settings["trace"]["path"])
+    source = Trace.open(config.trace or settings["trace"]["path"])
     if [shard.xxh3 for shard in source.manifest.shards] != settings["trace"]["shards"]:
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
     entries = {entry["layer"]: entry for entry in result["layers"]}
@@ -71,12 +66,12 @@ def export(
             "settings": {name: value for name, value in settings["settings"].items() if name not in ("trace", "out")},
         },
     )
-    kept, rounding = _cast(predictors, DTYPES[dtype]), None
-    if dtype != "float32" and kept.mlps:
+    kept, rounding = _cast(predictors, dtype), None
+    if dtype != torch.float32 and kept.mlps:
         rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
         before, after = (_hit_rates(some, source, rows) for some in (predictors, kept))
-        rounding = Rounding(dtype, sum(map(len, rows)), before, after)
-    folder = save_predictors(out, kept, model_card(kept, entries, rounding))
+        rounding = Rounding(config.dtype, sum(map(len, rows)), before, after)
+    folder = save_predictors(config.out, kept, model_card(kept, entries, rounding))
     _report(folder, kept, entries, rounding, console or Console())
     return folder
 

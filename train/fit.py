@@ -16,14 +16,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import lightning
 import torch
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from pydantic import Field
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,72 +33,15 @@ from ..predictors.files import written_whole
 from ..predictors.loading import resolve_device
 from ..predictors.metrics import gap_closed
 from ..predictors.provenance import command, versions
-from ..predictors.settings import Settings
 from .board import Board
 from .data import FitError, TraceData
 from .module import MEAN_HIT_RATE, PredictorTraining, mean_of
-from .targets import Source, choose_targets
+from .settings import FitConfig
+from .targets import choose_targets
 
 CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
 WHERE_AND_HOW = {"trace", "out", "resume", "device", "workers", "devices", "num_nodes", "strategy"}
 """Settings that may differ between a run and its resumption; the others decide what is learned."""
-
-Count = Annotated[int, Field(gt=0)]
-
-
-class FitConfig(Settings):
-    """Settings of `fit`."""
-
-    trace: Path
-    """The folder that `collect` wrote."""
-    out: Path
-    """The run's folder; it must not exist, unless the run is resumed."""
-    resume: bool = False
-    """Go on with the run in `out` from its last whole epoch."""
-    layers: Literal["all", "auto"] | list[int] = "all"
-    """Target layers to train: `all` of the trace, a list of them, or `auto`: those whose training-free hit rate is below
-    `threshold`."""
-    threshold: float = Field(0.9, gt=0, le=1)
-    """The training-free hit rate below which `auto` takes a layer."""
-    source: Source = "quasi_hidden"
-    """What is corrected: the `quasi_hidden` state of the source layer, or the target's own `layer_input`, which is known
-    later and says more."""
-    horizon: Annotated[int, Field(ge=1, le=2)] = 1
-    """How many MoE layers ahead of its target the source is."""
-    width: Count = 320
-    """Hidden width of each predictor."""
-    budget: str | None = None
-    """In the place of a width: what all predictors may take in bfloat16, like `2MB`, or like `1%` of the weights of the model
-    without its routed experts. Layers that are hard to guess get more of it."""
-    loss: Literal["kl", "bce", "ranking"] = "kl"
-    """What is minimised; see `train.losses`."""
-    epochs: Count = 5
-    """How often each row is seen at the most."""
-    patience: Count = 3
-    """Training ends early after so many epochs in a row without a better mean hit rate on validation."""
-    batch_size: Count = 512
-    """Rows of a step; every row trains all layers."""
-    learning_rate: float = Field(5e-3, gt=0)
-    """The highest of a one-cycle schedule."""
-    weight_decay: float = Field(0.01, ge=0)
-    """Of AdamW."""
-    validation: float = Field(0.1, gt=0, lt=1)
-    """Share of the sequences that is kept for validation."""
-    seed: int = Field(0, ge=0)
-    """Of the split, the order and the initial weights."""
-    device: str = "auto"
-    """`auto` (CUDA where there is one), `cpu` or `cuda`."""
-    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """`bf16-mixed` computes the predictors in bfloat16, and all else, weights included, in fp32; `auto` does so where the device
-    has instructions for it."""
-    devices: Count = 1
-    """Processes that train together on each node, one a device."""
-    num_nodes: Count = 1
-    """Nodes that train together, each started with the same command (by torchrun or SLURM)."""
-    strategy: str = "auto"
-    """Lightning's name of how they do."""
-    workers: int = Field(0, ge=0)
-    """Processes that read the trace; 0 reads it in this one, which is enough beside a CPU."""
 
 
 def fit(config: FitConfig, console: Console | None = None) -> Path:

@@ -14,8 +14,8 @@ from ..predictors.architecture import farther, skeleton
 from ..predictors.experts import expert_modules
 from ..predictors.mlp import ResidualMLP
 from .data import FitError
+from .settings import Source
 
-Source = Literal["quasi_hidden", "layer_input"]
 WIDTH_STEP = 16
 """Widths are multiples of it: vector units and matrix tiles are."""
 BYTES_OF_A_PARAMETER = 2

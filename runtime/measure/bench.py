@@ -20,16 +20,19 @@ import torch
 from transformers import PreTrainedModel
 
 from ...predictors.architecture import MoELayer
-from ...predictors.checkpoint import Predictors
+from ...predictors.checkpoint import Predictors, as_predictors
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
+from ...predictors.loading import resolve_device
 from ..automatic import AUTO
-from ..offload import ExpertOffload, offloaded, open_store
+from ..offload import ExpertOffload, offloaded, open_store, slots_of
 from ..policy import Gating, Policy
+from ..settings import OffloadConfig
 from ..store import ExpertStore
 from .link import measure_link
 from .memory import peaks, reset_peaks
 from .routing import ReplayedRouting, replaying
+from .settings import Measuring
 from .stopwatch import Stopwatch
 from .timeline import Timeline, profiling, watching
 
@@ -86,23 +89,17 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a measurement is made with."""
+class Setup:
+    """What all rounds have in common."""
 
     token_ids: torch.Tensor
     """The prompt, `[1, length]`."""
     device: torch.device
-    tokens: int = 64
-    """Counted in each round."""
-    warmup: int = 8
-    """Tokens before them."""
-    rounds: int = 3
-    slots: int | None = None
-    candidates: int | str | None = None
-    offload: dict[str, Any] | None = None
-    """Whatever else `offload_experts` takes."""
-    timeline: Path | None = None
-    """A file for a trace of a few more tokens of each way."""
+    config: Measuring
+    """Its slots are a number."""
+    store: ExpertStore | None = None
+    predictors: Predictors | None = None
+    routing: ReplayedRouting | None = None
 
 
 @dataclass(frozen=True)
@@ -125,30 +122,30 @@ class Measured:
 
 def bench(
     model: PreTrainedModel,
-    ways: list[Way],
-    settings: Settings,
-    predictors: Predictors | None = None,
+    token_ids: torch.Tensor,
+    config: Measuring,
+    predictors: Predictors | str | Path | None = None,
     routing: ReplayedRouting | None = None,
     reference: Callable[[int], Any] | None = None,
     on_round: Callable[[Way, Round], None] = lambda *_: None,
     store: ExpertStore | None = None,
 ) -> Measured:
-    """Measures the `ways` on `model`, which is in host memory or has its experts in a packed file, and not offloaded.
+    """Measures ways to run `model`, which is in host memory or has its experts in a packed file, and is not offloaded.
 
-    `reference(bytes)` is a context manager that yields another copy of the model, offloaded by accelerate with that
-    much memory for its experts; it is measured after all others. For the timeline of `settings` see `runtime.timeline`; on CUDA
-    there is one a way, with its name in the file's. `store` is where the experts
-    are, if not in the model or in its packed file.
+    `token_ids` `[1, length]` are the prompt. `reference(bytes)` is a context manager that yields another copy of the model,
+    offloaded by accelerate with that much memory for its experts; it is measured after all others. `store` is where the
+    experts are, if not in the model or in its packed file.
 
     Raises `BenchError` where there is no way left that can be run, and what `offload_experts` raises.
     """
-    layers = find_moe_layers(model)
-    slots = settings.slots or max(2 * layers[0].top_k, sum(layer.num_experts for layer in layers) // 4)
-    settings = replace(settings, slots=slots)
+    ways, device, layers = parse_ways(config.policies), resolve_device(config.device), find_moe_layers(model)
+    slots = slots_of(config, layers)
+    config = config.model_copy(update={"slots": slots, "expert_memory": None})
     with ExitStack() as opened:
-        store = open_store(opened, model, layers, store, settings.device)
+        store = open_store(opened, model, layers, store, device)
+        setup = Setup(token_ids, device, config, store, as_predictors(predictors), routing)
         size = store.format.bytes
-        skipped = {way: why for way in ways if (why := _hindrance(way, model, settings.device, reference))}
+        skipped = {way: why for way in ways if (why := _hindrance(way, model, device, reference))}
         ours = [way for way in ways if way not in skipped and way.policy != "accelerate"]
         if len(skipped) == len(ways):
             raise BenchError(f"nothing is left to measure: {'; '.join(f'{w}: {why}' for w, why in skipped.items())}")
@@ -157,22 +154,22 @@ def bench(
 
         def measure(way: Way, subject: PreTrainedModel, its_layers: list[MoELayer]) -> None:
             gc.collect()  # else what was detached before may still hold its slots, and count to this round's peak
-            with running(way, subject, its_layers, store, settings, predictors, routing) as offload:
-                measured = measure_round(subject, offload, settings)
+            with running(way, subject, its_layers, setup) as offload:
+                measured = measure_round(subject, offload, setup)
             rounds[way].append(measured)
             on_round(way, measured)
 
-        for number in range(settings.rounds):
-            links.append(measure_link(store, settings.device, (settings.offload or {}).get("readers", 2)))
+        for number in range(config.rounds):
+            links.append(measure_link(store, device, config.readers))
             start = number % len(ours) if ours else 0
             for way in ours[start:] + ours[:start]:  # whatever else the machine does meets all of them
                 measure(way, model, layers)
-        if settings.timeline is not None and ours:
-            _record(settings.timeline, ours, model, layers, store, settings, predictors, routing)
+        if config.timeline is not None and ours:
+            _record(config.timeline, ours, model, layers, setup)
     if Way("accelerate") in rounds and reference is not None:
         with reference(slots * size) as other:
             its_layers = find_moe_layers(other)
-            for _ in range(settings.rounds):
+            for _ in range(config.rounds):
                 measure(Way("accelerate"), other, its_layers)
     return Measured(rounds, skipped, links, size, slots)
 
@@ -192,32 +189,18 @@ def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference
 
 
 @contextmanager
-def running(
-    way: Way,
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    store: ExpertStore,
-    settings: Settings,
-    predictors: Predictors | None,
-    routing: ReplayedRouting | None,
-) -> Iterator[ExpertOffload | None]:
+def running(way: Way, model: PreTrainedModel, layers: list[MoELayer], setup: Setup) -> Iterator[ExpertOffload | None]:
     """The model, run in this way."""
     with ExitStack() as stack:
         if way.policy == "resident":
-            stack.enter_context(_moved(model, settings.device))
-        replayed = None if routing is None else stack.enter_context(replaying(layers, routing))
+            stack.enter_context(_moved(model, setup.device))
+        replayed = None if setup.routing is None else stack.enter_context(replaying(layers, setup.routing))
         if way.policy in ("resident", "accelerate"):
             yield None
             return
-        gating = {} if way.gating is None else {"gating": way.gating}
-        arguments: dict[str, Any] = {
-            "policy": way.policy,
-            "device": settings.device,
-            "slots": settings.slots,
-            "store": store,
-        }
-        arguments |= gating | {"candidates": settings.candidates} | (settings.offload or {})
-        offload = stack.enter_context(offloaded(model, predictors, **arguments))
+        settings = setup.config.values_of(OffloadConfig) | {"policy": way.policy, "device": setup.device}
+        settings |= {} if way.gating is None else {"gating": way.gating}
+        offload = stack.enter_context(offloaded(model, setup.predictors, store=setup.store, **settings))
         if replayed is not None:
             offload.guess_by(replayed.guesser)
         yield offload
@@ -238,31 +221,31 @@ def _moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _decode(model: PreTrainedModel, settings: Settings, tokens: int, counted: Any) -> tuple[float, float]:
+def _decode(model: PreTrainedModel, setup: Setup, tokens: int, counted: Any) -> tuple[float, float]:
     """Greedy decoding: seconds to the first token, and seconds of the `tokens` tokens that run within `counted`."""
-    ids = settings.token_ids.to(next(model.get_input_embeddings().parameters()).device)
-    _synchronize(settings.device)
+    ids = setup.token_ids.to(next(model.get_input_embeddings().parameters()).device)
+    _synchronize(setup.device)
     begun = time.perf_counter()
     output = model(input_ids=ids, use_cache=True)
     ids = output.logits[:, -1:].argmax(-1)
-    _synchronize(settings.device)
+    _synchronize(setup.device)
     first = time.perf_counter() - begun
-    for _ in range(settings.warmup):
+    for _ in range(setup.config.warmup):
         output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
         ids = output.logits[:, -1:].argmax(-1)
-    _synchronize(settings.device)
+    _synchronize(setup.device)
     with counted:
         begun = time.perf_counter()
         for _ in range(tokens):
             output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
             ids = output.logits[:, -1:].argmax(-1)
-        _synchronize(settings.device)
+        _synchronize(setup.device)
         return first, time.perf_counter() - begun
 
 
-def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, settings: Settings) -> Round:
+def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setup: Setup) -> Round:
     """One round of a model that is run in whatever way it is; `offload` is what it is run by, if it is ours."""
-    reset_peaks(settings.device)
+    reset_peaks(setup.device)
 
     stopwatch = Stopwatch()
 
@@ -275,9 +258,9 @@ def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setting
         with offload.observed(stopwatch):
             yield
 
-    first, seconds = _decode(model, settings, settings.tokens, counted())
-    host, device = peaks(settings.device)
-    tokens = settings.tokens
+    tokens = setup.config.tokens
+    first, seconds = _decode(model, setup, tokens, counted())
+    host, device = peaks(setup.device)
     measured = Round(first, seconds / tokens, peak_host_bytes=host, peak_device_bytes=device)
     if offload is None:
         return measured
@@ -297,19 +280,16 @@ def _record(
     ways: list[Way],
     model: PreTrainedModel,
     layers: list[MoELayer],
-    store: ExpertStore,
-    settings: Settings,
-    predictors: Predictors | None,
-    routing: ReplayedRouting | None,
+    setup: Setup,
 ) -> None:
     """Writes the trace of a few tokens of each way."""
     timeline = Timeline()
-    on_cpu = settings.device.type == "cpu"
+    on_cpu = setup.device.type == "cpu"
     for way in ways:
-        with running(way, model, layers, store, settings, predictors, routing) as offload:
+        with running(way, model, layers, setup) as offload:
             if not on_cpu:
                 name = f"{file.stem}.{str(way).replace('/', '-')}{file.suffix}"
-                _decode(model, settings, TIMELINE_TOKENS, profiling(file.with_name(name)))
+                _decode(model, setup, TIMELINE_TOKENS, profiling(file.with_name(name)))
                 continue
 
             @contextmanager
@@ -319,7 +299,7 @@ def _record(
                 timeline.end()
 
             with watching(timeline, model, layers, offload):
-                _decode(model, settings, TIMELINE_TOKENS, counted())
+                _decode(model, setup, TIMELINE_TOKENS, counted())
     if on_cpu:
         timeline.save(file)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,31 +14,29 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ...predictors.architecture import MoELayer, first_tensor
-from ...predictors.checkpoint import Predictors, make_speculators
+from ...predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ...predictors.speculation import Speculator, flat_routing
 from ..control import RoutingControl
 from ..offload import offloaded
 from ..policy import Gating, Policy
+from ..settings import OffloadConfig
 from ..targets import Target, targets_of
-
-EVERY_TOKEN = 1 << 40
+from .settings import Evaluating
 
 
 def evaluate(
     model: PreTrainedModel,
     batches: Iterable[torch.Tensor],
-    predictors: Predictors | None = None,
-    resident_candidates: int | str | None = None,
+    predictors: Predictors | str | Path | None = None,
+    config: Evaluating | None = None,
     progress: bool = False,
-    horizon: int | None = None,
 ) -> dict[str, Any]:
     """Runs `model` over `batches` of token ids `[sequences, length]` once for each way to execute it.
 
-    Every token is speculated, as if it were being decoded. `on_demand` and `prefetch` go through the offload runtime
-    with a quarter of the experts' slots. Gating `resident` sees `resident_candidates` (by default `top_k + 2`)
-    candidates (`auto`: as many as `offload_experts` would take) and no cache, which is its worst case. `horizon` is as there.
+    It runs where it is. `on_demand` and `prefetch` go through the offload runtime, as `config` says. Gating `resident` sees the
+    candidates of `config` and no cache, which is its worst case.
 
     Returns `layers`: `layer`, `training_free`, `predictor` (None where there is none), `control` for each target, and
     `cross_entropy` and `training_free_cross_entropy` (the same without predictors) in nats per token, and `tokens`.
@@ -46,10 +45,12 @@ def evaluate(
     batches = [batch for batch in batches if batch.shape[-1] > 1]
     if not batches:
         raise UserError("there is no text to evaluate on; give a corpus of at least two tokens")
+    config = Evaluating() if config is None else config
+    predictors = as_predictors(predictors)
     layers = find_moe_layers(model)
     without = None if predictors is None else predictors.training_free()
-    wide = targets_of(layers, predictors, horizon, resident_candidates, Policy.SPECULATIVE, Gating.RESIDENT)
-    targets = targets_of(layers, predictors, horizon)
+    wide = targets_of(layers, predictors, config.horizon, config.candidates, Policy.SPECULATIVE, Gating.RESIDENT)
+    targets = targets_of(layers, predictors, config.horizon)
     source_of = {target.layer.index: target.source for target in targets}
     speculators = {"predictor": make_speculators(model, predictors, layers, source_of)}
     speculators["training_free"] = make_speculators(model, without, layers, source_of)
@@ -61,6 +62,8 @@ def evaluate(
     def cross_entropy() -> float:
         return _cross_entropy(model, batches, bar)
 
+    # Its candidates are those of gating resident; those that are prefetched change no loss.
+    settings = config.values_of(OffloadConfig) | {"device": model.device, "candidates": None}
     full = cross_entropy()
     rates = {kind: _hit_rates(model, batches, targets, chosen, bar) for kind, chosen in speculators.items()}
     table: dict[str, dict[str, float]] = {}
@@ -70,14 +73,7 @@ def evaluate(
         entropies = {"full": full}
         for policy in (Policy.ON_DEMAND, Policy.PREFETCH):
             chosen_predictors = predictors if kind == "predictor" else without
-            with offloaded(
-                model,
-                chosen_predictors,
-                policy=policy,
-                device=model.device,
-                speculated_tokens=EVERY_TOKEN,
-                horizon=horizon,
-            ):
+            with offloaded(model, chosen_predictors, **settings | {"policy": policy}):
                 entropies[policy] = cross_entropy()
         for gating in Gating:
             chosen_targets = wide if gating is Gating.RESIDENT else targets

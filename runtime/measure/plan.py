@@ -14,9 +14,8 @@ from ...predictors.architecture import UnsupportedModelError, override_forward, 
 from ...predictors.checkpoint import Predictors
 from ...predictors.errors import UserError
 from ...predictors.experts import expert_modules
-from ..host.cache import Eviction
 from ..policy import Gating, Policy
-from ..settings import OffloadConfig
+from ..settings import OffloadConfig, Slots
 from ..targets import sources_read
 from .routing import ReplayedRouting
 from .simulation import Costs, Simulated, nearest, simulate
@@ -185,16 +184,13 @@ def plan(
     costs: Costs,
     routing: ReplayedRouting,
     shape: Shape,
-    slots: int,
-    *,
+    config: Slots,
     is_cuda: bool = True,
-    candidates: int | None = None,
     sources: Mapping[int, int | None] | None = None,
-    eviction: Eviction | str = Eviction.LEAST_STALE,
 ) -> list[dict[str, Any]]:
     """A row of plain values for each policy and gating: what a token takes there, and what bounds it.
 
-    Half of the steps of `routing` fill the slots and do not count. Raises `PlanError` for a routing of another model.
+    `config` says the slots, candidates and eviction. Half of the steps of `routing` fill the slots and do not count. Raises `PlanError` for a routing of another model.
     """
     if routing.ids.shape[1:] != (shape.layers, shape.top_k):
         layers, top_k = routing.ids.shape[1:]
@@ -206,17 +202,12 @@ def plan(
     ways += [(Policy.SPECULATIVE, gating) for gating in (Gating.TRUE, Gating.RESIDENT)]
     rows: list[dict[str, Any]] = []
     first: Simulated | None = None
+    known = config.values_of(OffloadConfig)
     for policy, gating in ways:
         result = simulate(
             costs,
             routing,
-            OffloadConfig(
-                slots=slots,
-                policy=policy,
-                gating=gating or Gating.TRUE,
-                candidates=candidates,
-                eviction=Eviction(eviction),
-            ),
+            OffloadConfig(**known | {"policy": policy, "gating": gating or Gating.TRUE}),
             sources=sources,
             queue=is_cuda,
             warmup=routing.steps // 2,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...predictors.checkpoint import Predictors
+from ...predictors.checkpoint import Predictors, as_predictors
 from ...predictors.speculation import Speculator, candidates
 from ..targets import sources_read
 from .routing import ReplayedRouting, RoutingError
 
 
 def replay(
-    trace: Any, steps: int, m: int, predictors: Predictors | None, horizon: int | None = None
+    trace: Any, steps: int, m: int, predictors: Predictors | str | Path | None, horizon: int | None = None
 ) -> ReplayedRouting:
     """The longest run of consecutive tokens in a trace, `steps` at the most, with the `m` candidates for each of them.
 
@@ -24,6 +25,7 @@ def replay(
     """
     if sorted(trace.sources) != trace.manifest.model.moe_layers:
         raise RoutingError(f"{trace.path} does not have all layers as targets; collect it with --layers all")
+    predictors = as_predictors(predictors)
     sources = sources_read(trace.sources, predictors, horizon)
     lacking = trace.lacks_input(sources)
     if lacking is not None:

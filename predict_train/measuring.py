@@ -1,0 +1,143 @@
+"""The jobs `bench` and `plan`: a model or its config, a routing, and all figures as plain JSON values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from .data_collection.trace import Trace
+from .predictors.checkpoint import Predictors, as_predictors, load_predictors
+from .predictors.discovery import find_moe_layers
+from .predictors.errors import UserError
+from .predictors.loading import load_tokenizer, read_model_config, resolve_device, resolve_dtype
+from .predictors.provenance import command, hardware, versions
+from .runtime.load import load_to_host
+from .runtime.measure import plan as planning
+from .runtime.measure.accelerated import accelerated
+from .runtime.measure.bench import Round, Way, parse_ways, results
+from .runtime.measure.bench import bench as measure
+from .runtime.measure.replay import replay
+from .runtime.measure.routing import PRESETS, ReplayedRouting, Statistics, draw_routing
+from .runtime.measure.settings import BenchConfig, Drawn, PlanConfig
+
+
+def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
+    """Measures every way to run a model; tells each round on `console`."""
+    parse_ways(config.policies)
+    device = resolve_device(config.device)
+    model, token_ids = _load(config)
+    predictors = None if config.predictors is None else load_predictors(config.predictors, model)
+    layers = find_moe_layers(model)
+    top_k, experts, fetched = layers[0].top_k, layers[0].num_experts, config.candidates
+    m = fetched if isinstance(fetched, int) else min((2 if fetched else 1) * top_k + 2, experts)
+    sizes = {"layers": len(layers), "num_experts": experts, "top_k": top_k, "candidates": max(m, top_k)}
+    kind = config.routing or ("model" if config.random_weights is None else "synthetic")
+    routing = None
+    if kind != "model":
+        routing = _routing(kind, config, config.warmup + config.tokens, predictors, sizes)
+    packed = config.pack is not None
+    reference = None if packed and config.model is None else partial(accelerated, model, config.model, device)
+
+    def tell(way: Way, r: Round) -> None:
+        console.print(f"{way}: {1000 * r.seconds_per_token:.2f} ms per token", style="dim")
+
+    measured = measure(model, token_ids, config, predictors, routing, reference, tell)
+    return {
+        "results": results(measured),
+        "skipped": {str(way): why for way, why in measured.skipped.items()},
+        "model": config.model or f"random weights of {config.random_weights}",
+        "predictors": config.predictors,
+        "routing": {"routing": "the model's own"} if routing is None else routing.source,
+        "settings": {
+            "slots": measured.slots,
+            "experts": len(layers) * experts,
+            **{name: getattr(config, name) for name in ("candidates", "horizon", "eviction", "readers")},
+            **{name: getattr(config, name) for name in ("tokens", "warmup", "rounds")},
+            "prompt_tokens": token_ids.shape[-1],
+            "store": "packed file" if packed else "host memory",
+            "device": str(device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "expert_bytes": measured.expert_bytes,
+        "link_bytes_per_second": measured.link,
+        "hardware": hardware(),
+        "versions": versions(),
+        "command": command(),
+    }
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """Tells what a model would take on some hardware, from its config alone."""
+    dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # which leaves auto to the config
+    shape = planning.read_shape(read_model_config(config.model), dtype if isinstance(dtype, torch.dtype) else None)
+    machine = planning.Hardware(
+        memory_bandwidth=config.memory_bandwidth,
+        link=config.link,
+        latency=1e-6 * config.latency,
+        launch=1e-6 * config.launch,
+        is_cuda=config.cuda,
+    )
+    fitting = planning.slots_that_fit(shape, config.device_memory, config.reserve)
+    slots = fitting if config.slots is None else config.slots
+    if config.expert_memory is not None:
+        slots = min(config.expert_memory // shape.expert_bytes, shape.layers * shape.num_experts)
+    if not shape.top_k <= slots <= fitting:
+        raise UserError(f"{slots} slots are asked for; from {shape.top_k} (the top k) to {fitting} fit this device")
+    m = config.candidates or min(shape.top_k + 2, shape.num_experts)
+    sizes = {name: getattr(shape, name) for name in ("layers", "num_experts", "top_k")}
+    predictors = as_predictors(config.predictors)
+    sources = planning.sources_of(shape, predictors, config.horizon)
+    routing = _routing(
+        config.routing, config, 2 * config.tokens, predictors, sizes | {"candidates": max(m, shape.top_k)}
+    )
+    mlps = 0 if predictors is None else sum(entry.nbytes for entry in predictors.layers)
+    costs = planning.costs_of(shape, machine, mlps // shape.layers)
+    settled = config.model_copy(update={"slots": slots, "expert_memory": None})
+    return {
+        "results": planning.plan(costs, routing, shape, settled, config.cuda, sources),
+        "model": config.model,
+        "shape": asdict(shape),
+        "hardware": asdict(machine),
+        "costs_seconds": asdict(costs),
+        "slots": slots,
+        "experts": shape.layers * shape.num_experts,
+        "expert_bytes": shape.expert_bytes,
+        "resident_bytes": shape.resident_bytes,
+        "routing": routing.source,
+        "versions": versions(),
+        "command": command(),
+    }
+
+
+def _load(config: BenchConfig) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The model, not offloaded, and the token ids `[1, length]` of its prompt."""
+    source: Any = config.model if config.random_weights is None else read_model_config(config.random_weights)
+    model = load_to_host(source, config)
+    if config.model is None:
+        size = model.config.get_text_config().vocab_size
+        return model, torch.randint(size, (1, 32), generator=torch.Generator().manual_seed(config.seed))
+    token_ids: torch.Tensor = load_tokenizer(config.model)(config.prompt, return_tensors="pt")["input_ids"]
+    if token_ids.shape[-1] == 0:
+        raise UserError("the prompt is empty; give --prompt some text to go on from")
+    return model, token_ids
+
+
+def _routing(
+    kind: str, config: BenchConfig | PlanConfig, steps: int, predictors: Predictors | None, sizes: dict[str, int]
+) -> ReplayedRouting:
+    """A routing that is drawn, or that of the trace in the folder `kind`."""
+    if kind == "synthetic":
+        return draw_routing(_statistics(config), steps=steps, seed=config.seed, **sizes)
+    return replay(Trace.open(kind), steps, sizes["candidates"], predictors, config.horizon)
+
+
+def _statistics(drawn: Drawn) -> Statistics:
+    if drawn.preset not in PRESETS:
+        raise UserError(f"there is no preset {drawn.preset}; give {' or '.join(PRESETS)}")
+    given = {"kept": drawn.kept, "hit_rate": drawn.hit_rate, "skew": drawn.skew}
+    return replace(PRESETS[drawn.preset], **{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,48 @@
+"""What the commands that run a model share: loading it as their settings say, and text to run it on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .runtime.settings import Loading, Named, Offloading
+from .settings import EvaluateConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def dtype_of(model: Named, offloading: Offloading) -> torch.dtype | str:
+    """The dtype to load a model in; `auto` is left to its packed file, if there is one, or on CUDA to the checkpoint."""
+    from .predictors.loading import resolve_device, resolve_dtype
+
+    device = resolve_device(offloading.device)
+    if model.dtype == "auto" and model.pack is not None and model.pack.exists():
+        return "auto"
+    return resolve_dtype(model.dtype, device)
+
+
+def load_whole(config: EvaluateConfig) -> PreTrainedModel:
+    """The model on its device, experts and all."""
+    from .predictors.loading import load_model, resolve_device
+    from .runtime.load import load_experts, load_to_host
+
+    device, dtype = resolve_device(config.device), dtype_of(config, config)
+    if config.pack is None:
+        return load_model(config.model, device, dtype)
+    model = load_to_host(config.model, Loading(dtype=dtype, pack=config.pack))
+    load_experts(model)
+    return model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what torch takes
+
+
+def batches_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> list[torch.Tensor]:
+    """Token ids `[sequences, length]`; a last short sequence stands alone, so nothing is padded."""
+    import torch
+
+    from .data_collection.corpus import read_documents, sequences
+
+    documents = read_documents(config.corpus, config.split, tokenizer=tokenizer)
+    rows = list(sequences(documents, tokenizer, config.sequence_length, config.tokens))
+    whole = [row for row in rows if len(row) == config.sequence_length]
+    batches = list(torch.stack(whole).split(config.batch_size)) if whole else []
+    return batches + [row.unsqueeze(0) for row in rows[len(whole) :]]
