@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -12,7 +13,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from .predictors.settings import Kind, Settings, flag, load_config
+from .predictors.settings import TIMES, Kind, Settings, flag, load_config
 
 S = TypeVar("S", bound=Settings)
 
@@ -76,7 +77,7 @@ def _help(kind: type[Settings], name: str, field: FieldInfo, found: Kind | None)
         return f"{text} [required]"
     if field.default is None:
         return text
-    default = found.text(field.default) if found and not isinstance(field.default, str) else str(field.default)
+    default = TEXTS.get(found.name if found else "", str)(field.default)
     if isinstance(field.default, bool):
         default = ("" if field.default else "no-") + name.replace("_", "-")
     return f"{text} [default: {default if default.isprintable() else repr(default)}]"
@@ -98,3 +99,20 @@ def _plain(annotation: Any) -> str:
     """What a field without a kind takes."""
     parts = {int: "int", float: "float"}
     return next((parts[part] for part in (annotation, *get_args(annotation)) if part in parts), "str")
+
+
+def count_text(count: int) -> str:
+    """What `parse_count` reads, as short as it can be."""
+    letter, times = max(((k, n) for k, n in TIMES.items() if count % n == 0), key=itemgetter(1), default=("", 1))
+    return f"{count // times}{letter if letter == 'k' else letter.upper()}" if count else "0"
+
+
+def bytes_text(size: int) -> str:
+    """What `parse_bytes` reads, in the largest unit that is exact."""
+    units = ("B", "KiB", "MiB", "GiB")
+    power = max(power for power in range(len(units)) if size % 1024**power == 0)
+    return f"{size >> 10 * power}{units[power]}"
+
+
+TEXTS: dict[str, Callable[[Any], str]] = {"count": count_text, "size": bytes_text}
+"""How the default of a kind of field is written."""

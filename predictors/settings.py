@@ -10,9 +10,8 @@ import difflib
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from decimal import Decimal
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -69,7 +68,7 @@ def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
     the nearest right one) and a value that can't be.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    values = ({} if file is None else _read_yaml(Path(file))) | given
+    values = ({} if file is None else _read_yaml(Path(file).expanduser())) | given
     _check_names(values, kind.keys().values(), f" (in {file})" if file else "")
     try:
         return kind.model_validate(values, context=_WRITTEN)
@@ -151,7 +150,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 # -- kinds of fields ---------------------------------------------------------------------------------------------
 
-_TIMES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+TIMES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES = TypeAdapter(ByteSize)
 
 
@@ -174,7 +173,7 @@ def parse_count(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = value.strip().lower()
-    times = _TIMES.get(text[-1:], 1)
+    times = TIMES.get(text[-1:], 1)
     try:
         number = Decimal(text[:-1] if times > 1 else text)
         if number.is_finite() and abs(number) < 10**18 and number * times == int(number * times):
@@ -197,19 +196,6 @@ def parse_bytes(text: str) -> int:
 def is_written(info: ValidationInfo) -> bool:
     """Whether a value that is validated is from a file or a command line."""
     return info.context is _WRITTEN
-
-
-def count_text(count: int) -> str:
-    """What `parse_count` reads, as short as it can be."""
-    letter, times = max(((k, n) for k, n in _TIMES.items() if count % n == 0), key=itemgetter(1), default=("", 1))
-    return f"{count // times}{letter if letter == 'k' else letter.upper()}" if count else "0"
-
-
-def bytes_text(size: int) -> str:
-    """What `parse_bytes` reads, in the largest unit that is exact."""
-    units = ("B", "KiB", "MiB", "GiB")
-    power = max(power for power in range(len(units)) if size % 1024**power == 0)
-    return f"{size >> 10 * power}{units[power]}"
 
 
 def _size(value: Any, info: ValidationInfo) -> Any:
@@ -261,17 +247,16 @@ def _expanded(value: Any) -> Any:
 
 
 class Kind(NamedTuple):
-    """What the command line's help says of a field: what it takes, and how its default is written."""
+    """What the command line's help calls what a field takes."""
 
     name: str
-    text: Callable[[Any], str] = str
 
 
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0), Kind("count", count_text)]
+Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0), Kind("count")]
 """A number of things, one at least; text like `400k`, `1e5` or `2M` is one too."""
-Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0), Kind("count", count_text)]
+Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0), Kind("count")]
 """The same, or 0."""
-Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0), Kind("size", bytes_text)]
+Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0), Kind("size")]
 """Bytes; text needs a unit, and so does a number in a file."""
 Rate = Annotated[int, BeforeValidator(_rate), Field(gt=0), Kind("rate")]
 """Bytes per second, like `25GB/s`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from transformers import AutoConfig
 
 from ..data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
@@ -13,6 +12,7 @@ from ..data_collection.trace import Trace
 from ..predictors.architecture import farther, skeleton
 from ..predictors.experts import expert_modules
 from ..predictors.mlp import ResidualMLP
+from ..predictors.settings import parse_bytes
 from .data import FitError
 from .settings import Source
 
@@ -127,9 +127,10 @@ def parameters_in(trace: Trace, budget: str) -> int:
     text = budget.strip()
     try:
         if not text.endswith("%"):
-            return int(TypeAdapter(ByteSize).validate_python(text)) // BYTES_OF_A_PARAMETER
+            # A run of an older release may have recorded bytes without their unit.
+            return (int(text) if text.isdecimal() else parse_bytes(text)) // BYTES_OF_A_PARAMETER
         share = float(text[:-1]) / 100
-    except (ValidationError, ValueError) as error:
+    except ValueError as error:
         raise FitError(f"a budget can't be {budget}; give bytes like 2MB, or a share like 1%") from error
     if not 0 < share <= 1:
         raise FitError(f"a budget can't be {budget}; give a share between 0 and 100%")
