@@ -11,7 +11,6 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.markup import escape
 
 from .predictors.settings import TIMES, Kind, Settings, flag, load_config
 
@@ -57,7 +56,7 @@ def _hint(kind: type[Settings], name: str) -> Any:
     """What typer makes the flag of a field from."""
     field, key = kind.model_fields[name], kind.keys()[name]
     found = next(_kinds(field), None)
-    text = escape(_help(kind, name, field, found))
+    text = _help(kind, name, field, found)
     if bool in (field.annotation, *get_args(field.annotation)):
         both = f"--{key.replace('_', '-')}/--no-{key.replace('_', '-')}"
         return Annotated[bool | None, typer.Option(both, help=text, show_default=False)]
@@ -70,17 +69,18 @@ def _hint(kind: type[Settings], name: str) -> Any:
 
 
 def _help(kind: type[Settings], name: str, field: FieldInfo, found: Kind | None) -> str:
+    """In round brackets, since rich takes square ones for markup."""
     said = (base.model_fields.get(name) for base in kind.__mro__ if issubclass(base, Settings))
     text = next((one.description for one in said if one is not None and one.description), "")
     text = " ".join(text.replace("`", "").split())
     if field.is_required():
-        return f"{text} [required]"
+        return f"{text} (required)"
     if field.default is None:
         return text
     default = TEXTS.get(found.name if found else "", str)(field.default)
     if isinstance(field.default, bool):
         default = ("" if field.default else "no-") + name.replace("_", "-")
-    return f"{text} [default: {default if default.isprintable() else repr(default)}]"
+    return f"{text} (default: {default if default.isprintable() else repr(default)})"
 
 
 def _kinds(field: FieldInfo) -> Iterator[Kind]:
