@@ -90,7 +90,8 @@ def flags(config: CollectConfig) -> list[str]:
     arguments = ["collect", values.pop("model")]
     for name, value in values.items():
         flag = f"--{name.replace('_', '-')}"
-        arguments += [flag] if value is True else [] if value is False else [flag, str(value)]
+        unit = "B" if name.endswith("_bytes") else ""
+        arguments += [flag] if value is True else [] if value is False else [flag, f"{value}{unit}"]
     return arguments
 
 
