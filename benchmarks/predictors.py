@@ -112,18 +112,17 @@ def train(variant: Variant, batch: Batch, routers: torch.Tensor, args: argparse.
     model = Reader(layers, hidden, batch.mixture.shape[-1], variant)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.01)
     count = rows // args.batch_size
-    for epoch in tqdm(range(args.epochs), desc=" ".join(map(str, variant)), leave=False):
+    schedule = one_cycle(optimizer, args.epochs * count)
+    for _ in tqdm(range(args.epochs), desc=" ".join(map(str, variant)), leave=False):
         order = torch.randperm(rows)
         for number in range(count):
-            pace = one_cycle((epoch * count + number) / (args.epochs * count))
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * pace
             picked = order[number * args.batch_size : (number + 1) * args.batch_size].sort().values
             some = Batch(*(tensor[:, picked] for tensor in batch))
             loss = loss_of(variant.loss, torch.bmm(model(some), routers.mT), some)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            schedule.step()
     return model
 
 

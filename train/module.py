@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning
 import torch
+from transformers import get_cosine_schedule_with_warmup
 
 from ..data_collection.examples import Batch, make_batch
 from ..data_collection.trace import Trace
@@ -104,19 +104,14 @@ class PredictorTraining(lightning.LightningModule):
         optimizer = torch.optim.AdamW(
             self.mlps.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / steps))
+        schedule = one_cycle(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def one_cycle(done: float) -> float:
-    """The share of the highest learning rate after the share `done` of training: a tenth rising, then half a cosine.
-
-    Epochs may differ by a batch, so `done` may pass 1.
-    """
-    if done < WARM_UP:
-        return done / WARM_UP
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - WARM_UP) / (1 - WARM_UP))))
+def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over `steps` steps: for a tenth of them it rises to the optimizer's own, then it falls as half a cosine."""
+    warm_up: Any = WARM_UP * steps  # declared to be a whole number, and right for any
+    return get_cosine_schedule_with_warmup(optimizer, warm_up, steps)
 
 
 def mean_of(results: Results, kind: str, measure: str = "recall@k") -> float:
