@@ -7,6 +7,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+from huggingface_hub import ModelCardData
+
 from ..predictors.checkpoint import Predictors
 from ..predictors.config import FORMAT_VERSION
 from ..predictors.metrics import gap_closed
@@ -82,6 +85,13 @@ def remarks(predictors: Predictors, rounding: Rounding | None = None) -> list[st
     return found
 
 
+class _Quoted(str):
+    """Text that stands in double quotes in YAML, whatever it is like."""
+
+
+yaml.add_representer(_Quoted, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
+
+
 def _is_hub_name(name: str) -> bool:
     """Whether it names a repository: the Hub refuses any other base model, and a folder here is none."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
@@ -96,13 +106,14 @@ def model_card(predictors: Predictors, entries: dict[int, Any], rounding: Roundi
     name, provenance = predictors.model["name"], predictors.provenance
     top_k, trace = predictors.model["top_k"], provenance["trace"]
     quoted = json.dumps(name)
+    front_matter = ModelCardData(
+        library_name="predict-train",
+        base_model=_Quoted(name) if _is_hub_name(name) else None,
+        tags=["mixture-of-experts", "expert-speculation"],
+    )
     lines = [
         "---",
-        "library_name: predict-train",
-        *([f"base_model: {quoted}"] if _is_hub_name(name) else []),
-        "tags:",
-        "- mixture-of-experts",
-        "- expert-speculation",
+        front_matter.to_yaml(original_order=["library_name", "base_model", "tags"]),
         "---",
         "",
         f"# Expert predictors for {name}",
