@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +61,20 @@ def test_a_traces_speculators_are_the_models(recorded):
         routing = None if source is None else Routing(logits, values, ids)
         expected, actual = own[target](residual, routing, inner), Speculator(rebuilt[target])(residual, routing, inner)
         assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True)), target
+
+
+def test_the_benchmark_of_default_vectors_speculates_as_the_trace_does(recorded, tmp_path):
+    """With the trace's own vectors it finds what `collect` found: a post-norm behind them is not forgotten."""
+    trace = recorded[1]
+    entries = Trace.open(trace).manifest.layers
+    if not any(entry.post_norm for entry in entries):
+        pytest.skip("no post-norm")
+    arguments = ["benchmarks.default_vectors", str(trace), str(trace), "--out", str(tmp_path / "out.json")]
+    subprocess.run([sys.executable, "-m", *arguments], check=True, cwd=Path(__file__).parents[1], capture_output=True)
+    found = json.loads((tmp_path / "out.json").read_text())["training_free"]
+    expected = {str(entry.layer): entry.training_free for entry in entries}
+    assert found["trace"] == pytest.approx(expected, abs=1e-6)
+    assert found["none"] != pytest.approx(expected, abs=1e-6)
 
 
 def test_the_loop_runs_and_exact_policies_are_exact(recorded, tmp_path):
