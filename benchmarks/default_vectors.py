@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from predict_train.data_collection.statistics import training_free_hit_rates
+from predict_train.data_collection.statistics import hit_rates
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.provenance import command, versions
 from predict_train.predictors.stacked import StackedSpeculators
@@ -49,7 +49,7 @@ def rates(trace: Trace, vectors: dict[int, torch.Tensor]) -> dict[int, float]:
     own = trace.wirings().items()
     wirings = [replace(wiring, default_vectors=vectors.get(sources[target])) for target, wiring in own]
     stacked = StackedSpeculators(wirings, trace.manifest.model.hidden_size)
-    return training_free_hit_rates(trace.sample(ROWS), sources, stacked, sizes)[0]
+    return hit_rates(trace.sample(ROWS), sources, stacked, sizes)[0]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from .progress import (
     save_progress,
 )
 from .settings import CollectConfig, CollectError
-from .statistics import SAMPLE_ROWS, training_free_hit_rates
+from .statistics import SAMPLE_ROWS, hit_rates
 from .trace import Trace
 from .writer import TraceWriter, disk, write_manifest, write_speculation
 
@@ -217,7 +217,7 @@ def _finish(config: CollectConfig, group: Group, model: PreTrainedModel, layers:
     # Read back from the disk, as `fit` will.
     trace = Trace(config.out, manifest)
     sample, top_k = trace.sample(SAMPLE_ROWS), manifest.model.top_k
-    [rates] = training_free_hit_rates(sample, trace.sources, trace.stacked(), [top_k])
+    [rates] = hit_rates(sample, trace.sources, trace.stacked(), [top_k])
     for entry in manifest.layers:
         entry.training_free = rates[entry.layer]
     write_manifest(config.out, manifest)

@@ -20,7 +20,7 @@ from .hooks import Recorder
 from .passes import run_batch
 from .progress import Plan
 from .settings import CollectConfig, CollectError
-from .statistics import training_free_hit_rates
+from .statistics import hit_rates
 from .wiring import wiring_state
 
 RATES_TOKENS = 4096
@@ -148,7 +148,7 @@ def _training_free(
             batches.append(run_batch(model, recorder, batch, prefill))
     wirings = wire(layers, recorder.sources, recorder.default_vectors())
     stacked = StackedSpeculators(map(_own, wirings.values()), layers[0].hidden_size)
-    [rates] = training_free_hit_rates(iter(batches), recorder.sources, stacked, [layers[0].top_k])
+    [rates] = hit_rates(iter(batches), recorder.sources, stacked, [layers[0].top_k])
     return rates, sum(len(columns[TOKEN_IDS]) for columns in batches)
 
 

@@ -78,16 +78,9 @@ def _training_free(trace: Trace, sample_rows: int) -> tuple[dict[str, list[float
     chosen = [torch.arange(0, entry.rows, step) for entry in trace.manifest.shards]
     parts = ((shard, some) for shard, rows in enumerate(chosen) for some in rows.split(CHUNK_ROWS))
     batches = (trace.read(shard, rows) for shard, rows in parts)
-    rates = training_free_hit_rates(batches, trace.sources, trace.stacked(), list(sizes.values()))
+    rates = hit_rates(batches, trace.sources, trace.stacked(), list(sizes.values()))
     by_size = {name: list(found.values()) for name, found in zip(sizes, rates, strict=True)}
     return by_size, sum(map(len, chosen))
-
-
-def training_free_hit_rates(
-    batches: Iterable[Columns], sources: dict[int, int | None], speculators: StackedSpeculators, sizes: list[int]
-) -> list[dict[int, float]]:
-    """`hit_rates` of the router on the quasi-hidden state, without predictors."""
-    return hit_rates(batches, sources, speculators, sizes, {})
 
 
 def hit_rates(
@@ -95,14 +88,14 @@ def hit_rates(
     sources: dict[int, int | None],
     speculators: StackedSpeculators,
     sizes: list[int],
-    mlps: dict[int, ResidualMLP],
+    mlps: dict[int, ResidualMLP] | None = None,
 ) -> list[dict[int, float]]:
     """For each number of candidates in `sizes`, by target: recall of the router on the state that its MLP corrected.
 
-    Over the rows of `batches`; a target that has no MLP in `mlps` is speculated on without one. MLPs are fp32, as the
+    Over the rows of `batches`; a target that has no MLP is speculated on training-free. MLPs are fp32, as the
     `speculators` are, which stand in the order of `sources`.
     """
-    metrics = [HitRate(len(sources)) for _ in sizes]
+    metrics, mlps = [HitRate(len(sources)) for _ in sizes], mlps or {}
     with torch.no_grad():
         for columns in batches:
             batch, states = make_batch(columns, sources, speculators), []

@@ -2,8 +2,7 @@
 
     manifest.json            what was recorded, from which model and text, and the shards with their checksums
     config.json              the model's config
-    speculation.safetensors  `default_vectors.<source>`; `layers.<target>.` `norm.<name>`, `router.<name>`,
-                             `router_arguments.<n>`, `post_norm.<name>` (its source's)
+    speculation.safetensors  default vectors, norms and routers: the wiring of its speculators (see `wiring.py`)
     shard-NNNNN.safetensors  one row a token (shard-RRRR-NNNNN of process RRRR, where many shared the collection):
         layers.<l>.residual        [rows, hidden]   bf16    of every source layer
         layers.<l>.inner           [rows, hidden]   bf16    of a source that norms its shared expert with its experts

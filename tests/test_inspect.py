@@ -56,7 +56,7 @@ def test_loads_and_previous_tokens_are_those_of_the_rows(collected):
         assert entry["hit_rate"]["previous_token"] == pytest.approx(same, abs=2e-3)
 
 
-def test_training_free_hit_rates_are_those_of_collect(collected):
+def test_hit_rates_are_those_of_collect(collected):
     trace = Trace.open(collected)
     found = trace_statistics(trace)
     assert found["rows"]["training_free"] == 8000

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from predict_train.data_collection.collect import CollectConfig, collect
-from predict_train.data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
+from predict_train.data_collection.statistics import SAMPLE_ROWS, hit_rates
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.checkpoint import load_predictors
 from predict_train.predictors.mlp import ResidualMLP
@@ -57,7 +57,7 @@ def train(trace: Path, out: Path, **changes: object) -> Path:
 def test_auto_takes_the_layers_below_the_threshold(collected):
     trace = Trace.open(collected)
     sample = trace.sample(SAMPLE_ROWS, trace.columns_for(trace.sources))
-    [rates] = training_free_hit_rates(sample, trace.sources, trace.stacked(), [trace.manifest.model.top_k])
+    [rates] = hit_rates(sample, trace.sources, trace.stacked(), [trace.manifest.model.top_k])
     assert rates == pytest.approx(hit_rates_of(trace, trace.sources), abs=1e-6)
     assert rates == pytest.approx({e.layer: e.training_free for e in trace.manifest.layers}, abs=1e-6)
     middle = sorted(rates.values())[1]

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from transformers import AutoConfig
 
-from ..data_collection.statistics import SAMPLE_ROWS, training_free_hit_rates
+from ..data_collection.statistics import SAMPLE_ROWS, hit_rates
 from ..data_collection.trace import Trace
 from ..predictors.architecture import farther, skeleton
 from ..predictors.experts import expert_modules
@@ -96,7 +96,7 @@ def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, floa
     if recorded.keys() >= sources.items():  # measured by `collect`, on the same sample
         return {target: recorded[target, source] for target, source in sources.items()}
     parts = trace.sample(SAMPLE_ROWS, trace.columns_for(sources))
-    [rates] = training_free_hit_rates(parts, sources, trace.stacked(sources), [trace.manifest.model.top_k])
+    [rates] = hit_rates(parts, sources, trace.stacked(sources), [trace.manifest.model.top_k])
     return rates
 
 
