@@ -124,7 +124,7 @@ def model_card(predictors: Predictors, entries: dict[int, Any], rounding: Roundi
         "```python",
         "from transformers import AutoTokenizer",
         "",
-        "from runtime import load_offloaded",
+        "from predict_train import load_offloaded",
         "",
         f'model = load_offloaded({quoted}, "FOLDER_OR_HUB_NAME", policy="speculative", gating="true")',
         f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
