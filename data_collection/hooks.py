@@ -88,7 +88,7 @@ class Recorder:
 
     def control_hit_rates(self) -> dict[int, float]:
         """By target: how often router and norm, given their recorded input again, find the experts used. Must be 1.0."""
-        return dict(zip(self.sources, self._control.own_rates(), strict=True))
+        return dict(zip(self.sources, self._control.rates(), strict=True))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies, on the CPU, of all that the passes so far have added up: what default vectors and control are made of.

@@ -104,7 +104,7 @@ def hit_rates(
             found = [candidates(routing, max(sizes)) for routing in speculators.route(states)]
             for metric, size in zip(metrics, sizes, strict=True):
                 metric.update(torch.stack(found)[..., :size], batch.ids)
-    return [dict(zip(sources, metric.own_rates(), strict=True)) for metric in metrics]
+    return [dict(zip(sources, metric.rates(), strict=True)) for metric in metrics]
 
 
 def _previous_token(trace: Trace) -> tuple[list[float], int]:

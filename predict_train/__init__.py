@@ -1,9 +1,9 @@
-"""The one name to import, which no file of a user's own can hide: the rooms are its subpackages.
+"""The one name to import. The rooms are its subpackages:
 
     predict_train.predictors        predict_train.train
     predict_train.data_collection   predict_train.runtime
 
-So a folder with a train.py or a runtime.py of its own is no place where anything is mistaken for anything else.
+So a user's own train.py or runtime.py is never mistaken for ours.
 """
 
 from importlib import import_module
@@ -30,7 +30,7 @@ __all__ = ["load_experts", "load_offloaded", "load_predictors", "offload_experts
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: torch takes seconds to import, and the command line's help needs none of it.
+    # Imported on first use: torch takes seconds to import, and the command line's help does not need it.
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_PLACES[name]}", __name__), name)

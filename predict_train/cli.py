@@ -1,6 +1,6 @@
-"""The command line: one short function a command, its flags made from its configuration class.
+"""The command line: one short function for each command; its flags are made from its configuration class.
 
-Only the classes are imported here, which need no torch; a command imports its job when it runs.
+Only these classes are imported at the top, because they need no torch. A command imports its job when it runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from .data_collection.settings import CollectConfig, ModelsConfig
 from .flags import command
@@ -33,7 +34,7 @@ def _tell_version(asked: bool) -> None:
 
 @app.callback()
 def predict_train(
-    version: Annotated[  # its callback does it
+    version: Annotated[  # the callback does the work
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
@@ -70,8 +71,6 @@ def export(config: ExportConfig) -> None:
 @command(app)
 def inspect(config: InspectConfig) -> None:
     """Tells what a trace, a run or a predictors folder holds: where it is from, hit rates and expert loads by layer."""
-    from rich.console import Console
-
     from .train.inspection import inspect as job
     from .train.inspection import plot, report
 
@@ -87,7 +86,6 @@ def models(config: ModelsConfig) -> None:
     """Tries every mixture-of-experts type of the installed transformers on a tiny random model of it."""
     import torch
     import transformers
-    from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
 
@@ -137,8 +135,6 @@ def generate(config: GenerateConfig) -> None:
 @command(app)
 def evaluate(config: EvaluateConfig) -> None:
     """Measures hit rates by layer, and MODEL's cross-entropy under every policy, on held-out text."""
-    from rich.console import Console
-
     from .predictors.loading import load_tokenizer
     from .predictors.provenance import command, versions
     from .running import batches_of, load_whole
@@ -165,8 +161,6 @@ def demo(config: DemoConfig) -> None:
 @command(app)
 def bench(config: BenchConfig) -> None:
     """Measures every way to run MODEL with its experts offloaded, in turn, and how close each is to its limit."""
-    from rich.console import Console
-
     from .measuring import bench as job
     from .runtime.measure.figures import draw_bench, print_bench
 
@@ -181,8 +175,6 @@ def bench(config: BenchConfig) -> None:
 @command(app)
 def plan(config: PlanConfig) -> None:
     """Tells what MODEL would take per token on some hardware under each policy, and what bounds it, without running it."""
-    from rich.console import Console
-
     from .measuring import plan as job
     from .runtime.measure.figures import print_plan
 
@@ -199,9 +191,9 @@ def pack(config: PackConfig) -> None:
     from .predictors.loading import read_model_config, resolve_dtype
     from .runtime.pack import load_and_pack
 
-    dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # which leaves auto to the checkpoint
+    dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the checkpoint
     source = read_model_config(config.random_weights) if config.random_weights is not None else config.model
-    assert source is not None, "the class has seen to it"
+    assert source is not None, "the class requires one of both"
     _, file = load_and_pack(source, config.out, dtype, config.seed)
     print(f"{file}: {file.stat().st_size:,} bytes")
 

@@ -1,4 +1,4 @@
-"""The demo: the whole loop on the embedded model, which lies beside the rooms."""
+"""The demo: the whole loop on the embedded model."""
 
 from __future__ import annotations
 

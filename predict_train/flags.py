@@ -1,4 +1,4 @@
-"""A command made from a configuration class: one flag a field, with the field's docstring and default for its help."""
+"""Makes a command from a configuration class: one flag for each field, with the field's docstring and default as its help."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ FILE = typer.Option(
 
 
 def command(app: typer.Typer) -> Callable[[Callable[[S], None]], Callable[[S], None]]:
-    """Adds a job of one configuration to `app`: its name, its docstring, and a flag for each field of its parameter's class.
+    """Adds a job to `app`, with its name, its docstring, and a flag for each field of its parameter's class.
 
-    Every flag is text, or given or not, until the class checks it; what is not given is left to the file and the defaults.
+    The class checks the flags' text; a flag that is not given is left to the file and the defaults.
     """
 
     def add(job: Callable[[S], None]) -> Callable[[S], None]:
@@ -53,9 +53,9 @@ def _ordered(kind: type[Settings]) -> list[str]:
 
 
 def _hint(kind: type[Settings], name: str) -> Any:
-    """What typer makes the flag of a field from."""
+    """The annotation that typer makes a field's flag from."""
     field, key = kind.model_fields[name], kind.keys()[name]
-    found = next(_kinds(field), None)
+    found = next(_kinds(*field.metadata, field.annotation), None)
     text = _help(kind, name, field, found)
     if bool in (field.annotation, *get_args(field.annotation)):
         both = f"--{key.replace('_', '-')}/--no-{key.replace('_', '-')}"
@@ -69,7 +69,7 @@ def _hint(kind: type[Settings], name: str) -> Any:
 
 
 def _help(kind: type[Settings], name: str, field: FieldInfo, found: Kind | None) -> str:
-    """In round brackets, since rich takes square ones for markup."""
+    """The help of a flag. The default is in round brackets, because rich takes square ones for markup."""
     said = (base.model_fields.get(name) for base in kind.__mro__ if issubclass(base, Settings))
     text = next((one.description for one in said if one is not None and one.description), "")
     text = " ".join(text.replace("`", "").split())
@@ -83,36 +83,33 @@ def _help(kind: type[Settings], name: str, field: FieldInfo, found: Kind | None)
     return f"{text} (default: {default if default.isprintable() else repr(default)})"
 
 
-def _kinds(field: FieldInfo) -> Iterator[Kind]:
-    def within(annotation: Any) -> Iterator[Kind]:
+def _kinds(*annotations: Any) -> Iterator[Kind]:
+    """The kinds that stand in annotations, at any depth."""
+    for annotation in annotations:
         if isinstance(annotation, Kind):
             yield annotation
         elif get_origin(annotation) in (Annotated, Union, types.UnionType, list):
-            for part in get_args(annotation):
-                yield from within(part)
-
-    for part in (*field.metadata, field.annotation):
-        yield from within(part)
+            yield from _kinds(*get_args(annotation))
 
 
 def _plain(annotation: Any) -> str:
-    """What a field without a kind takes."""
+    """The type of value that a field without a kind takes."""
     parts = {int: "int", float: "float"}
     return next((parts[part] for part in (annotation, *get_args(annotation)) if part in parts), "str")
 
 
 def count_text(count: int) -> str:
-    """What `parse_count` reads, as short as it can be."""
+    """The shortest text that `parse_count` reads as `count`."""
     letter, times = max(((k, n) for k, n in TIMES.items() if count % n == 0), key=itemgetter(1), default=("", 1))
     return f"{count // times}{letter if letter == 'k' else letter.upper()}" if count else "0"
 
 
 def bytes_text(size: int) -> str:
-    """What `parse_bytes` reads, in the largest unit that is exact."""
+    """The text that `parse_bytes` reads as `size`, in the largest unit that is exact."""
     units = ("B", "KiB", "MiB", "GiB")
     power = max(power for power in range(len(units)) if size % 1024**power == 0)
     return f"{size >> 10 * power}{units[power]}"
 
 
 TEXTS: dict[str, Callable[[Any], str]] = {"count": count_text, "size": bytes_text}
-"""How the default of a kind of field is written."""
+"""How the help writes a default, by kind of field."""

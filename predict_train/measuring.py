@@ -27,7 +27,7 @@ from .runtime.measure.settings import BenchConfig, Drawn, PlanConfig
 
 
 def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
-    """Measures every way to run a model; tells each round on `console`."""
+    """Measures every way to run a model; prints each round on `console`."""
     parse_ways(config.policies)
     device = resolve_device(config.device)
     model, token_ids = _load(config)
@@ -72,8 +72,8 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """Tells what a model would take on some hardware, from its config alone."""
-    dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # which leaves auto to the config
+    """Computes a model's time and memory on some hardware, from its config alone."""
+    dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the config
     shape = planning.read_shape(read_model_config(config.model), dtype if isinstance(dtype, torch.dtype) else None)
     machine = planning.Hardware(
         memory_bandwidth=config.memory_bandwidth,
@@ -130,7 +130,7 @@ def _load(config: BenchConfig) -> tuple[PreTrainedModel, torch.Tensor]:
 def _routing(
     kind: str, config: BenchConfig | PlanConfig, steps: int, predictors: Predictors | None, sizes: dict[str, int]
 ) -> ReplayedRouting:
-    """A routing that is drawn, or that of the trace in the folder `kind`."""
+    """A drawn routing (`synthetic`), or the routing of the trace in the folder `kind`."""
     if kind == "synthetic":
         return draw_routing(_statistics(config), steps=steps, seed=config.seed, **sizes)
     return replay(Trace.open(kind), steps, sizes["candidates"], predictors, config.horizon)

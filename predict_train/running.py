@@ -1,21 +1,19 @@
-"""What the commands that run a model share: loading it as their settings say, and text to run it on."""
+"""Used by all commands that run a model: loading it by their settings, and the text to run it on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .data_collection.corpus import read_documents, sequences
+from .predictors.loading import load_model, resolve_device, resolve_dtype
+from .runtime.load import load_experts, load_to_host
 from .runtime.settings import Loading, Named, Offloading
 from .settings import EvaluateConfig
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 def dtype_of(model: Named, offloading: Offloading) -> torch.dtype | str:
-    """The dtype to load a model in; `auto` is left to its packed file, if there is one, or on CUDA to the checkpoint."""
-    from .predictors.loading import resolve_device, resolve_dtype
-
+    """The dtype to load a model in; `auto` is left to its packed file if there is one, or on CUDA to the checkpoint."""
     device = resolve_device(offloading.device)
     if model.dtype == "auto" and model.pack is not None and model.pack.exists():
         return "auto"
@@ -23,10 +21,7 @@ def dtype_of(model: Named, offloading: Offloading) -> torch.dtype | str:
 
 
 def load_whole(config: EvaluateConfig) -> PreTrainedModel:
-    """The model on its device, experts and all."""
-    from .predictors.loading import load_model, resolve_device
-    from .runtime.load import load_experts, load_to_host
-
+    """The model on its device, with its experts."""
     device, dtype = resolve_device(config.device), dtype_of(config, config)
     if config.pack is None:
         return load_model(config.model, device, dtype)
@@ -36,11 +31,7 @@ def load_whole(config: EvaluateConfig) -> PreTrainedModel:
 
 
 def batches_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> list[torch.Tensor]:
-    """Token ids `[sequences, length]`; a last short sequence stands alone, so nothing is padded."""
-    import torch
-
-    from .data_collection.corpus import read_documents, sequences
-
+    """Token ids `[sequences, length]`; a shorter last sequence is a batch of its own, so nothing is padded."""
     documents = read_documents(config.corpus, config.split, tokenizer=tokenizer)
     rows = list(sequences(documents, tokenizer, config.sequence_length, config.tokens))
     whole = [row for row in rows if len(row) == config.sequence_length]

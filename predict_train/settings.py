@@ -1,4 +1,4 @@
-"""The settings of the commands that put rooms together."""
+"""The settings of the commands that use several rooms."""
 
 from __future__ import annotations
 

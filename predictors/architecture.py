@@ -1,6 +1,6 @@
 """The MoE layers of a transformers model: for each its norm, router, experts, and how the experts' sum joins the layer.
 
-There is no table of models; `discovery` reads all of it off the model itself.
+`discovery` reads all of it from the model itself, so there is no table of models.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,32 +21,32 @@ from .errors import UserError
 
 
 class UnsupportedModelError(UserError):
-    """The model is not one that speculation can work on; the message says why."""
+    """Speculation cannot work on this model; the message says why."""
 
 
 @dataclass(frozen=True)
 class Join:
-    """How a layer's output `o` comes about from the residual stream `h`, the block's input `x` and the experts' sum `y`.
+    """How a layer's output `o` is made from the residual stream `h`, the block's input `x` and the experts' sum `y`.
 
         s = base_scale * (x if base_is_normed else h) + sum of beside_scale * beside      known before the experts run
         o = s + post_scale * (shared_scale * shared(x) + expert_scale * project(y))       without a post-norm
         o = s + post_scale * post_norm(shared_scale * shared(x) + expert_scale * project(y))
 
-    Without a post-norm the shared expert's term counts to `s`, and `residual` is all of the layer's output but its
-    routed experts; with one it goes through the norm together with the experts, and is called `inner`.
+    Without a post-norm, the shared expert's term is part of `s`: the `residual` is the layer's whole output without its
+    routed experts. With a post-norm, that term goes through the norm together with the experts, and is called `inner`.
     """
 
     base_is_normed: bool = False
     base_scale: float = 1.0
     beside: tuple[tuple[nn.Module, float], ...] = ()
-    """Modules that run before the block and are added with it (attention parallel to the block), with their factors."""
+    """Modules that run before the block and are added to the stream with it (parallel attention), with their factors."""
     shared: nn.Module | None = None
     """The shared expert, computed for every token, or None."""
     shared_gate: nn.Module | None = None
     """A `[1, hidden]` linear layer whose sigmoid scales the shared expert, or None."""
     shared_scale: float = 1.0
     project: nn.Module | None = None
-    """A linear layer from the experts' space back to the stream's, or None where they are the same."""
+    """A linear layer from the experts' space back to the stream's, or None if both are the same."""
     expert_scale: float = 1.0
     post_norm: nn.Module | None = None
     post_scale: float = 1.0
@@ -55,7 +56,7 @@ class Join:
         return self.post_norm is not None and self.shared is not None
 
     def shared_term(self, x: torch.Tensor) -> torch.Tensor | None:
-        """`shared_scale * shared(x)` for the block's input `x` `[tokens, hidden]`, or None where there is none."""
+        """`shared_scale * shared(x)` for the block's input `x` `[tokens, hidden]`, or None without a shared expert."""
         if self.shared is None:
             return None
         return self.scaled(self.shared(x), None if self.shared_gate is None else self.shared_gate(x))
@@ -68,7 +69,7 @@ class Join:
     def residual(
         self, h: torch.Tensor, x: torch.Tensor, beside: list[torch.Tensor], shared_term: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The residual `s` and, where there is one, `inner`; all `[tokens, hidden]`. `beside` in the order of the field."""
+        """The residual `s`, and `inner` or None, each `[tokens, hidden]`. `beside` is in the order of the field."""
         s = x if self.base_is_normed else h
         if self.base_scale != 1.0:
             s = self.base_scale * s
@@ -79,13 +80,12 @@ class Join:
         return s + (shared_term if self.post_scale == 1.0 else self.post_scale * shared_term), None
 
     def in_stream(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Experts' outputs `[n, experts' width]` as default vectors hold them: what `inner` or `s` is added, `[n, hidden]`.
+        """The term that experts' outputs `[n, experts' width]` add to `inner` or `s`, `[n, hidden]`; default vectors hold it.
 
-        All of it is linear, so it may be taken of a mean.
+        It is linear, so it can be applied to a mean of outputs.
         """
         if self.project is not None:
-            weight: torch.Tensor = self.project.weight  # type: ignore[assignment]
-            outputs = outputs @ weight.to(outputs).T
+            outputs = outputs @ self.project.weight.to(outputs).T  # type: ignore[operator]
         scale = self.expert_scale * (self.post_scale if self.post_norm is None else 1.0)
         return outputs if scale == 1.0 else scale * outputs
 
@@ -101,22 +101,21 @@ class MoELayer:
     block: nn.Module
     """The module that calls the router and the experts."""
     names: dict[str, Any]
-    """Where things stand in the model, as dotted names: `norm`, `router`, `post_norm` ("" where there is none),
-    `router_arguments` (a list)."""
+    """Dotted names in the model: `norm`, `router`, `post_norm` ("" if there is none), and the
+    list `router_arguments`."""
     norm: nn.Module
-    """The norm whose output the router reads; its input is the residual stream after attention. An `Identity` where a
-    model has none."""
+    """The norm whose output the router reads; its input is the residual stream after attention. `Identity` if there is none."""
     router: nn.Module
     """`router(x, *router_arguments)` returns `(logits, weights, ids)`: `[tokens, experts]`, `[tokens, top_k]` twice."""
     router_arguments: tuple[torch.Tensor, ...]
     """Parameters or buffers of the block that its router is called with (score-correction biases)."""
     router_ndim: int
-    """2 where the router is called with `[tokens, hidden]`, 3 where with `[sequences, length, hidden]`."""
+    """2 if the router is called with `[tokens, hidden]`, 3 if with `[sequences, length, hidden]`."""
     experts: nn.Module
     """All routed experts, called as `experts(x, ids, weights)`; its parameters are stacked along dimension 0."""
     join: Join
     attends: bool
-    """Whether anything (attention) runs between the layer's input and the norm."""
+    """Whether a module (attention) runs between the layer's input and the norm."""
     num_experts: int
     top_k: int
     hidden_size: int
@@ -129,7 +128,7 @@ class MoELayer:
 
 @contextmanager
 def override_forward(module: nn.Module, forward: Any) -> Iterator[Any]:
-    """Puts `forward` in the place of `module.forward` and yields the original; the module is restored exactly."""
+    """Replaces `module.forward` by `forward` and yields the original; at the end the module is exactly as before."""
     had_own = "forward" in vars(module)
     original = module.forward
     module.forward = forward
@@ -143,7 +142,7 @@ def override_forward(module: nn.Module, forward: Any) -> Iterator[Any]:
 
 
 def first_tensor(values: Any) -> torch.Tensor:
-    """The first tensor of a module's arguments or of what it returned, which by convention is the hidden states."""
+    """The first tensor among a module's arguments or results: by convention the hidden states."""
     if isinstance(values, torch.Tensor):
         return values
     return next(x for x in values if isinstance(x, torch.Tensor))
@@ -152,19 +151,17 @@ def first_tensor(values: Any) -> torch.Tensor:
 def sources(layers: list[MoELayer], horizon: int = 1) -> dict[int, int | None]:
     """The source layer of each target layer, by layer index.
 
-    It is the layer before, where that is an MoE layer. Where it is dense, all of its output is known, so the target
-    reads its own input (None), as the first MoE layer does; unless nothing runs between that and the router, which
-    would leave no time to copy: then it is the MoE layer before.
+    It is the layer before, if that is an MoE layer. A dense layer's whole output is known, so the target after it reads
+    its own input (None), as the first MoE layer does. But if nothing runs between that input and the router, there is no
+    time to copy: then the source is the MoE layer before.
 
-    With a `horizon` of 2 it is the source's own source: the guess is made, and its copies may begin, an MoE layer earlier. A
-    target whose source has none keeps that source.
+    With a `horizon` of 2 it is the source of that source: the guess and its copies can begin one MoE layer earlier. A
+    target whose source has no source keeps its own.
     """
-    nearest: dict[int, int | None] = {}
-    before: MoELayer | None = None
-    for layer in layers:
-        near = before is not None and (before.index == layer.index - 1 or not layer.attends)
-        nearest[layer.index] = before.index if before is not None and near else None
-        before = layer
+    nearest: dict[int, int | None] = {layer.index: None for layer in layers}
+    for before, layer in pairwise(layers):
+        if before.index == layer.index - 1 or not layer.attends:
+            nearest[layer.index] = before.index
     return farther(nearest, horizon)
 
 
@@ -181,7 +178,7 @@ def farther(nearest: dict[int, int | None], horizon: int) -> dict[int, int | Non
 def moe_shape(config: PretrainedConfig, layers: list[MoELayer]) -> dict[str, Any]:
     """The facts that predictors depend on, as plain JSON values, with a fingerprint (sha256) of them all."""
     text = config.get_text_config()
-    shape: dict[str, Any] = {
+    shape = {
         "model_type": config.model_type,
         "hidden_size": layers[0].hidden_size,
         "num_hidden_layers": text.num_hidden_layers,
@@ -189,15 +186,14 @@ def moe_shape(config: PretrainedConfig, layers: list[MoELayer]) -> dict[str, Any
         "num_experts": layers[0].num_experts,
         "top_k": layers[0].top_k,
     }
-    shape["fingerprint"] = fingerprint(shape)
-    return shape
+    return shape | {"fingerprint": fingerprint(shape)}
 
 
 FACTS = ("model_type", "hidden_size", "num_hidden_layers", "moe_layers", "num_experts", "top_k")
 
 
 def fingerprint(shape: dict[str, Any]) -> str:
-    """sha256 of the facts in a `moe_shape`: models that share it can share predictors."""
+    """sha256 of the facts in a `moe_shape`: models with the same one can share predictors."""
     facts = {name: shape[name] for name in FACTS}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -210,7 +206,6 @@ def describe_shape(shape: dict[str, Any]) -> str:
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: all modules, no memory."""
+    """The model of a config on the meta device: it has all modules and takes no memory."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
+        return AutoModelForCausalLM.from_config(config)

@@ -4,8 +4,8 @@
     config.json              format version, the model they belong to, per layer source, width and hit rates
     README.md                a model card
 
-Nothing is ever unpickled, and nothing is allocated by what config.json says before the weights' header agrees. Every way in which
-such a folder can be wrong ends in one `PredictorsError`.
+Nothing is ever unpickled. Memory is allocated only after the header of the weights agrees with config.json. Whatever is
+wrong with such a folder, the result is one `PredictorsError`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import MoELayer, describe_shape, moe_shape, sources
@@ -32,27 +33,27 @@ from .speculation import Speculator, wire
 
 WEIGHTS, CARD = "predictors.safetensors", "README.md"
 FLOATS = ("F32", "BF16", "F16")
-"""The dtypes that weights may have, by safetensors' names."""
+"""The dtypes that weights may have, as safetensors names them."""
 
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """The speculation on one target layer: what it reads, its predictor, and what it finds."""
+    """The speculation on one target layer: its source, its predictor and its hit rates."""
 
     layer: int
     source: int | Literal["nearest"] | None = "nearest"
-    """The layer whose residual it reads; None for the target's own input. `nearest` is what `architecture.sources` says: so
-    does an export of before it was written."""
+    """The layer whose residual it reads; None for the target's own input. `nearest` is what `architecture.sources` says;
+    exports of older releases have only that."""
     mlp: ResidualMLP | None = None
-    """fp32 when loaded; without one the speculation is training-free."""
+    """fp32 when loaded; None means training-free speculation."""
     hit_rates: dict[str, float] = field(default_factory=dict)
-    """`training_free` and, where there is an MLP, `predictor`; on validation sequences."""
+    """`training_free`, and `predictor` if there is an MLP; on validation sequences."""
     recall: list[float] = field(default_factory=list)
-    """At k, k + 1, ..., 2k candidates, on validation sequences; empty in an export of before it was written."""
+    """At k, k + 1, ..., 2k candidates, on validation sequences; empty in exports of older releases."""
 
     @property
     def nbytes(self) -> int:
-        """Of the MLP's weights as they are in memory."""
+        """Bytes of the MLP's weights in memory."""
         return 0 if self.mlp is None else sum(p.nbytes for p in self.mlp.parameters())
 
 
@@ -63,7 +64,7 @@ class Predictors:
     model: dict[str, Any]
     """`name` and the facts of `architecture.moe_shape` of the model they belong to."""
     layers: list[TargetLayer] = field(default_factory=list)
-    """A target layer that is not among them is speculated on training-free, from its nearest source."""
+    """A target layer that is missing here is speculated on training-free, from its nearest source."""
     default_vectors: dict[int, torch.Tensor] = field(default_factory=dict)
     """By source layer: `[experts, hidden]`, fp32."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -71,11 +72,11 @@ class Predictors:
 
     @property
     def mlps(self) -> dict[int, ResidualMLP]:
-        """Those that there are, by target layer."""
+        """The MLPs by target layer; layers without one are left out."""
         return {entry.layer: entry.mlp for entry in self.layers if entry.mlp is not None}
 
     def of(self, target: int) -> TargetLayer:
-        """What is known of the speculation on a target layer."""
+        """The entry of a target layer, or a default one."""
         return next((entry for entry in self.layers if entry.layer == target), TargetLayer(target))
 
     def training_free(self) -> Predictors:
@@ -92,7 +93,7 @@ class Predictors:
             )
 
     def sources_among(self, nearest: dict[int, int | None]) -> dict[int, int | None]:
-        """The source of each target layer in `nearest`, which names its nearest one."""
+        """The source of each target layer; `nearest` gives every target's nearest source."""
         own = {target: self.of(target).source for target in nearest}
         return {target: nearest[target] if isinstance(source, str) else source for target, source in own.items()}
 
@@ -105,9 +106,9 @@ def make_speculators(
 ) -> dict[int, Speculator]:
     """A speculator for every MoE layer of `model`, by target layer index, on the model's devices.
 
-    Where there is no predictor the speculation is training-free; without `predictors` it has no default vectors either.
-    `source_of` is the source of each target; by default what the predictors were trained for, or else the nearest.
-    Raises `PredictorsError` where the predictors belong to another model.
+    Without a predictor, the speculation is training-free; without `predictors`, it has no default vectors either.
+    `source_of` is the source of each target: by default the one that the predictors were trained for, else the nearest.
+    Raises `PredictorsError` if the predictors belong to another model.
     """
     layers = find_moe_layers(model) if layers is None else layers
     if predictors is None:
@@ -123,14 +124,14 @@ def make_speculators(
         if mlp is not None:
             weight = next(layer.router.parameters())
             copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width)
-            copy.load_state_dict(mlp.state_dict(), assign=True)  # not twice in memory where the dtype is the model's
+            copy.load_state_dict(mlp.state_dict(), assign=True)  # no second copy if the dtype is the model's
             speculator.mlp = copy.to(weight.device, weight.dtype)
         speculators[layer.index] = speculator.requires_grad_(False).eval()
     return speculators
 
 
 def refuse_existing(folder: Path) -> None:
-    """Raises `PredictorsError` where something is that predictors would be written over."""
+    """Raises `PredictorsError` if writing predictors to `folder` would overwrite something."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PredictorsError(f"{folder} exists already; name a new folder or remove it")
 
@@ -138,7 +139,7 @@ def refuse_existing(folder: Path) -> None:
 def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Path:
     """Writes the folder whole or not at all; floats keep their dtype.
 
-    Raises `PredictorsError` where it exists already, where it can't be written, and for predictors that could not be loaded.
+    Raises `PredictorsError` if it exists, if it can't be written, or if the predictors could not be loaded again.
     """
     folder = Path(folder)
     refuse_existing(folder)
@@ -158,12 +159,11 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
         provenance=predictors.provenance,
     )
     tensors = {f"default_vectors.{source}": d.contiguous() for source, d in predictors.default_vectors.items()}
-    for target, mlp in predictors.mlps.items():
-        tensors |= {f"layers.{target}.{name}": p.detach().contiguous() for name, p in mlp.named_parameters()}
+    tensors |= {name: p.detach().contiguous() for name, p in _modules(predictors.mlps).named_parameters()}
     try:
         with written_whole(folder) as aside:
             aside.mkdir(parents=True)
-            # save_file would make a file that its owner alone can read.
+            # A file of save_file could be read by its owner only.
             (aside / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
             (aside / CONFIG).write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2) + "\n")
             (aside / CARD).write_text(card, encoding="utf-8")
@@ -175,23 +175,21 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
 def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None) -> Predictors:
     """Loads a predictors folder or Hub repository; with `model`, checks that they belong to it.
 
-    Raises `PredictorsError` with one sentence for whatever is missing, broken or of another model.
+    Raises `PredictorsError` with one sentence if anything is missing, broken or of another model.
     """
     folder = _local_folder(str(path_or_id))
     config = read_config(folder)
     hidden, experts = config.model.hidden_size, config.model.num_experts
-    with torch.device("meta"):  # shapes only: no memory is taken until the file has them too
+    with torch.device("meta"):  # shapes only: memory is taken once the file has them too
         mlps = {entry.layer: ResidualMLP(hidden, experts, entry.width) for entry in config.layers if entry.width}
     shapes: dict[str, tuple[int, ...]] = {
         f"default_vectors.{source}": (experts, hidden) for source in config.default_vectors
     }
-    for target, mlp in mlps.items():
-        shapes |= {f"layers.{target}.{name}": tuple(p.shape) for name, p in mlp.named_parameters()}
+    modules = _modules(mlps)
+    shapes |= {name: tuple(p.shape) for name, p in modules.named_parameters()}
     tensors = _read_tensors(folder / WEIGHTS, shapes)
-    for target, mlp in mlps.items():
-        state = {name: tensors[f"layers.{target}.{name}"] for name, _ in mlp.named_parameters()}
-        mlp.load_state_dict(state, assign=True)
-        mlp.requires_grad_(False)
+    modules.load_state_dict({name: tensors[name] for name in modules.state_dict()}, assign=True)
+    modules.requires_grad_(False)
     predictors = Predictors(
         model=config.model.model_dump(),
         layers=[
@@ -212,8 +210,13 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     return predictors
 
 
+def _modules(mlps: dict[int, ResidualMLP]) -> nn.Module:
+    """The MLPs as one module, whose parameters have the names of the file."""
+    return nn.ModuleDict({"layers": nn.ModuleDict({str(target): mlp for target, mlp in mlps.items()})})
+
+
 def as_predictors(given: Predictors | str | Path | None) -> Predictors | None:
-    """What an entrance was given: predictors, or the folder or Hub name that they are loaded from."""
+    """`given` itself, or the predictors loaded from that folder or Hub name."""
     return load_predictors(given) if isinstance(given, str | Path) else given
 
 
@@ -227,14 +230,14 @@ def _local_folder(path_or_id: str) -> Path:
         return Path(snapshot_download(path_or_id, allow_patterns=[WEIGHTS, CONFIG, CARD]))
     except PredictorsError:
         raise
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: no name can be so
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: an impossible name
         raise PredictorsError(
             f"there are no predictors at {path_or_id}: no such folder, and no such repository in reach"
         ) from error
 
 
 def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The tensors of `file`, fp32 in memory of their own; it must hold those of `shapes`, finite floats, and no others."""
+    """The tensors of `file`, as fp32 copies. It must hold exactly those of `shapes`, with finite floats."""
     try:
         _check_header_length(file)
         with safe_open(file, "pt") as opened:
@@ -265,7 +268,7 @@ def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
 
 
 def _check_header_length(file: Path) -> None:
-    """Refuses a header that would be long to read; safetensors checks all else of it."""
+    """Refuses a header that is too long; safetensors checks the rest of it."""
     if not file.is_file():
         raise FileNotFoundError("no such file")
     with file.open("rb") as data:

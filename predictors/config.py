@@ -1,7 +1,7 @@
-"""config.json of a predictors folder: what it says, and whether that can be so.
+"""config.json of a predictors folder: its content and the checks on it.
 
-The file may come from anywhere, so nothing in it is believed: sizes are bounded, strings are never used as paths, and what it
-says of its layers must go with what it says of its model.
+The file may come from anywhere, so nothing in it is trusted: sizes are bounded, strings are never used as paths, and the
+layers must agree with the model.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ READABLE = (2, FORMAT_VERSION)
 """Version 2 had no `source`: every source was the nearest."""
 CONFIG = "config.json"
 MOST_BYTES = 4 << 20
-"""Of config.json, and of the header of the weights: a hundred times what an export of a large model takes."""
+"""The limit for config.json and for the weights' header: a hundred times what an export of a large model needs."""
 
 Count = Annotated[int, Field(gt=0, le=1 << 20)]
 Index = Annotated[int, Field(ge=0, lt=1 << 20)]
 Rate = Annotated[float, Field(ge=0, le=1)]
-# What is printed on a terminal must not steer it: no control characters, but for the line ends of a command.
+# Printed text must not control the terminal: no control characters, except the line ends of a command.
 Line = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 Text = Annotated[str, Field(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
 
@@ -63,7 +63,7 @@ class ModelEntry(_Entry):
 
     @property
     def recall_length(self) -> int:
-        """How many values a recall curve has: those at k, k + 1, ..., 2k candidates, or as many as there are experts."""
+        """How many values a recall curve has: one for each of k, k + 1, ..., 2k candidates, at most the number of experts."""
         return min(2 * self.top_k, self.num_experts) - self.top_k + 1
 
 
@@ -72,13 +72,13 @@ class LayerEntry(_Entry):
 
     layer: Index
     source: Index | None = None
-    """The source layer, None for the target's own input. Left out, as in version 2, it is the nearest."""
+    """The source layer, None for the target's own input. If left out, as in version 2, it is the nearest."""
     width: int = Field(ge=0, le=1 << 20)
-    """Of the predictor; 0 where none was better than training-free speculation, and then there are no tensors."""
+    """Of the predictor; 0 means that none was better than training-free speculation; then there are no tensors."""
     hit_rate: dict[Literal["training_free", "predictor"], Rate] = {}
-    """On validation sequences; `predictor` only where there is one."""
+    """On validation sequences; `predictor` only if there is one."""
     recall: list[Rate] = []
-    """Of the speculation as it is exported, at k, k + 1, ..., 2k candidates, on validation sequences."""
+    """Of the exported speculation, at k, k + 1, ..., 2k candidates, on validation sequences."""
 
 
 class Provenance(_Entry):
@@ -97,7 +97,7 @@ class PredictorsConfig(_Entry):
     model: ModelEntry
     layers: list[LayerEntry]
     default_vectors: list[Index]
-    """The source layers that have some."""
+    """The source layers that have default vectors."""
     provenance: Provenance = Provenance()
 
     @model_validator(mode="after")
@@ -118,7 +118,7 @@ class PredictorsConfig(_Entry):
 
 
 def make_config(**content: Any) -> PredictorsConfig:
-    """The config that `save_predictors` writes. Raises `PredictorsError` for what could not be loaded again."""
+    """The config that `save_predictors` writes. Raises `PredictorsError` if it could not be loaded again."""
     try:
         return PredictorsConfig(format_version=FORMAT_VERSION, **content)
     except ValidationError as error:
@@ -126,7 +126,7 @@ def make_config(**content: Any) -> PredictorsConfig:
 
 
 def read_config(folder: Path) -> PredictorsConfig:
-    """Raises `PredictorsError` with one sentence where config.json is missing, broken or of another version."""
+    """The config in `folder`. Raises `PredictorsError` if it is missing, broken or of another version."""
     file = folder / CONFIG
     data = _read(file)
     if len(data) > MOST_BYTES:
@@ -152,7 +152,7 @@ def read_config(folder: Path) -> PredictorsConfig:
 
 
 def _read(file: Path) -> bytes:
-    """As much of a plain file as can be ours; nothing of another, since a pipe would be waited for."""
+    """The first bytes of a regular file, up to the limit. Other files read as empty: a pipe would block."""
     try:
         if not file.is_file():
             return b""

@@ -1,13 +1,13 @@
 """Finds the MoE layers of a transformers model, without a table of models.
 
-The class of the routers stands in the model's own `_can_record_outputs`; the block that holds a router holds its
-experts. Older releases of transformers leave that class out for some types: there a router is the module beside the
-experts that returns what routers do.
+The model's own `_can_record_outputs` names the class of its routers, and the block that holds a router holds its experts.
+Older releases of transformers leave that class out for some types: then a router is the module beside the experts that
+returns what routers return.
 
-The rest is read off one tiny forward pass, in which random numbers stand in the place of the experts' sum, so that it
-costs next to nothing even where they lie in host memory: which norm feeds the router, with what the router is called,
-and how the experts' sum joins the residual stream. The last is a small linear system: the layer's output, of several
-tokens, as a sum of the tensors that were seen on the way.
+The rest is found by one tiny forward pass: which norm feeds the router, what the router is called with, and how the
+experts' sum joins the residual stream. Random numbers replace the experts' sum, so the pass is cheap even if the experts
+lie in host memory. The join is the solution of a small linear system: the layer's output, for several tokens, as a sum of
+the tensors that were seen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -41,8 +41,7 @@ class Seen(NamedTuple):
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a causal language model, in forward order.
 
-    Raises `UnsupportedModelError` for a dense model and for one whose routers
-    or experts don't have the form described in `MoELayer`.
+    Raises `UnsupportedModelError` for a dense model, and if routers or experts don't have the form described in `MoELayer`.
     """
     kind = model.config.model_type
     routers = _routers(model)
@@ -126,10 +125,6 @@ def _is_routing(output: Any) -> bool:
     )
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return any(p.ndim == 3 for p in module.parameters(recurse=False))
-
-
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors hold the same values, whatever their shapes and dtypes."""
     return a is b or (
@@ -138,14 +133,14 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 class _Probe:
-    """Watches one MoE layer through the tiny forward pass and says what it saw."""
+    """Watches one MoE layer during the tiny forward pass and describes it."""
 
     def __init__(self, model: PreTrainedModel, router_name: str, names: dict[nn.Module, str], factors: list[float]):
         self.kind, self.names, self.factors = model.config.model_type, names, factors
         self.router_name, self.router = router_name, model.get_submodule(router_name)
         parents = router_name.split(".")[:-1]
         self.block = model.get_submodule(".".join(parents))
-        experts = [m for m in self.block.children() if _is_experts(m)]
+        experts = [m for m in self.block.children() if any(p.ndim == 3 for p in m.parameters(recurse=False))]
         if len(experts) != 1:
             raise UnsupportedModelError(
                 f"{router_name} has no experts beside it that are stacked in one module; they can't be addressed one by one"
@@ -165,7 +160,7 @@ class _Probe:
     @contextmanager
     def watching(self) -> Iterator[None]:
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            with suppress(StopIteration, TypeError):  # no tensor in, or none out: it is no part of a sum
+            with suppress(StopIteration, TypeError):  # without a tensor in and out, it is no part of a sum
                 self.seen.append(Seen(module, first_tensor((*args, *kwargs.values())), first_tensor(output)))
 
         def enter_decoder(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,11 +170,8 @@ class _Probe:
         def enter_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.x, self.ran_before = first_tensor((*args, *kwargs.values())), len(self.seen)
 
-        def leave_block(_: nn.Module, __: Any, output: Any) -> None:
-            self.block_output = first_tensor(output)
-
-        def leave_decoder(_: nn.Module, __: Any, output: Any) -> None:
-            self.decoder_output = first_tensor(output)
+        def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _, __, output: setattr(self, name, first_tensor(output))
 
         def keep_routing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             self.router_args, self.routing = (*args, *kwargs.values()), output
@@ -187,8 +179,8 @@ class _Probe:
         def no_experts(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             generator = torch.Generator().manual_seed(self.index)
             noise = torch.randn(hidden_states.shape, generator=generator)
-            # As large as the embedding, which the stream grew from by one such term a layer: beside much larger noise a
-            # stream in half precision would not be seen.
+            # Noise as large as one of the terms that the stream is a sum of: the embedding and one term a layer. Beside much
+            # larger noise, a stream in half precision would not be seen.
             size = self.decoder_input.detach().float().std().cpu() / math.sqrt(1 + self.index)
             self.y = (noise * size).to(hidden_states)
             return self.y
@@ -202,8 +194,8 @@ class _Probe:
             pre = self.decoder.register_forward_pre_hook(enter_decoder, with_kwargs=True, prepend=True)
             stack.callback(pre.remove)
             stack.callback(self.block.register_forward_pre_hook(enter_block, with_kwargs=True).remove)
-            stack.callback(self.block.register_forward_hook(leave_block).remove)
-            stack.callback(self.decoder.register_forward_hook(leave_decoder).remove)
+            stack.callback(self.block.register_forward_hook(leave("block_output")).remove)
+            stack.callback(self.decoder.register_forward_hook(leave("decoder_output")).remove)
             stack.callback(self.router.register_forward_hook(keep_routing, with_kwargs=True).remove)
             stack.enter_context(override_forward(self.experts, no_experts))
             yield
@@ -248,7 +240,7 @@ class _Probe:
         return r
 
     def _router_arguments(self) -> dict[str, torch.Tensor]:
-        """What the router is called with beside its input, by its name in the model."""
+        """The router's arguments beside its input, by their names in the model."""
         held = {**dict(self.block.named_parameters()), **dict(self.block.named_buffers())}
         prefix = self.router_name.rpartition(".")[0]
         found: dict[str, torch.Tensor] = {}
@@ -266,22 +258,18 @@ class _Probe:
         if not _same(self.router_args[0], self.x):
             raise UnsupportedModelError(f"{self.router_name} does not read its block's input")
         fed = [seen for seen in self.seen[: self.ran_before] if _same(seen.output, self.x)]
-        if fed:  # the last is the outermost: a norm may consist of modules
+        if fed:  # the last one is the outermost: a norm may contain modules
             return fed[-1].module, fed[-1].input
-        # Without a norm of its own the block reads the residual stream itself.
+        # Without a norm, the block reads the residual stream itself.
         return nn.Identity(), self.x
 
     def _join(self, h: torch.Tensor) -> Join:
         project, y = self._project()
         summed, post_norm = self.block_output, None
         after = [s for s in self.seen[self.ran_before :] if s.module in self.block.children()]
-        if (
-            after
-            and not _same(after[-1].input, self.x)
-            and _same(after[-1].output, summed)
-            and after[-1].module is not project
-        ):
-            summed, post_norm = after[-1].input, after[-1].module
+        last = after[-1] if after else None
+        if last and last.module is not project and not _same(last.input, self.x) and _same(last.output, summed):
+            summed, post_norm = last.input, last.module
         inner = self._solve(summed, "experts", {"experts": y} | self._block_terms(), f"the block of {self.router_name}")
         shared = [key for key in inner if key != "experts"]
         if len(shared) > 1:
@@ -293,14 +281,12 @@ class _Probe:
         return self._outer(h, parts)
 
     def _project(self) -> tuple[nn.Module | None, torch.Tensor]:
-        after = [
-            s for s in self.seen[self.ran_before :] if s.module in self.block.children() and _same(s.input, self.y)
-        ]
-        if not after:
+        """The module that brings the experts' sum back into the stream's space, or None; and its output."""
+        children = set(self.block.children())
+        after = [s for s in self.seen[self.ran_before :] if s.module in children and _same(s.input, self.y)]
+        if not after or isinstance(after[0].module, nn.Identity):
             return None, self.y
         module = after[0].module
-        if isinstance(module, nn.Identity):
-            return None, self.y
         if not isinstance(module, nn.Linear) or module.bias is not None:
             raise UnsupportedModelError(f"the experts' sum of {self.router_name} goes through {type(module).__name__}")
         return module, after[0].output
@@ -320,7 +306,7 @@ class _Probe:
         return terms
 
     def _outer(self, h: torch.Tensor, parts: dict[str, Any]) -> Join:
-        """The join of a layer of whose block everything is known: from the block's output to the decoder's."""
+        """The join of a layer, given the `parts` of its block: from the block's output to the decoder's."""
         place = f"layer {self.index}"
         children = set(self.decoder.children()) - {self.block}
         fitting = [s.module in children and s.output.numel() == h.numel() for s in self.seen]
@@ -359,7 +345,7 @@ class _Probe:
     def _solve(self, output: torch.Tensor, needed: Any, terms: dict[Any, torch.Tensor], place: str) -> dict[Any, float]:
         """The factors with which `output` is a sum of the fewest of `terms`, `needed` among them.
 
-        The smallest subset that fits is taken, since some terms are sums of others.
+        The smallest subset that fits is taken, because some terms are sums of others.
         """
         if any(t.numel() != output.numel() for t in terms.values()):
             raise self._not_a_sum(place)
@@ -377,7 +363,7 @@ class _Probe:
         raise self._not_a_sum(place)
 
     def _snap(self, factor: float, tolerance: float) -> float:
-        """A factor as the config has it, where it does: what was solved for is right to rounding only."""
+        """The config's own number if `factor` equals one: the solution is exact only up to rounding."""
         return next((k for k in self.factors if k and math.isclose(k, factor, rel_tol=10 * tolerance)), factor)
 
     def _not_a_sum(self, place: str) -> UnsupportedModelError:

@@ -1,8 +1,8 @@
 """The arithmetic of routed experts, one expert at a time, for any model whose experts transformers can dispatch.
 
-`use_experts_implementation` of transformers leaves on each experts module how its weights lie (gated or not, with
-biases or not, transposed or not) and how its gate is applied. That is all there is to know, so there is no code per
-model here. The result is that of transformers' `batched_mm` to rounding; each expert's weights are read once.
+`use_experts_implementation` of transformers marks each experts module with how its weights lie (gated or not, with biases
+or not, transposed or not) and how its gate is applied. Nothing else is needed, so there is no code per model. The result
+equals that of transformers' `batched_mm` up to rounding; each expert's weights are read once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Groups(NamedTuple):
     order: torch.Tensor
     """`[tokens * top_k]`: the pairs' positions in the flattened `ids`, those of one expert side by side."""
     experts: list[int]
-    """The distinct experts, rising."""
+    """The distinct experts, in rising order."""
     sizes: list[int]
-    """How many pairs go to each of them; `order.split(sizes)` gives each expert's pairs."""
+    """How many pairs go to each of these experts; `order.split(sizes)` gives each expert's pairs."""
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -34,14 +34,14 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is one that transformers dispatches experts through: it says how its weights lie."""
+    """Whether transformers dispatches experts through this module: then it says how its weights lie."""
     return all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed"))
 
 
 def expert_parameters(experts: nn.Module) -> list[str]:
     """The names of the stacked parameters of `experts`, `[num_experts, ...]` each, that `expert_output` needs.
 
-    Raises `UnsupportedModelError` where the module does not say how its weights lie, or holds weights beside them.
+    Raises `UnsupportedModelError` if the module does not say how its weights lie, or holds other weights too.
     """
     kind = type(experts).__name__
     if not is_experts(experts):
@@ -62,13 +62,13 @@ def expert_parameters(experts: nn.Module) -> list[str]:
 def expert_output(experts: nn.Module, weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """One expert's unweighted output `[n, hidden]` for its inputs `x` `[n, hidden]`, in the dtype of `x`.
 
-    `weights` maps each name of `expert_parameters(experts)` to this expert's slice of that parameter; `experts` itself
-    gives only the layout and the gate, so its own weights may lie on another device.
+    `weights` maps each name of `expert_parameters(experts)` to this expert's slice of that parameter; `experts` gives
+    only the layout and the gate, so its own weights may lie on another device.
     """
     hidden = _linear(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", x)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)  # type: ignore[operator]
     output = _linear(experts, weights, "down_proj", hidden)
-    # Older releases of transformers don't have the mark, nor experts with such a norm.
+    # Older releases of transformers have neither this mark nor experts with such a norm.
     return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output  # type: ignore[operator]
 
 
@@ -78,7 +78,7 @@ def _linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: str, x: 
 
 
 def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:
-    """Sorts the pairs of `ids` `[tokens, top_k]` by expert. Waits for the device once."""
+    """Sorts the pairs of `ids` `[tokens, top_k]` by expert. It waits for the device once."""
     flat = ids.flatten()
     counts = torch.bincount(flat, minlength=num_experts).tolist()
     present = [expert for expert, count in enumerate(counts) if count]
@@ -88,7 +88,7 @@ def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:
 def combine(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The experts' weighted sum `[tokens, hidden]` from `outputs` `[tokens * top_k, hidden]` in the order of `ids`.
 
-    `weights` is `[tokens, top_k]`. The product is taken in the wider of both dtypes and the result is that of
+    `weights` is `[tokens, top_k]`. The product is taken in the wider of both dtypes, and the result has the dtype of
     `outputs`, as in transformers. It does not depend on the order in which the experts were computed.
     """
     wider = torch.promote_types(outputs.dtype, weights.dtype)
@@ -103,20 +103,20 @@ def run_experts(
     weights: torch.Tensor,
     on_outputs: Callable[[Groups, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """What `experts(x, ids, weights)` gives, `[tokens, hidden]`, computed expert by expert on resident weights.
+    """The result of `experts(x, ids, weights)`, `[tokens, hidden]`, computed expert by expert on resident weights.
 
-    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. `on_outputs(groups, outputs)` sees the experts'
-    unweighted outputs `[tokens * top_k, hidden]`, those of one expert side by side, in the order of `groups`. Raises
-    `UnsupportedModelError` as `expert_parameters` does.
+    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. `on_outputs(groups, outputs)` gets the experts'
+    unweighted outputs `[tokens * top_k, hidden]`, sorted by expert as in `groups`. Raises `UnsupportedModelError` as
+    `expert_parameters` does.
     """
     stacked = {name: getattr(experts, name) for name in expert_parameters(experts)}
     groups = group_by_expert(ids, stacked["down_proj"].shape[0])
     sorted_x = x[groups.order // ids.shape[-1]]
-    outputs = [x.new_empty(0, x.shape[-1])]  # where there is no token there is no expert
+    outputs = [x.new_empty(0, x.shape[-1])]  # for the case of no tokens
     for expert, inputs in zip(groups.experts, sorted_x.split(groups.sizes), strict=True):
         outputs.append(expert_output(experts, {name: p[expert] for name, p in stacked.items()}, inputs))
-    grouped = torch.cat(outputs)  # not written in place, which autograd refuses of views that were made without it
+    grouped = torch.cat(outputs)  # not written in place: autograd refuses that for views made without it
     if on_outputs is not None:
         on_outputs(groups, grouped)
-    # Gathered by the inverse order: several times as fast as scattering by the order.
+    # Gathering by the inverse order is several times as fast as scattering by the order.
     return combine(grouped.index_select(0, groups.order.argsort()), weights)

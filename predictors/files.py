@@ -1,4 +1,4 @@
-"""The one way in which a result is written: aside, and under its own name once it is whole."""
+"""How every result is written: first under another name, then renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yields where to write the file or folder `path`, which then is there whole or not at all, even if the machine stops.
+    """Yields the path to write to; then `path`, a file or folder, exists whole or not at all, even if the machine stops.
 
-    A folder takes the place of an empty one only. Raises what the disk raises; what was written so far is then removed.
+    A folder replaces only an empty one. Raises what the disk raises, after removing what was written.
     """
     aside = path.absolute().with_name(path.absolute().name + ".partial")
     _remove(aside)
@@ -24,7 +24,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
         _sync(aside.parent)
     finally:
-        _remove(aside)  # on a full disk its room is wanted
+        _remove(aside)  # a full disk needs the room
 
 
 def _remove(path: Path) -> None:

@@ -1,15 +1,16 @@
-"""A speculator folded into few operations, where the model's norm and router are as plain as they are in most models.
+"""A speculator folded into few operations, for the plain norms and routers that most models have.
 
-When one token is decoded, speculation is bound by how many operations it starts and by how many weights it reads. With a
-router that takes the largest of `R x + c`, and the RMS norm `norm_t(x) = g x / r(x)`, `r(x) = sqrt(mean(x^2) + eps)`, what
-is to be compared is
+When one token is decoded, the cost of speculation is the number of its operations and of the weights that it reads. With
+a router that takes the largest of `R x + c`, and the RMS norm `norm_t(x) = g x / r(x)`, `r(x) = sqrt(mean(x^2) + eps)`, the
+speculated logits are
 
     R (q + W2 silu(W1 a + V m + b1) + b2) + c  =  R' u / r(u) + (R W2) silu(W1' s / r(s) + V m + b1) + (R b2 + c)
 
-with `u = s + sum_j w_j D[id_j]`, `R' = R diag(g)` and `W1' = W1 diag(g)`. One matrix `[R'; W1']` meets `s` alone, since
-`R' u = R' s + sum_j w_j (D R'^T)[id_j]`; `R W2` `[experts, width]` is in the place of `W2` `[hidden, width]`; and one table
-`[D R'^T | k V^T | D]` serves all that is weighted alike. Without a predictor and `c`, and where no weights are asked for,
-even `r` is of no account, and so `u` isn't either. Symbols as in `predictors.speculation`.
+with `u = s + sum_j w_j D[id_j]`, `R' = R diag(g)` and `W1' = W1 diag(g)`. One matrix `[R'; W1']` multiplies `s` alone, because
+`R' u = R' s + sum_j w_j (D R'^T)[id_j]`. `R W2` `[experts, width]` replaces `W2` `[hidden, width]`. One table
+`[D R'^T | k V^T | D]` holds everything that the source router's weights multiply. Without a predictor and without `c`, the
+order of the logits depends on neither `r` nor `u`: both are left out unless weights are asked for. Symbols as in
+`predictors.speculation`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ from .architecture import MoELayer
 from .speculation import Router, Routing, Speculator
 
 PROBES = 256
-"""Random states on which a norm and a router are compared with what they are taken for."""
-
+"""How many random states a norm and a router are compared on with their plain forms."""
 
 Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits `[tokens, experts]` and ids `[tokens, top_k]` to weights `[tokens, top_k]`, fp32."""
@@ -53,17 +53,17 @@ class PlainRouter(NamedTuple):
     weight: torch.Tensor
     """`[experts, hidden]`: the router's own, not a copy."""
     bias: torch.Tensor | None
-    """`[experts]`, or None where it is zero."""
+    """`[experts]`, or None if it is zero."""
     top_k: int
     weigh: Weigh | None
-    """How it weights what it chose; None where that is another way than those known here."""
+    """How it weights the experts that it chose; None if by none of the ways in `WEIGHS`."""
     dtype: torch.dtype
     """Of its weights."""
 
     @classmethod
     @torch.no_grad()
     def of(cls, router: Router, num_experts: int, states: torch.Tensor) -> Self | None:
-        """What `router` is on `states` `[n, hidden]`; None where it chooses by more than its logits."""
+        """The plain form of `router`, found on `states` `[n, hidden]`; None if it chooses by more than its logits."""
         shape = num_experts, states.shape[1]
         matrices = [p for p in router.router.parameters() if p.shape == shape]
         if len(matrices) != 1:
@@ -88,7 +88,7 @@ class PlainRouter(NamedTuple):
         return F.linear(state, self.weight, self.bias)
 
     def weighted(self, logits: torch.Tensor, ids: torch.Tensor) -> Routing:
-        """What it gives for its `logits` `[tokens, experts]` if it must choose `ids` `[tokens, top_k]`, int64."""
+        """Its routing for its `logits` `[tokens, experts]` if it must choose `ids` `[tokens, top_k]`, int64."""
         assert self.weigh is not None
         return Routing(logits, self.weigh(logits, ids).to(self.dtype), ids)
 
@@ -98,7 +98,7 @@ def _close(dtype: torch.dtype) -> float:
 
 
 class FoldedSpeculator:
-    """What orders the experts of one target layer as the logits of its `Speculator` do, to rounding. Made by `of`."""
+    """Orders one target layer's experts as its `Speculator`'s logits do, up to rounding. Use `of`."""
 
     def __init__(self, speculator: Speculator, gain: torch.Tensor, eps: float, router: PlainRouter, to_scale: bool):
         """`gain` `[hidden]`, fp32, and `eps` are the norm's; for `to_scale` see `of`."""
@@ -122,7 +122,7 @@ class FoldedSpeculator:
             parts += [] if self._is_scale_free else [vectors]
             self._table = torch.cat(parts, dim=1)
             self._base = F.pad(offset[self._experts :].detach(), (self._experts, vectors.shape[1]))
-        if self._is_corrected or matrix.is_cuda:  # a router alone is small, and on a CPU faster without conversions
+        if self._is_corrected or matrix.is_cuda:  # a router alone is small: on a CPU it is faster without conversions
             self._matrix = self._matrix.to(router.weight.dtype)
         self._offset = offset.detach()
         self._eps = self._root * eps**0.5 * torch.ones_like(self._offset[:1])
@@ -130,11 +130,11 @@ class FoldedSpeculator:
     @classmethod
     @torch.no_grad()
     def of(cls, speculator: Speculator, layer: MoELayer, to_scale: bool = False) -> Self | None:
-        """The speculator of target `layer` folded, or None where its norm or router is another than it would be taken for.
+        """The folded speculator of target `layer`, or None if its norm or router is not a plain one.
 
-        Both are compared on random states: a router that chooses by more than its logits (groups, correction biases) is
-        found out there. The folded logits have the order of the speculator's; `to_scale` they have their values too, and the
-        router is one whose weights follow from them (`PlainRouter.weighted`).
+        Both are compared on random states, which finds routers that choose by more than their logits (groups, correction
+        biases). The folded logits have the order of the speculator's. With `to_scale` they also have their values, and
+        the router's weights follow from them (`PlainRouter.weighted`).
         """
         wiring = speculator.wiring
         norm, weight = wiring.norm, next(wiring.router.parameters(), None)
@@ -143,7 +143,7 @@ class FoldedSpeculator:
             return None
         states = torch.randn(PROBES, layer.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
         close = _close(weight.dtype)
-        # A norm of ones is its gain, but for the epsilon.
+        # Of ones, the norm gives its gain, except for the epsilon.
         gain = norm.forward(torch.ones_like(states[:1]))[0].float() * (1 + eps) ** 0.5
         for scale in (1.0, eps**0.5):  # at the second the epsilon matters
             expected = F.rms_norm(scale * states.float(), gain.shape, gain, eps)
@@ -155,9 +155,9 @@ class FoldedSpeculator:
         return cls(speculator, gain, eps, router, to_scale)
 
     def logits(self, residual: torch.Tensor, source: Routing | None) -> torch.Tensor:
-        """For `residual` `[tokens, hidden]` of the source layer `[tokens, experts]`: the speculated logits if `to_scale`, else
-        what they are but for a factor a token."""
-        if residual.requires_grad:  # a fraction of what it costs to switch gradients off and on
+        """The speculated logits `[tokens, experts]` for `residual` `[tokens, hidden]` of the source layer; without `to_scale`,
+        each token's may be off by a factor."""
+        if residual.requires_grad:  # much cheaper than switching gradients off and on
             residual = residual.detach()
         logits = F.linear(residual.to(self._matrix.dtype), self._matrix)
         source = None if self._table is None else source
@@ -177,15 +177,15 @@ class FoldedSpeculator:
         return logits
 
     def _weighted(self, base: torch.Tensor, source: Routing) -> torch.Tensor:
-        """`base` and the rows of the table that the source chose, times its weights: `[tokens, columns]`, fp32."""
+        """`base` plus the table's rows that the source chose, times its weights: `[tokens, columns]`, fp32."""
         assert self._table is not None
         weights, ids = source.weights.float(), source.ids.long()
         if weights.requires_grad:
             weights = weights.detach()
-        if len(ids) == 1:  # half of what a bag of one costs
+        if len(ids) == 1:  # takes half as long as a bag of one
             return torch.addmm(base, weights, self._table.index_select(0, ids.view(-1)))
         return base + F.embedding_bag(ids, self._table, per_sample_weights=weights, mode="sum")
 
     def _length(self, states: torch.Tensor) -> torch.Tensor:
-        """`sqrt(hidden) r(states)`, `[..., 1]`, fp32: there is an operation for a length, and none for a root mean square."""
+        """`sqrt(hidden) r(states)`, `[..., 1]`, fp32: torch has an operation for a length, but none for a root mean square."""
         return torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32), self._eps)

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a folder or the Hub, with one sentence where that fails."""
+"""Models and tokenizers from a folder or the Hub; one sentence if that fails."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class LoadingError(UserError):
-    """A model, device or dtype that can't be had; the message says which and what to do."""
+    """A model, device or dtype that is not available; the message says which and what to do."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is a CUDA device, else the CPU. Raises `LoadingError` for a device that is not there."""
+    """`auto` is CUDA if there is a CUDA device, else the CPU. Raises `LoadingError` if the device is not available."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -42,7 +42,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """`auto` is the checkpoint's dtype on CUDA, and float32 on a CPU, many of which crawl in bfloat16."""
+    """`auto` is the checkpoint's dtype on CUDA and float32 on a CPU: many CPUs are very slow in bfloat16."""
     if dtype == "auto":
         return "auto" if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
@@ -51,24 +51,22 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def read_model_config(name: str | Path) -> PretrainedConfig:
-    """The config of a model: a .json file, a folder or a Hub repository. Raises `LoadingError` where there is none."""
+    """The config of a model: a .json file, a folder or a Hub repository. Raises `LoadingError` if there is none."""
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise LoadingError(
             f"no config can be read from {name} ({_first_line(error)}); give a .json file, a folder or a Hub name"
         ) from error
-    return config
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hub repository. Raises `LoadingError` where there is none."""
+    """The tokenizer of a model folder or Hub repository. Raises `LoadingError` if there is none."""
     _check_name(name)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name))
+        return AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoadingError(f"no tokenizer can be loaded from {name} ({_first_line(error)})") from error
-    return tokenizer
 
 
 def load_model(
@@ -76,18 +74,17 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model of a folder or Hub repository, in evaluation mode.
 
-    It is whole on `device`; with a `device_map` (`auto`) accelerate spreads it over all GPUs.
-
-    Raises `LoadingError` where it can't be found, read or held.
+    It is whole on `device`; with a `device_map` (`auto`) accelerate spreads it over all GPUs. Raises `LoadingError` if
+    it can't be found or read, or does not fit.
     """
     _check_name(name)
-    # Loaded straight to the GPU, a model need not pass through as much host memory.
+    # Loading straight to the GPU needs less host memory.
     placement: dict[str, Any] = {"device_map": {"": device}} if device.type == "cuda" else {}
     if device_map is not None:
         placement = {"device_map": device_map}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **placement)
-    except UserError:  # of whoever watches the loading
+    except UserError:  # raised by code that watches the loading
         raise
     except torch.OutOfMemoryError as error:
         raise LoadingError(
@@ -95,13 +92,10 @@ def load_model(
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise LoadingError(f"no causal language model can be loaded from {name} ({_first_line(error)})") from error
-    if device.type == "cuda" and any(str(part) in ("cpu", "disk") for part in _places(model)):
+    places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    if device.type == "cuda" and any(str(part) in ("cpu", "disk") for part in places.values()):
         raise LoadingError(f"{name} does not fit into the memory of the GPUs; give a smaller --dtype or --device cpu")
     return model.eval()
-
-
-def _places(model: PreTrainedModel) -> list[Any]:
-    return list((getattr(model, "hf_device_map", None) or {}).values())
 
 
 def _check_name(name: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Hit rate and its kin, as torchmetrics."""
+"""Hit rate and related measures, as torchmetrics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class HitRate(Metric):
     """Recall@m per layer: the share of the router's true experts that are among the candidates.
 
     `update` takes candidates `[layers, tokens, m]` and true experts `[layers, tokens, top_k]`; `compute` gives
-    `[layers]`, fp64 (of a single layer a scalar; `rates` always gives a list). With `exact=True` it is the share of tokens all of whose experts are among them.
+    `[layers]`, fp64, or a scalar for a single layer. With `exact=True` it is the share of tokens whose experts all are
+    among the candidates.
     """
 
     full_state_update = False
-    higher_is_better = True
     hits: torch.Tensor
     total: torch.Tensor
 
@@ -38,14 +38,9 @@ class HitRate(Metric):
     def compute(self) -> torch.Tensor:
         return self.hits / self.total
 
-    def own_rates(self) -> list[float]:
-        """One hit rate a layer, of this process alone: `compute` waits for all others where there are some."""
-        return (self.hits / self.total).tolist()
-
     def rates(self) -> list[float]:
-        """One hit rate a layer."""
-        # torchmetrics makes a scalar of what `compute` returns for one layer.
-        return self.compute().reshape(-1).tolist()
+        """One hit rate a layer, of this process alone: `compute` would wait for all processes."""
+        return (self.hits / self.total).tolist()
 
 
 class RecallCurve(Metric):
@@ -56,7 +51,6 @@ class RecallCurve(Metric):
     """
 
     full_state_update = False
-    higher_is_better = True
     hits: torch.Tensor
     total: torch.Tensor
 
@@ -91,7 +85,6 @@ class ExpertRecall(Metric):
     """
 
     full_state_update = False
-    higher_is_better = True
     hits: torch.Tensor
     chosen: torch.Tensor
 
@@ -111,14 +104,14 @@ class ExpertRecall(Metric):
 
 
 def probability_of_choice(logits: torch.Tensor, candidates: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The probability at which the speculation's own scores put each candidate, `[..., m]`, fp32.
+    """The probability that the speculation's own scores give each candidate, `[..., m]`, fp32.
 
     Logits are `[..., experts]`, candidates `[..., m]` with the speculation's `top_k` first. The border of being chosen
-    lies midway between the lowest logit of those and the highest of the others, and the probability is the sigmoid of a
-    candidate's distance from it: what the softmax of the two logits gives the candidate against an expert at the border,
-    and above 1/2 for what a speculation by logits chose. The router's own scores would not do: a softmax shares 1 among
-    k experts that are all right, and sigmoid gates share nothing. Only differences of logits count here, so that it means
-    the same for routers of both kinds. With no others there is no border, and all are at 1.
+    lies midway between the lowest logit of those and the highest of the others. The probability is the sigmoid of a
+    candidate's distance from the border: the softmax of its logit against one at the border, above 1/2 for the top k.
+    The router's own scores are no such probability: a softmax shares 1 among k experts that may all be right, and sigmoid
+    gates share nothing. Only differences of logits count here, so the result means the same for both kinds of routers.
+    Without other candidates there is no border, and every probability is 1.
     """
     scores = logits.float().gather(-1, candidates.long())
     if candidates.shape[-1] <= top_k:
@@ -128,14 +121,14 @@ def probability_of_choice(logits: torch.Tensor, candidates: torch.Tensor, top_k:
 
 
 class CalibrationCurve(NamedTuple):
-    """Candidates by their speculated probability, in bins of equal width from 0 to 1; each `[layers, bins]`, fp64."""
+    """Candidates in bins of equal width by their speculated probability, from 0 to 1; each `[layers, bins]`, fp64."""
 
     probability: torch.Tensor
     """Mean speculated probability, NaN in an empty bin."""
     right: torch.Tensor
-    """Share of the candidates that the router did choose, NaN in an empty bin."""
+    """Share of the candidates that the router chose, NaN in an empty bin."""
     candidates: torch.Tensor
-    """How many there are in each bin."""
+    """How many candidates are in each bin."""
 
     def error(self) -> torch.Tensor:
         """Expected calibration error, `[layers]`: the mean distance of probability and share over all candidates."""
@@ -176,5 +169,5 @@ class Calibration(Metric):
 
 
 def gap_closed(before: float, after: float) -> float:
-    """The share of the gap between a hit rate and 1 that is closed; 0 where there was none."""
+    """The share of the gap between a hit rate and 1 that is closed; 0 without a gap."""
     return (after - before) / (1 - before) if before < 1 else 0.0

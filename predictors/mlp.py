@@ -1,4 +1,4 @@
-"""The predictor: a small residual MLP that corrects the quasi-hidden state where it is weak.
+"""The predictor: a small residual MLP that corrects the quasi-hidden state.
 
     q' = q + W2 · silu( W1 · a + V · m + b1 ) + b2          W2, b2 start at zero
 
@@ -6,9 +6,9 @@
     a  normed residual, norm_t(s)                               [tokens, hidden]
     m  mixture: the source router's weights, times k, each at its expert's place     [tokens, experts]
 
-What `q` misses is what the source layer's experts do beyond their default vectors, and that is a function of the residual
-and of which experts run with what weight. `q` itself is left out of the input: it is made of the residual and the mixture,
-and at the same number of parameters the mixture in its place closes more of the gap (docs/predictors.md).
+`q` misses what the source layer's experts do beyond their default vectors. That depends on the residual and on which
+experts run with which weights. `q` itself is no input: it is made of the residual and the mixture, and with the same
+number of parameters the mixture closes more of the gap (docs/predictors.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 
 class ResidualMLP(nn.Module):
-    """The predictor of one target layer; untrained, it is exactly training-free speculation."""
+    """The predictor of one target layer; untrained, it changes nothing: the speculation is training-free."""
 
     def __init__(self, hidden_size: int, num_experts: int, width: int):
         super().__init__()
@@ -37,11 +37,11 @@ class ResidualMLP(nn.Module):
 
     @staticmethod
     def count(hidden_size: int, num_experts: int, width: int) -> int:
-        """How many parameters a predictor of that width has."""
+        """The number of parameters of a predictor."""
         return width * (2 * hidden_size + num_experts + 1) + hidden_size
 
     def forward(self, quasi: torch.Tensor, normed: torch.Tensor, mixture: torch.Tensor | None) -> torch.Tensor:
-        """The corrected state, `[tokens, hidden]`, from `q`, `a` and `m`; without a source layer there is no `m`."""
+        """The corrected state `[tokens, hidden]` from `q`, `a` and `m`; `m` is None without a source layer."""
         hidden = F.linear(normed, self.w1, self.b1)
         if mixture is not None:
             hidden = torch.addmm(hidden, mixture, self.v.T)
@@ -51,8 +51,8 @@ class ResidualMLP(nn.Module):
 class StackedResidualMLPs(nn.Module):
     """The predictors of all target layers as one batched computation, for training; weights are `[layers, ...]`.
 
-    A predictor that is narrower than the widest has zeros in its last units. They stay zeros: such a unit puts out
-    silu(0) = 0 and passes nothing on, so no gradient reaches its weights, and weight decay keeps zero zero.
+    A predictor narrower than the widest has zeros in its last units. They stay zeros: such a unit outputs silu(0) = 0, so
+    no gradient reaches its weights, and weight decay keeps zeros.
     """
 
     w1: nn.Parameter
@@ -78,7 +78,7 @@ class StackedResidualMLPs(nn.Module):
         return quasi + torch.baddbmm(self.b2.unsqueeze(1), F.silu(hidden), self.w2.mT)
 
     def count(self) -> int:
-        """How many parameters all predictors have, without the units that only fill up the stack."""
+        """The number of parameters of all predictors, without the units that only fill up the stack."""
         return sum(ResidualMLP.count(self.w1.shape[2], self.v.shape[2], width) for width in self.widths)
 
     def layer(self, number: int) -> ResidualMLP:

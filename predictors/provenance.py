@@ -1,4 +1,4 @@
-"""What was run, and with which versions: written beside every artefact."""
+"""The command and the versions, written beside every artefact."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ PACKAGES = ("predict-train", "torch", "transformers", "lightning", "safetensors"
 
 
 def command() -> str:
-    """The command line of this process, quoted so that a shell takes it back."""
-    name = Path(sys.argv[0]).name.replace("__main__.py", "predict-train")  # run by `python -m`, it is that of the file
+    """The command line of this process, quoted for a shell."""
+    name = Path(sys.argv[0]).name.replace(
+        "__main__.py", "predict-train"
+    )  # after `python -m`, the name is that of the file
     return shlex.join([name, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on; those not installed are left out.
+    """Versions of Python and of the packages that figures depend on; packages that are not installed are left out.
 
-    Torch's names its build (`+cpu`, `+cu130`), which the version of its package may not.
+    Torch's own version names its build (`+cpu`, `+cu130`); the version of its package may not.
     """
     import torch
 
@@ -36,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The CPU, its cores, torch's threads and GPUs, and how busy the machine is."""
+    """The CPU, its cores, torch's threads, the GPUs and the machine's load."""
     import torch
 
     cpu, info = platform.processor(), Path("/proc/cpuinfo")

@@ -1,7 +1,6 @@
-"""Settings of a job, said once: a frozen class whose fields are also the keys of a YAML file and the command line's flags.
+"""Settings of a job: a frozen class whose fields are also the keys of a YAML file and the flags of the command line.
 
-The docstring under a field is its help. A value is checked in one place, the class, wherever it comes from, and an error
-names the field.
+The docstring under a field is its help. The class checks every value, wherever it comes from, and an error names the field.
 """
 
 from __future__ import annotations
@@ -36,28 +35,28 @@ class SettingsError(UserError):
 
 
 class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, and values don't change once they are read."""
+    """Base of all settings: unknown keys are errors, and values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, use_attribute_docstrings=True)
 
     argument: ClassVar[str | None] = None
-    """The field that the command line takes by its place, not by a flag."""
+    """The field that is a positional argument on the command line."""
 
     @classmethod
     def keys(cls) -> dict[str, str]:
-        """By field, its name in a file and, with dashes, on the command line: the field's own or its alias."""
+        """By field, its name in a file (on the command line, with dashes): the field's own or its alias."""
         return {name: field.alias or name for name, field in cls.model_fields.items()}
 
     def values_of(self, kind: type[Settings]) -> dict[str, Any]:
-        """The values of those fields that `kind` has too, by field."""
+        """The values of the fields that `kind` has too, by field."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in kind.model_fields}
 
 
 S = TypeVar("S", bound=Settings)
 
 _WRITTEN = {"written": True}
-"""Validation's context for values from a file or a command line: there a size needs its unit."""
-_SHORT = reprlib.Repr()  # which does not follow a value as deep or as far as `repr` would
+"""Validation's context for values from a file or the command line, where a size needs its unit."""
+_SHORT = reprlib.Repr()  # unlike `repr`, it stops early in deep or long values
 _SHORT.maxstring = _SHORT.maxother = 200
 
 
@@ -65,7 +64,7 @@ def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
     """Settings of `kind` from `flags`, which beat the YAML `file`, which beats the defaults.
 
     A flag that is None was not given. Raises `SettingsError` for a file that can't be read, an unknown key (naming
-    the nearest right one) and a value that can't be.
+    the nearest known one) and a wrong value.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     values = ({} if file is None else _read_yaml(Path(file).expanduser())) | given
@@ -83,7 +82,7 @@ def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
 
 
 def make(kind: type[S], **values: Any) -> S:
-    """Settings of `kind` from Python values. Raises `SettingsError` naming the field that is unknown or can't be so."""
+    """Settings of `kind` from Python values. Raises `SettingsError` naming the field that is unknown or wrong."""
     _check_names(values, {*kind.model_fields, *kind.keys().values()}, "")
     try:
         return kind(**values)
@@ -92,7 +91,7 @@ def make(kind: type[S], **values: Any) -> S:
 
 
 def flag(kind: type[Settings], key: str) -> str:
-    """How the command line calls the setting that a file calls `key`."""
+    """The command line's name for the setting that a file calls `key`."""
     return key.upper() if key == kind.argument else "--" + key.replace("_", "-")
 
 
@@ -107,7 +106,7 @@ def _check_names(values: Iterable[Any], known: Iterable[str], where: str) -> Non
 def describe(error: ValidationError) -> str:
     """The first of a validation's errors as one sentence that names the field."""
     first = error.errors()[0]
-    # Of a union, pydantic also names the kind that it tried, like `list[int]`.
+    # For a union, pydantic also names the type that it tried, like `list[int]`.
     field = ".".join(shown(str(part))[1:-1] for part in first["loc"] if "[" not in str(part))
     if first["type"] == "missing":
         return f"{field} is missing"
@@ -119,7 +118,7 @@ def describe(error: ValidationError) -> str:
 
 
 def _message(error: Any) -> str:
-    """What is wrong with a flag, to stand behind its value."""
+    """What is wrong with a flag, as the end of a sentence."""
     message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "it should be")
     return message[:1].lower() + message[1:]
 
@@ -131,7 +130,7 @@ def _plain(value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence shows it: on one line, and cut where it is long."""
+    """A value for a sentence: on one line, and cut if it is long."""
     text = _SHORT.repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
@@ -155,7 +154,7 @@ _BYTES = TypeAdapter(ByteSize)
 
 
 def choice(plural: str, *names: str) -> BeforeValidator:
-    """Has a field be one of `names`; an error tells them all."""
+    """Requires a field to be one of `names`; the error lists them."""
 
     def check(value: Any) -> Any:
         if value not in names:
@@ -166,7 +165,7 @@ def choice(plural: str, *names: str) -> BeforeValidator:
 
 
 def parse_count(value: Any) -> Any:
-    """A whole number, if it is text like `400k`, `1e5` or `2M`; what is no text is returned as it is."""
+    """The whole number that text like `400k`, `1e5` or `2M` gives; other values are returned unchanged."""
     advice = ValueError("give a whole number like 5000, 400k, 1e5 or 2M")
     if isinstance(value, bool):
         raise advice
@@ -178,13 +177,13 @@ def parse_count(value: Any) -> Any:
         number = Decimal(text[:-1] if times > 1 else text)
         if number.is_finite() and abs(number) < 10**18 and number * times == int(number * times):
             return int(number * times)
-    except ArithmeticError:  # decimal's errors are such
+    except ArithmeticError:  # decimal's errors are of this class
         pass
     raise advice
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from text like `8GiB` or `500MB`. Raises `ValueError` where it is no size, or has no unit."""
+    """Bytes from text like `8GiB` or `500MB`. Raises `ValueError` if it is no size or has no unit."""
     if re.fullmatch(r"[\d\s._]*", text.strip()):
         raise ValueError("a size needs a unit: give bytes like 8GiB or 500MB")
     try:
@@ -194,7 +193,7 @@ def parse_bytes(text: str) -> int:
 
 
 def is_written(info: ValidationInfo) -> bool:
-    """Whether a value that is validated is from a file or a command line."""
+    """Whether the value comes from a file or the command line."""
     return info.context is _WRITTEN
 
 
@@ -210,7 +209,7 @@ def _rate(value: Any, info: ValidationInfo) -> Any:
 
 
 def parse_layers(value: Any) -> Any:
-    """Layer numbers from text like `0,1`, `3` or `0-3,7`, or from one number; `all`, `auto` and lists stay what they are."""
+    """Layer numbers from text like `0,1`, `3` or `0-3,7`, a number or a list; `all` and `auto` stay as they are."""
     if value in ("all", "auto"):
         return value
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
@@ -247,13 +246,13 @@ def _expanded(value: Any) -> Any:
 
 
 class Kind(NamedTuple):
-    """What the command line's help calls what a field takes."""
+    """The kind of value that a field takes, as the command line's help names it."""
 
     name: str
 
 
 Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0), Kind("count")]
-"""A number of things, one at least; text like `400k`, `1e5` or `2M` is one too."""
+"""A whole number from 1 up; also text like `400k`, `1e5` or `2M`."""
 Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0), Kind("count")]
 """The same, or 0."""
 Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0), Kind("size")]
@@ -265,21 +264,21 @@ Layers = Annotated[Literal["all", "auto"] | list[int], BeforeValidator(parse_lay
 Horizon = Annotated[int, BeforeValidator(_horizon)]
 """MoE layers from a source to its target: 1 or 2."""
 Name = Annotated[str, BeforeValidator(_expanded), Kind("name")]
-"""What may be the path of a file or folder or a name of the Hub; `~` is the user's home."""
+"""A path or a name of the Hub; `~` is the user's home."""
 Device = Annotated[str, BeforeValidator(lambda device: "auto" if device is None else str(device))]
-"""Where something is computed; from Python also torch's own device."""
+"""A device; from Python also torch's own type."""
 Dtype = Annotated[str, BeforeValidator(lambda dtype: str(dtype).removeprefix("torch."))]
-"""Of weights; from Python also torch's own dtype."""
+"""The dtype of weights; from Python also torch's own type."""
 LocalPath = Annotated[Path, BeforeValidator(_expanded), Kind("path")]
 """A path on this machine; `~` is the user's home."""
 Output = Annotated[LocalPath, AfterValidator(_in_a_folder)]
-"""A file to write, in a folder that is there."""
+"""A file to write, in a folder that exists."""
 Picture = Annotated[Output, AfterValidator(_picture)]
 """A figure to write."""
 
 
 class Figures(Settings):
-    """Of a job that measures."""
+    """The setting of all jobs that measure."""
 
     json_file: Output | None = Field(None, alias="json")
     """Writes all figures to this file."""

@@ -1,4 +1,4 @@
-"""Speculation: from what a source layer knows before its experts run to the experts of the next MoE layer.
+"""Speculation: guesses the next MoE layer's experts from what the source layer knows before its own experts run.
 
     s    residual         all of the source layer's output but its routed experts            [tokens, hidden]
     D    default vectors  row e: the mean output of the source layer's expert e              [experts, hidden]
@@ -46,10 +46,10 @@ def mixture_of(source: Routing, num_experts: int, dtype: torch.dtype) -> torch.T
 
 
 class Router(nn.Module):
-    """A model's router, called as the model calls it but for any hooks on it.
+    """A model's router, called as the model calls it, but without the hooks on it.
 
     `forward(state [tokens, hidden])` returns the `Routing`. Hooks (a recorder's, transformers' own for
-    `output_router_logits`) are there to see what the model does, so a speculation calls past them.
+    `output_router_logits`) must see only what the model does, so a speculation does not call them.
     """
 
     def __init__(self, router: nn.Module, arguments: tuple[torch.Tensor, ...] = (), ndim: int = 2):
@@ -74,24 +74,24 @@ class Router(nn.Module):
 
 
 def flat_routing(output: tuple[torch.Tensor, ...]) -> Routing:
-    """What a router returned as a `Routing` with one row a token."""
+    """A router's output as a `Routing` with one row a token."""
     return Routing(*(part.flatten(0, -2) for part in output))
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """What of its model one speculation runs through. Modules are the model's own, not copies."""
+    """The parts of the model that one speculation uses. Modules are the model's own, not copies."""
 
     norm: nn.Module
     """Of the target layer."""
     router: Router
     """Of the target layer."""
     default_vectors: torch.Tensor | None = None
-    """Of the source layer, `[experts, hidden]`, fp32; None where it has none, or the target has no source."""
+    """Of the source layer, `[experts, hidden]`, fp32; None if there are none, or the target has no source."""
     post_norm: nn.Module | None = None
-    """The norm that the source layer's experts' sum goes through, or None."""
+    """The norm on the source layer's experts' sum, or None."""
     post_scale: float = 1.0
-    """Factor of what that norm puts out."""
+    """Factor of that norm's output."""
 
     @classmethod
     def of(cls, target: MoELayer, source: MoELayer | None, default_vectors: torch.Tensor | None) -> Self:
@@ -108,7 +108,7 @@ class Wiring:
         return [module for module in (self.norm, self.router, self.post_norm) if module is not None]
 
     def to(self, device: torch.device) -> Wiring:
-        """The same on `device`. The modules themselves are moved, so this is for copies of a model's own."""
+        """The same on `device`. It moves the modules themselves, so they must be copies of the model's."""
         for module in self.modules:
             module.to(device)
         vectors = self.default_vectors
@@ -119,7 +119,7 @@ class Wiring:
     ) -> torch.Tensor:
         """The guess at the source layer's whole output, `[tokens, hidden]`, in the dtype of `residual`.
 
-        It is `s + sum_j w_j D[id_j]`, the sum taken in fp32. Where the source layer norms what it adds, it is
+        It is `s + sum_j w_j D[id_j]`, summed in fp32. If the source layer has a post-norm, it is
         `s + post_scale * post_norm(inner + sum_j w_j D[id_j])` (see `architecture.Join`). Without a source or default
         vectors it is the residual itself.
         """
@@ -154,27 +154,26 @@ class Speculator(nn.Module):
     def __init__(self, wiring: Wiring, mlp: ResidualMLP | None = None):
         super().__init__()
         self.wiring = wiring
-        """It belongs to the model, so it is no child to move or save."""
+        """No submodule: it belongs to the model, and is neither moved nor saved with this module."""
         self.mlp = mlp
 
     def quasi(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> torch.Tensor:
         """The quasi-hidden state `q` `[tokens, hidden]`."""
-        state: torch.Tensor = self.wiring.norm.forward(self.wiring.quasi_residual(residual, source, inner))
-        return state
+        return self.wiring.norm.forward(self.wiring.quasi_residual(residual, source, inner))
 
     def states(
         self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The quasi-hidden state `q` and the normed residual `a`, each `[tokens, hidden]`."""
         guess = self.wiring.quasi_residual(residual, source, inner)
-        # A norm goes row by row, so one call does for both; at a single token each operation costs what its call costs.
+        # A norm works row by row, so one call is enough for both: with a single token, the calls are what costs time.
         quasi, normed = self.wiring.norm.forward(torch.stack((guess, residual))).unbind()
         return quasi, normed
 
     def forward(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> Routing:
         """The speculated routing of the target layer for `residual` `[tokens, hidden]` of its source layer.
 
-        `inner` is what the source layer norms together with its experts, where it does.
+        `inner` is the source layer's shared term, if that goes through its post-norm.
         """
         if self.mlp is None:  # without an MLP nothing reads the normed residual
             return self.wiring.router.forward(self.quasi(residual, source, inner))

@@ -1,9 +1,9 @@
 """The speculators of all target layers as one batched computation, for the many rows of a trace.
 
-The runtime speculates layer by layer, because the model computes so. Over recorded rows the layers are independent, and a
-call for each part of each of them costs more than its arithmetic. What may be batched is found out by trying it on random
-states: norms of one kind are mapped over their stacked weights, and routers whose logits are linear in the state are one
-more batched matrix. Where the outcome is not that of the parts themselves, they are called one by one.
+The runtime speculates layer by layer, as the model computes. Over recorded rows the layers are independent, and separate
+calls for each layer would cost more than the arithmetic. Trying on random states shows what can be batched: norms of one
+kind are mapped over their stacked weights, and routers with logits that are linear in the state become one batched matrix.
+If a batched result differs from that of the separate parts, the parts are called one by one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from .speculation import Router, Routing, Wiring
 
 PROBES = 16
-"""Random states on which what is batched is compared with the parts themselves."""
+"""How many random states the batched form is compared on with the separate parts."""
 
 Weights = dict[str, torch.Tensor]
 """By name, `[layers, ...]`."""
@@ -27,7 +27,7 @@ Weights = dict[str, torch.Tensor]
 class StackedSpeculators:
     """Training-free speculators of one model, in fp32, each given by its `Wiring`.
 
-    The weights are taken as they are now. No gradient flows into them; `logits` passes one on to the states.
+    The weights are taken as they are now. No gradient flows into them; `logits` passes gradients to the states.
     """
 
     def __init__(self, wirings: Iterable[Wiring], hidden_size: int):
@@ -37,7 +37,7 @@ class StackedSpeculators:
         self._routers = _stacked_routers([wiring.router for wiring in self.wirings], hidden_size)
 
     def to(self, device: torch.device) -> None:
-        """Moves all that is in it."""
+        """Moves everything to `device`."""
         self.wirings = [wiring.to(device) for wiring in self.wirings]
         if self._default_vectors is not None:
             self._default_vectors = self._default_vectors.to(device)
@@ -49,10 +49,10 @@ class StackedSpeculators:
     def states(
         self, residual: torch.Tensor, source: Routing, inner: Sequence[torch.Tensor | None]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `Speculator.states` gives for each layer: `q` and `a`, `[layers, rows, hidden]`, fp32.
+        """The results of `Speculator.states` for each layer: `q` and `a`, `[layers, rows, hidden]`, fp32.
 
-        `residual` is `[layers, rows, hidden]`, fp32; weights (fp32) and ids (int64) of `source` are `[layers, rows, top_k]`,
-        and do not count for a layer without default vectors. `inner` is, for a layer that has it, `[rows, hidden]`.
+        `residual` is `[layers, rows, hidden]`, fp32; weights (fp32) and ids (int64) of `source` are `[layers, rows, top_k]`;
+        a layer without default vectors ignores them. `inner` of a layer is `[rows, hidden]` or None.
         """
         states = torch.stack((self._guesses(residual, source, inner), residual))
         if self._norms is None:
@@ -83,12 +83,12 @@ class StackedSpeculators:
         return torch.baddbmm(self._routers["offset"], states, self._routers["matrix"])
 
     def route(self, states: Sequence[torch.Tensor] | torch.Tensor) -> list[Routing]:
-        """What each router itself decides on its layer's states `[rows, hidden]`, fp32."""
+        """The decision of each router itself on its layer's states `[rows, hidden]`, fp32."""
         return [wiring.router(state) for wiring, state in zip(self.wirings, states, strict=True)]
 
 
 def _stacked_default_vectors(wirings: list[Wiring]) -> torch.Tensor | None:
-    """`[layers, experts, hidden]`, zero for a layer without any; None where none has any, or a layer norms its experts' sum."""
+    """`[layers, experts, hidden]`, zero for a layer without any; None if no layer has any, or one has a post-norm."""
     vectors = [wiring.default_vectors for wiring in wirings]
     some = next((own for own in vectors if own is not None), None)
     if some is None or any(wiring.post_norm is not None for wiring in wirings):
@@ -98,7 +98,7 @@ def _stacked_default_vectors(wirings: list[Wiring]) -> torch.Tensor | None:
 
 @torch.no_grad()
 def _stacked_norms(norms: list[nn.Module], hidden_size: int) -> Weights | None:
-    """Their weights, or None where the first norm with another's weights is not that other."""
+    """Their weights, or None if the first norm with another norm's weights does not compute what that one does."""
     shapes = [{name: tensor.shape for name, tensor in norm.state_dict().items()} for norm in norms]
     if any(type(norm) is not type(norms[0]) or own != shapes[0] for norm, own in zip(norms, shapes, strict=True)):
         return None
@@ -109,18 +109,17 @@ def _stacked_norms(norms: list[nn.Module], hidden_size: int) -> Weights | None:
 
 
 def _mapped(norm: nn.Module, weights: Weights, states: torch.Tensor) -> torch.Tensor:
-    """A norm with each layer's weights in turn, on `[2, layers, rows, hidden]`."""
+    """The norm with each layer's own weights, on `[2, layers, rows, hidden]`."""
 
     def one(own: Weights, state: torch.Tensor) -> torch.Tensor:
-        normed: torch.Tensor = functional_call(norm, own, (state,))
-        return normed
+        return functional_call(norm, own, (state,))
 
     return vmap(one, in_dims=(0, 1), out_dims=1)(weights, states)
 
 
 @torch.no_grad()
 def _stacked_routers(routers: list[Router], hidden_size: int) -> Weights | None:
-    """`matrix` `[layers, hidden, experts]` and `offset` `[layers, 1, experts]` of the logits; None where they aren't linear."""
+    """`matrix` `[layers, hidden, experts]` and `offset` `[layers, 1, experts]` of the logits; None if they aren't linear."""
     identity, origin = torch.eye(hidden_size), torch.zeros(1, hidden_size)
     offsets = [router(origin).logits for router in routers]
     matrices = [router(identity).logits - offset for router, offset in zip(routers, offsets, strict=True)]
