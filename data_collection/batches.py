@@ -1,30 +1,28 @@
 """Documents in, batches of token ids out: what one forward pass reads.
 
-By default a sequence holds tokens of one document only, and begins at position 0: nothing reaches over a document's
-border, neither through attention nor through a state space. Sequences of similar length are batched and padded on the
-right, which a causal model can't see from the left; the rows of the padding are left out of the record.
+By default a sequence holds tokens of one document only and begins at position 0: neither attention nor a state space
+reaches across a document's border. Sequences of similar length are batched and padded on the right, where a causal model
+cannot see the padding; padding is not recorded.
 
-All of it is a function of the corpus and the settings alone, so that a collection can be resumed, and shared among
-processes, by counting batches.
+Everything here depends on the corpus and the settings alone. So a collection can be resumed, or shared among processes, by
+counting batches.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from .corpus import read_documents, sequences
 from .settings import CollectConfig
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# Sequences are sorted by length within so many batches: enough that little is padded, and a bounded buffer.
+# Sequences are sorted by length within so many batches: little is padded, and the buffer is bounded.
 BUFFERED_BATCHES = 16
 
 
@@ -32,27 +30,27 @@ class TokenBatch(NamedTuple):
     """The sequences of one forward pass."""
 
     number: int
-    """Counted from the corpus's beginning."""
+    """Counted from the beginning of the corpus."""
     first: int
     """The number of its first sequence; sequences are numbered in the order in which they are run."""
     token_ids: torch.Tensor
     """`[sequences, length]`, int64, on the CPU, padded on the right."""
     lengths: torch.Tensor
-    """`[sequences]`, int64: tokens of each sequence without its padding."""
+    """`[sequences]`, int64: tokens of each sequence, without padding."""
 
     @property
     def tokens(self) -> int:
         return int(self.lengths.sum())
 
     def mask(self) -> torch.Tensor:
-        """Which entries of `token_ids` are tokens and not padding, bool, in its shape."""
+        """Which entries of `token_ids` are no padding, bool, in its shape."""
         return torch.arange(self.token_ids.shape[1]) < self.lengths.unsqueeze(1)
 
 
 def read_batches(config: CollectConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[TokenBatch]:
-    """The batches that a collection of `tokens` tokens runs, of the corpus that `config` names.
+    """The batches of a collection of `tokens` tokens from the corpus of `config`.
 
-    Raises `CorpusError` for a corpus that can't be read.
+    Raises `CorpusError` if the corpus can't be read.
     """
     documents = read_documents(config.corpora, config.split, config.text_column, tokenizer)
     if config.phase == "decode":
@@ -70,8 +68,7 @@ def read_batches(config: CollectConfig, tokenizer: PreTrainedTokenizerBase, toke
 def pieces(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Iterator[list[int]]:
     """The token ids of each document, cut into consecutive pieces of at most `sequence_length`.
 
-    A document has the special tokens that the model meets: those of the tokenizer, unless the text (a rendered chat)
-    begins with its own.
+    A document gets the tokenizer's special tokens, unless the text (a rendered chat) begins with its own.
     """
     for text in documents:
         begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
@@ -93,7 +90,7 @@ def first_tokens(parts: Iterable[list[int]], tokens: int) -> Iterator[list[int]]
 def prompts(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, prompt_length: int) -> Iterator[list[int]]:
     """The first part of each document: its first half, and at most `prompt_length` tokens of it."""
     for text in documents:
-        # Not the whole of a long document: no token is so long that this leaves too few of them.
+        # Only the beginning of a long document is read: no token is so long that this gives too few tokens.
         for ids in pieces([text[: 64 * prompt_length]], tokenizer, 2 * prompt_length):
             yield ids[: (len(ids) + 1) // 2]
             break
@@ -113,10 +110,9 @@ def padded_batches(parts: Iterable[list[int]], tokens: int, pad: int) -> Iterato
 
 
 def prompt_batches(parts: Iterable[list[int]], tokens: int, new_tokens: int) -> Iterator[TokenBatch]:
-    """Batches of prompts that have `tokens` tokens at most once each prompt has got `new_tokens` more.
+    """Batches of prompts with at most `tokens` tokens, counting the `new_tokens` that each prompt will get.
 
-    The prompts of a batch are cut to the shortest of them: no padding stands between a prompt and what is generated,
-    whatever the architecture.
+    The prompts of a batch are cut to the shortest, so that no padding stands between a prompt and the generated tokens.
     """
     number = first = 0
     for group in _groups(parts, tokens, extra=new_tokens):
@@ -129,20 +125,13 @@ def prompt_batches(parts: Iterable[list[int]], tokens: int, new_tokens: int) -> 
 def packed_batches(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, batch_size: int, tokens: int
 ) -> Iterator[TokenBatch]:
-    """Batches of packed sequences (`corpus.sequences`); a shorter last sequence stands alone, so nothing is padded."""
+    """Batches of packed sequences (`corpus.sequences`); a shorter last sequence is a batch of its own: no padding."""
     number = first = 0
-    waiting: list[torch.Tensor] = []
-
-    def batch() -> TokenBatch:
-        return TokenBatch(number, first, torch.stack(waiting), torch.tensor([len(row) for row in waiting]))
-
-    for row in sequences(documents, tokenizer, sequence_length, tokens):
-        if waiting and (len(waiting) == batch_size or len(row) != len(waiting[0])):
-            yield batch()
-            number, first, waiting = number + 1, first + len(waiting), []
-        waiting.append(row)
-    if waiting:
-        yield batch()
+    rows = sequences(documents, tokenizer, sequence_length, tokens)
+    for length, alike in itertools.groupby(rows, key=len):
+        while group := list(itertools.islice(alike, batch_size)):
+            yield TokenBatch(number, first, torch.stack(group), torch.full((len(group),), length))
+            number, first = number + 1, first + len(group)
 
 
 def _groups(parts: Iterable[list[int]], tokens: int, extra: int) -> Iterator[list[list[int]]]:
@@ -159,7 +148,7 @@ def _groups(parts: Iterable[list[int]], tokens: int, extra: int) -> Iterator[lis
 
 def _cut(buffer: list[list[int]], tokens: int, extra: int) -> Iterator[list[list[int]]]:
     group: list[list[int]] = []
-    # Rising, so the part at hand is the longest of its group; the sort is stable, so the order is always the same.
+    # In rising order, so each part is the longest of its group so far; the sort is stable, so the order is always the same.
     for part in sorted(buffer, key=len):
         if group and (len(group) + 1) * (len(part) + extra) > tokens:
             yield group
@@ -172,18 +161,17 @@ def _cut(buffer: list[list[int]], tokens: int, extra: int) -> Iterator[list[list
 def sample_mask(seed: int, sequence: torch.Tensor, position: torch.Tensor, rate: float) -> torch.Tensor:
     """Which tokens a sample of `rate` (0 to 1) keeps, bool, in the shape of `sequence` and `position` (integers).
 
-    A hash of the three numbers decides, so the answer is the same in every batch, order and process.
+    A hash of seed, sequence and position decides, so the result is the same in every batch, order and process.
     """
     with np.errstate(over="ignore"):
         key = np.array(seed & 0xFFFF_FFFF_FFFF_FFFF, dtype=np.uint64)
         for part in (sequence, position):
             key = _mix(key ^ _mix(part.numpy().astype(np.uint64)))
-    kept: torch.Tensor = torch.from_numpy((key >> np.uint64(11)).astype(np.float64) * 2.0**-53 < rate)
-    return kept
+    return torch.from_numpy((key >> np.uint64(11)).astype(np.float64) * 2.0**-53 < rate)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One step of splitmix64: neighbouring numbers come out unlike each other."""
+    """One step of splitmix64: neighbouring numbers give unrelated results."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,23 +1,26 @@
-"""Every mixture-of-experts model type that the installed transformers has, each tried on a tiny random model.
+"""Every mixture-of-experts model type of the installed transformers, each tried on a tiny random model.
 
-What is supported is not kept in a list: transformers' own mapping of causal language models is walked, a model of each
-type that has experts is built from a small config, and recorded. A type is supported when its layers are found, what was
-recorded is what the model did, and the model is the same afterwards.
+No list of supported types is kept: for each of transformers' causal language model types that has experts, a model is built
+from a small config and recorded. A type is supported if its layers are found, the record is what the model did, and the
+model is the same afterwards.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..predictors.architecture import MoELayer, UnsupportedModelError
+from ..predictors.architecture import MoELayer, UnsupportedModelError, first_tensor
 from ..predictors.discovery import find_moe_layers
 from .hooks import LayerRecord, Recorder
 
@@ -40,10 +43,10 @@ SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": 257, "hidden_size_per_layer_input": 0, "enable_moe_block": True, "is_moe": True,
     "zero_expert_num": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
-"""What makes a config of any type small: each applies to the types that have a field of that name."""
+"""Values that make a config small; each is used if the config has a field of that name."""
 
 PECULIAR: dict[str, dict[str, Any]] = {
-    # Fields that a default config leaves unset, or whose values must agree with one another.
+    # Fields that a default config leaves unset, or whose values must agree with each other.
     "dots3_note": {"layer_types": ["indexed_attention"] * LAYERS, "per_layer_config": {}, "head_dim": 16,
                    "vision_config": {"adapter_out_dim": 32}, "audio_config": {"adapter_out_dim": 32}},
     "dots3_note_text": {"layer_types": ["indexed_attention"] * LAYERS, "per_layer_config": {}, "head_dim": 16},
@@ -67,7 +70,7 @@ class Support:
 
     model_type: str
     reason: str | None
-    """Why not, or None where it is supported."""
+    """Why not, or None if it is supported."""
     remarks: tuple[str, ...] = ()
     """What is special about its MoE layers."""
 
@@ -80,19 +83,19 @@ def moe_types() -> list[str]:
 def _has_experts(model_type: str) -> bool:
     try:
         fields = CONFIG_MAPPING[model_type]().get_text_config().to_dict()
-    except Exception:  # a config without defaults, or of several texts: none of these has experts
+    except Exception:  # a config without defaults, or with several texts: none of these has experts
         return False
     return any("expert" in field for field in fields)
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """A config of the type with 4 layers, 8 experts, hidden size 32 and 257 tokens, as far as its fields are known."""
+    """A config of the type with 4 layers, 8 experts, hidden size 32 and 257 tokens, if its fields are known."""
     kind = CONFIG_MAPPING[model_type]
     text = (getattr(kind, "sub_configs", None) or {}).get("text_config")
     default = (text or kind)().to_dict()
     fields = {name: value for name, value in SIZES.items() if name in default}
     for name, value in default.items():
-        # A list with one entry a layer: cut, and of every kind that is in it one is kept.
+        # A list with one entry a layer is cut; at least one entry of every kind in it is kept.
         if isinstance(value, list) and len(value) == default.get("num_hidden_layers") and name not in fields:
             missing = [kind for kind in dict.fromkeys(value) if kind not in value[:LAYERS]]
             fields[name] = value[: LAYERS - len(missing)] + missing
@@ -124,7 +127,7 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
 
 
 def examine(model_type: str) -> Support:
-    """Builds, records and compares; never raises for what a model type is like."""
+    """Builds a model, records it and compares; an unsupported type does not raise."""
     try:
         model = tiny_model(model_type)
         layers = find_moe_layers(model)
@@ -141,8 +144,8 @@ def examine(model_type: str) -> Support:
 def check(model: PreTrainedModel, layers: list[MoELayer]) -> str | None:
     """What is wrong with a recording of `model`, in one sentence, or None.
 
-    Compared with what plain hooks see: logits, ids, weights and router logits; the residual, to which the experts' sum
-    is added in the layer's own way, with the layer's output; and the logits of the model after the recorder has gone.
+    Plain hooks give the expected values. Compared are the model's logits, the routing, the model's logits after the
+    recorder has gone, and the layer's output with the residual plus the experts' sum, joined as the layer does.
     """
     text = model.config.get_text_config()
     tokens = torch.randint(1, text.vocab_size, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -179,34 +182,24 @@ def _whole_output(layer: MoELayer, record: LayerRecord, expert_sum: torch.Tensor
     return record.residual + added
 
 
-class _Watch:
-    """Plain hooks on the MoE layers: what routers return, experts sum up to and layers put out."""
+class _Watch(ExitStack):
+    """Plain hooks on the MoE layers: they keep the outputs of routers, experts and layers."""
 
     def __init__(self, layers: list[MoELayer]):
-        self.layers = layers
+        super().__init__()
         self.routings: dict[int, tuple[torch.Tensor, ...]] = {}
         self.expert_sums: dict[int, torch.Tensor] = {}
         self.outputs: dict[int, torch.Tensor] = {}
+        for layer in layers:
+            self._watch(layer.router, self.routings, layer.index, tuple)
+            self._watch(layer.experts, self.expert_sums, layer.index, first_tensor)
+            self._watch(layer.decoder, self.outputs, layer.index, first_tensor)
 
-    def __enter__(self) -> _Watch:
-        self._handles = []
-        for layer in self.layers:
-            for module, seen in (
-                (layer.router, self.routings),
-                (layer.experts, self.expert_sums),
-                (layer.decoder, self.outputs),
-            ):
+    def _watch(self, module: nn.Module, seen: dict[int, Any], index: int, part: Callable[[Any], Any]) -> None:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            seen[index] = part(output)
 
-                def keep(_: Any, __: Any, output: Any, index: int = layer.index, seen: dict[int, Any] = seen) -> None:
-                    is_plain = isinstance(output, torch.Tensor) or seen is self.routings
-                    seen[index] = output if is_plain else output[0]
-
-                self._handles.append(module.register_forward_hook(keep))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self.callback(module.register_forward_hook(keep).remove)
 
 
 def _remarks(layers: list[MoELayer]) -> tuple[str, ...]:
@@ -215,7 +208,7 @@ def _remarks(layers: list[MoELayer]) -> tuple[str, ...]:
         "shared expert": any(j.shared is not None and j.shared_gate is None for j in joins),
         "gated shared expert": any(j.shared_gate is not None for j in joins),
         "norm after the experts": any(j.post_norm is not None for j in joins),
-        "no norm before the router": isinstance(first.norm, torch.nn.Identity),
+        "no norm before the router": isinstance(first.norm, nn.Identity),
         "attention beside the experts": any(j.beside for j in joins),
         "experts in a space of their own": any(j.project is not None for j in joins),
         "scaled residual": any(j.base_scale != 1.0 or j.base_is_normed for j in joins),

@@ -1,15 +1,14 @@
 """The job `collect`: a full run of a model over text, with hooks on it, into a trace.
 
-A collection may be stopped at any moment, by whatever, and resumed (see `progress.py`); and it may be shared among the
-processes that torchrun or SLURM starts: each runs every so-many-th batch and writes its own shards, and the first of
-them adds up what all have summed and writes the manifest.
+A collection can be stopped at any moment and resumed (see `progress.py`). It can be shared among the processes that
+torchrun or SLURM starts: of N processes, each runs every N-th batch and writes its own shards. The first one then adds up
+all sums and writes the manifest.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import closing, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..predictors.architecture import MoELayer, moe_shape
 from ..predictors.discovery import find_moe_layers
@@ -28,7 +26,7 @@ from .columns import TOKEN_IDS
 from .hooks import Recorder
 from .manifest import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry, ShardEntry
 from .memory import keep_freed_memory
-from .passes import most_rows, run_batch
+from .passes import Run, most_rows, run_batch
 from .pilot import make_plan, speculation_state
 from .processes import Group, joined
 from .progress import (
@@ -53,10 +51,10 @@ __all__ = ["CollectConfig", "CollectError", "collect"]
 
 
 def collect(config: CollectConfig, console: Console | None = None) -> Path:
-    """Runs the model and writes the trace, or goes on with it; returns its folder.
+    """Runs the model and writes the trace, or resumes it; returns its folder.
 
-    Raises a `UserError` for whatever is wrong with the settings, the model, the corpus or the disk: with nothing left
-    behind where no batch has been run, else with a trace that can be resumed.
+    Raises a `UserError` if anything is wrong with the settings, the model, the corpus or the disk. Then the folder holds
+    a trace that can be resumed, or nothing if no batch has been run.
     """
     keep_freed_memory()
     with joined(resolve_device(config.device)) as group:
@@ -68,7 +66,7 @@ def collect(config: CollectConfig, console: Console | None = None) -> Path:
                     console.print(f"{config.out} is finished already", highlight=False)
                 else:
                     _collect(config, group, console)
-                group.wait()  # until all have ended, the lock is held
+                group.wait()  # the lock is held until all have ended
         except KeyboardInterrupt as error:
             raise CollectError(f"stopped; give --resume to go on with {config.out}") from error
     return config.out
@@ -94,11 +92,11 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
         raise CollectError(
             f"sequence_length {config.sequence_length} is beyond the {limit} positions of {config.model}"
         )
-    plan = None
+    run = Run(config, model, layers, tokenizer)
+    plan: Any = None
     if group.is_first:
-        plan = before.progress.plan if before else make_plan(config, model, layers, tokenizer, console, group.count)
+        plan = before.progress.plan if before else make_plan(run, console, group.count)
     plan = group.share(plan)
-    assert plan is not None
     if before is None:
         before = Snapshot(
             Progress(settings=config.decides(), processes=group.count, plan=plan),
@@ -108,11 +106,11 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
             save_progress(config.out, group.rank, before)
     started = time.perf_counter()
     with torch.inference_mode():
-        done, stopped = _record(config, group, model, layers, tokenizer, before)
+        done, stopped = _record(run, group, before)
     group.wait()
     if group.is_first:
         speed = (done.tokens - before.progress.tokens) / (time.perf_counter() - started)
-        manifest = _finish(config, group, model, layers)
+        manifest = _finish(run, group)
         _report(manifest, console)
         if stopped:
             console.print(f"ended with the last whole batch within max_bytes {config.max_bytes:,}", highlight=False)
@@ -126,27 +124,23 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
         )
 
 
-def _record(
-    config: CollectConfig,
-    group: Group,
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    tokenizer: PreTrainedTokenizerBase,
-    before: Snapshot,
-) -> tuple[Progress, bool]:
-    """This process's part of the one pass; returns its end, and whether `max_bytes` was that."""
+def _record(run: Run, group: Group, before: Snapshot) -> tuple[Progress, bool]:
+    """Runs this process's batches; returns its last progress, and whether it ended because of `max_bytes`."""
+    config, model, layers, tokenizer = run
     start, plan = before.progress, before.progress.plan
     prefix = "shard" if group.count == 1 else f"shard-{group.rank:04d}"
     remove_unfinished(config.out, prefix, start)
     rows = sum(shard.rows for shard in start.shards)
-    most = None
-    if config.max_bytes is not None:
-        most = plan.most_rows(config.max_bytes, config.shard_bytes, group.count)
+    most = None if config.max_bytes is None else plan.most_rows(config.max_bytes, config.shard_bytes, group.count)
     recorder, digest, done, stopped = Recorder(layers, plan.targets, config.inputs), Digest(), start, False
     recorder.add_state(before.sums)
-    watched = None if group.is_first else True
-    progress = tqdm(total=config.tokens, unit=" tokens", desc="collect", leave=False, disable=watched)
+    hidden = None if group.is_first else True
+    progress = tqdm(total=config.tokens, unit=" tokens", desc="collect", leave=False, disable=hidden)
     writer = TraceWriter(config.out, config.shard_bytes, group.rank, prefix, start.shards)
+
+    def snapshot() -> Snapshot:
+        return Snapshot(done, recorder.state())
+
     with recorder, closing(progress), writer:
         for batch in read_batches(config, tokenizer, config.tokens):
             digest.update(batch.token_ids)
@@ -170,7 +164,7 @@ def _record(
             )
             if columns is not None:
                 rows += len(columns[TOKEN_IDS])
-                writer.append(columns, partial(_snapshot, done, recorder))
+                writer.append(columns, snapshot)
         if start.batches and done is start and not stopped and str(digest) != start.digest:
             raise CollectError(
                 f"the corpus {', '.join(config.corpora)} is not what it was when {config.out} was started; "
@@ -178,21 +172,18 @@ def _record(
             )
         done = done.model_copy(update={"shards": writer.flush()})
     with disk(config.out):
-        save_progress(config.out, group.rank, Snapshot(done, recorder.state()))
+        save_progress(config.out, group.rank, snapshot())
     return done, stopped
 
 
 def _work(batch: TokenBatch, config: CollectConfig) -> int:
-    """The tokens that count to `--tokens`: those of the batch, or those generated from it at most."""
+    """The batch's tokens as `--tokens` counts them: its own, or the most that can be generated from it."""
     return len(batch.token_ids) * config.max_new_tokens if config.phase == "decode" else batch.tokens
 
 
-def _snapshot(done: Progress, recorder: Recorder) -> Snapshot:
-    return Snapshot(done, recorder.state())
-
-
-def _finish(config: CollectConfig, group: Group, model: PreTrainedModel, layers: list[MoELayer]) -> Manifest:
-    """Makes one trace of what all processes have left in the folder."""
+def _finish(run: Run, group: Group) -> Manifest:
+    """Makes one trace of everything that the processes have written to the folder."""
+    config, model, layers, _ = run
     shards: list[ShardEntry] = []
     sequences = 0
     recorder: Recorder | None = None
@@ -213,8 +204,8 @@ def _finish(config: CollectConfig, group: Group, model: PreTrainedModel, layers:
             else "not one token was recorded; give a larger --sample, or more --tokens"
         )
     digest = write_speculation(config.out, speculation_state(layers, recorder), model.config.to_json_string())
-    manifest = _manifest(config, group, model, layers, recorder, shards, digest, sequences)
-    # Read back from the disk, as `fit` will.
+    manifest = _manifest(run, group, recorder, shards, digest, sequences)
+    # Measured on the trace itself, as `fit` will read it.
     trace = Trace(config.out, manifest)
     sample, top_k = trace.sample(SAMPLE_ROWS), manifest.model.top_k
     [rates] = hit_rates(sample, trace.sources, trace.stacked(), [top_k])
@@ -226,15 +217,9 @@ def _finish(config: CollectConfig, group: Group, model: PreTrainedModel, layers:
 
 
 def _manifest(
-    config: CollectConfig,
-    group: Group,
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    recorder: Recorder,
-    shards: list[ShardEntry],
-    speculation_xxh3: str,
-    sequences: int,
+    run: Run, group: Group, recorder: Recorder, shards: list[ShardEntry], speculation_xxh3: str, sequences: int
 ) -> Manifest:
+    config, model, layers, _ = run
     by_index = {layer.index: layer for layer in layers}
     control = recorder.control_hit_rates()
     return Manifest(
@@ -249,9 +234,7 @@ def _manifest(
             LayerEntry(
                 layer=target,
                 source=source,
-                norm=by_index[target].names["norm"],
-                router=by_index[target].names["router"],
-                router_arguments=by_index[target].names["router_arguments"],
+                **{name: by_index[target].names[name] for name in ("norm", "router", "router_arguments")},
                 router_ndim=by_index[target].router_ndim,
                 has_input=source is None or config.inputs,
                 **({} if source is None else _joined(by_index[source])),
@@ -278,7 +261,7 @@ def _manifest(
 
 
 def _joined(source: MoELayer) -> dict[str, Any]:
-    """How a source layer's experts join its output, as far as a speculation must know it."""
+    """How a source layer's experts join its output, as far as a speculation needs it."""
     return {
         "post_norm": source.names["post_norm"],
         "post_scale": source.join.post_scale,

@@ -9,14 +9,14 @@ import torch
 from .manifest import Manifest
 
 Columns = dict[str, torch.Tensor]
-"""Tensors of some rows, by the names that they have in a shard."""
+"""Tensors of some rows, by their names in a shard."""
 
 TOKEN_IDS, POSITION, SEQUENCE = ROW_COLUMNS = ("token_ids", "position", "sequence")
-"""Of the row's token itself; all others are of a layer."""
+"""The columns of the row's token; all others belong to a layer."""
 
 
 class Column(StrEnum):
-    """The columns of a layer; `trace.py` says what they hold."""
+    """The columns of a layer; `trace.py` describes them."""
 
     RESIDUAL = "residual"
     INNER = "inner"

@@ -1,18 +1,17 @@
-"""A corpus: text from wherever people have it, as documents, one string each.
+"""A corpus: text of many kinds as documents, one string each.
 
-    embedded                        the Python sources that every machine with this project has
+    embedded                        the Python sources that come with Python and torch
     notes.txt, book.md, ...         a text file: one document
     lines.jsonl, table.parquet      one document a row, of its text column; also .json, .jsonl.gz, .jsonl.zst
     folder/                         every text, .jsonl and .parquet file below it, in name order
     'folder/*.parquet'              a glob (** goes into folders)
     saved/ or saved::split          what `datasets.save_to_disk` wrote
-    name:config:split               a dataset of the Hub, or a local folder shaped like one; both parts may be left out
+    name:config:split               a dataset of the Hub, or a local folder shaped like one; both parts are optional
 
-A row whose text column holds a chat (a list of `role` and `content`) is rendered with the tokenizer's chat template;
-where there is no text column, `messages` or `conversations` is read. Everything is streamed, and always in one order.
+A row whose text column holds a chat (a list of `role` and `content`) is rendered with the tokenizer's chat template.
+Without a text column, `messages` or `conversations` is read. Everything is streamed, always in the same order.
 
-The embedded corpus is split by file, and the split depends on a file's name only, so a file is held out on every machine
-and in every version.
+The embedded corpus is split by file. A file's name alone decides, so the same files are held out everywhere.
 """
 
 from __future__ import annotations
@@ -24,23 +23,21 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..predictors.errors import UserError
 from .settings import EMBEDDED, Split
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".html", ".tex"}
 ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 CHAT_COLUMNS = ("messages", "conversations")
-# A longer text file is cut into documents of about so many characters, so that memory does not grow with it.
+# A longer text file is cut into documents of about this many characters, to bound memory.
 LONGEST_TEXT = 1 << 22
-HELD_OUT_SHARE = 20  # one file in so many is held out
+HELD_OUT_SHARE = 20  # one file in this many is held out
 KINDS = "a text file, a folder, a glob, a .jsonl, .json or .parquet file, or a Hub dataset as name:config:split"
 
 Row = dict[str, Any]
@@ -70,7 +67,7 @@ def is_held_out(name: str) -> bool:
 def embedded_files(split: Split) -> list[tuple[str, Path]]:
     """`(name, path)` of each source file of one split, in an order that depends on the names only.
 
-    The order is that of a hash, so that a few thousand tokens from its start are a fair sample.
+    A hash gives the order, so the first few thousand tokens are a fair sample.
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     roots = [(stdlib, stdlib), (Path(torch.__file__).parent, Path(torch.__file__).parent.parent)]
@@ -89,7 +86,7 @@ def embedded_files(split: Split) -> list[tuple[str, Path]]:
 def parse_source(text: str) -> Source:
     """`path` or `path@weight`. Raises `CorpusError` for a weight that is not above 0.
 
-    What stands behind the last `@` is a weight if it is a number, and the whole is not the name of a file.
+    The part after the last `@` is a weight if it is a number and the whole is not the name of a file.
     """
     name, at, weight = text.rpartition("@")
     if not at or Path(text).exists():
@@ -111,11 +108,11 @@ def read_documents(
 ) -> Iterator[str]:
     """The documents of a corpus, one string each, empty ones left out.
 
-    `corpus` is one of the kinds above, or several, each `path` or `path@weight`. Of several, the next document is always
-    of that corpus which is furthest behind its share of the characters, and all end with the first that ends: every
-    stretch of the text is mixed as asked. `split` matters to the embedded corpus only; chats need the `tokenizer`.
+    `corpus` is one of the kinds above, or several, each `path` or `path@weight`. The next document always comes from the
+    corpus that is furthest behind its share of the characters, so every part of the text is mixed as asked. All end when
+    the first one ends. `split` is for the embedded corpus only; chats need the `tokenizer`.
 
-    Raises `CorpusError` where there is nothing to read.
+    Raises `CorpusError` if there is nothing to read.
     """
     sources = [parse_source(str(part)) for part in ([corpus] if isinstance(corpus, str | Path) else corpus)]
     if not sources:
@@ -124,7 +121,7 @@ def read_documents(
 
 
 def mixed(sources: list[Source], read_one: Callable[[str], Iterator[str]]) -> Iterator[str]:
-    """The documents of all `sources`, each of which `read_one` reads by its name, as `read_documents` mixes them."""
+    """The documents of all `sources`, mixed as `read_documents` says; `read_one` reads a corpus by its name."""
     streams = [read_one(source.name) for source in sources]
     read = [0] * len(sources)
     while True:
@@ -166,7 +163,7 @@ def _documents(corpus: str, split: Split, text_column: str, tokenizer: PreTraine
         yield from texts(corpus, lambda: _load_saved(saved, "" if saved == path else dataset_split))
     elif path.is_dir():
         for file in sorted(path.rglob("*")):
-            # Of .json files most folders hold many that are no corpus.
+            # Most folders hold .json files that are no corpus.
             is_rows = _row_format(file) is not None and ".json" not in file.suffixes
             if file.is_file() and (is_rows or file.suffix in TEXT_SUFFIXES):
                 yield from file_texts(file)
@@ -183,7 +180,7 @@ def _documents(corpus: str, split: Split, text_column: str, tokenizer: PreTraine
 
 
 def _read_text(file: Path) -> Iterator[str]:
-    """The text of a file, in one piece if it is not very long; the pieces of a long one end with a line if they can."""
+    """The text of a file, in one piece unless it is very long; pieces end at a line's end if possible."""
     with file.open(encoding="utf-8", errors="replace", newline="") as lines:
         while piece := lines.read(LONGEST_TEXT):
             if len(piece) == LONGEST_TEXT:
@@ -208,7 +205,7 @@ def _may_be_on_the_hub(name: str) -> bool:
 
 
 def _datasets() -> Any:
-    # Not at the top: it takes seconds to import, and only these corpora need it.
+    # Imported here: it takes seconds, and only these corpora need it.
     import datasets
 
     datasets.disable_progress_bars()
@@ -218,12 +215,11 @@ def _datasets() -> Any:
 
 def _load_file(kind: str, file: Path) -> Iterable[Row]:
     files = glob.escape(str(file.absolute()))
-    rows: Iterable[Row] = _datasets().load_dataset(kind, data_files=files, split="train", streaming=True)
-    return rows
+    return _datasets().load_dataset(kind, data_files=files, split="train", streaming=True)
 
 
 def _load_dataset(name: str, config: str, split: str) -> Iterable[Row]:
-    """Streamed from the Hub or from a local folder by the same call, so nothing is downloaded whole or cached."""
+    """Streams a dataset of the Hub or a local folder, so nothing is downloaded whole or cached."""
     return _one_split(name, _datasets().load_dataset(name, config or None, split=split or None, streaming=True))
 
 
@@ -239,20 +235,19 @@ def _load_saved(path: Path, split: str) -> Iterable[Row]:
 
 def _one_split(name: str, found: Any) -> Iterable[Row]:
     if not isinstance(found, dict):
-        rows: Iterable[Row] = found
-        return rows
+        return found
     if len(found) > 1 and "train" not in found:
         raise CorpusError(f"{name} has the splits {', '.join(found)}; name one of them as name:config:split")
     return _one_split(name, found["train"] if "train" in found else next(iter(found.values())))
 
 
 def _rows(name: str, load: Callable[[], Iterable[Row]]) -> Iterator[Row]:
-    """The rows of what `load` gives. Whatever goes wrong on the way becomes a `CorpusError`."""
+    """The rows that `load` gives. Any error becomes a `CorpusError`."""
     try:
         yield from load()
     except CorpusError:
         raise
-    # Readers of many formats and a network stand behind this: they raise whatever they like.
+    # Readers of many formats and a network are behind this: they raise errors of any kind.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
         raise CorpusError(f"the corpus {name} can't be read ({reason[:300]}); mend it, or give {KINDS}") from error
@@ -280,20 +275,20 @@ def _texts(
 
 
 def _render(where: str, messages: list[Row], tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A chat as the model reads it. Of the ShareGPT form, `from` and `value` are read as role and content."""
+    """A chat as the model reads it. In the ShareGPT form, `from` and `value` are role and content."""
     if tokenizer is None or not tokenizer.chat_template:
         raise CorpusError(
             f"{where} is a chat, and the model's tokenizer has no chat template; give a corpus of plain text"
         )
     roles = {"human": "user", "gpt": "assistant"}
-    # What a row lacks and others have, Arrow fills with None; a template would take it for a value.
+    # Arrow fills the fields that a row lacks with None; a template would take it for a value.
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     renamed = [
         {"role": roles.get(m["from"], m["from"]), "content": m.get("value", "")} if "from" in m else m for m in messages
     ]
     try:
         text = tokenizer.apply_chat_template(renamed, tokenize=False)
-    # A template is a program of the model's authors, and says with exceptions of any kind what it does not take.
+    # A template is a program of the model's authors: it raises errors of any kind.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CorpusError(
@@ -308,8 +303,8 @@ def sequences(
 ) -> Iterator[torch.Tensor]:
     """Packs documents into sequences `[sequence_length]` of token ids (int64).
 
-    Documents follow one another with the end-of-text token between them; what does not fill a last sequence is
-    yielded as a shorter one. Stops after `tokens` tokens in all (the last sequence is cut to fit).
+    Documents follow one another with the end-of-text token between them; the last sequence may be shorter. Stops after
+    `tokens` tokens in all (the last sequence is cut to fit).
     """
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     buffer: list[int] = []
@@ -318,7 +313,7 @@ def sequences(
         if left <= 0:
             return
         buffer += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        # Cut by position, and once: from a list of a million tokens, taking the front off again and again is slow.
+        # Cut once, by position: removing the front of a long list again and again is slow.
         start = 0
         while len(buffer) - start >= sequence_length and left > 0:
             size = int(min(sequence_length, left))

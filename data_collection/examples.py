@@ -1,4 +1,4 @@
-"""Recorded rows as a predictor sees them: what it reads, and what it should say."""
+"""Recorded rows as a predictor sees them: its inputs and the true routing."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Batch(NamedTuple):
 
 
 def make_batch(columns: Columns, sources: dict[int, int | None], speculators: StackedSpeculators) -> Batch:
-    """What the predictors of the target layers in `sources` read and should say, for the rows of `columns`.
+    """The inputs and true routings for the predictors of the target layers in `sources`, for the rows of `columns`.
 
-    States are those of `Speculator.states`, which is what the runtime calls. No gradient flows through them.
+    States are those of `Speculator.states`, which the runtime calls. No gradient flows through them.
     """
 
     def stack(names: Iterable[str]) -> torch.Tensor:
@@ -40,13 +40,13 @@ def make_batch(columns: Columns, sources: dict[int, int | None], speculators: St
     inner = [None if s is None else columns.get(Column.INNER.of(s)) for s in sources.values()]
     ids = stack(Column.EXPERT_IDS.of(target) for target in sources).long()
     logits = stack(Column.ROUTER_LOGITS.of(target) for target in sources).float()
-    # A target without a source has a mixture of nothing: weights of zero, whatever the experts.
+    # A target without a source has a mixture of zeros: all weights are zero.
     chosen = stack(Column.EXPERT_IDS.of(t if s is None else s) for t, s in sources.items()).long()
     weights = torch.zeros(chosen.shape, device=chosen.device)
     sourced = {number: source for number, source in enumerate(sources.values()) if source is not None}
     if sourced:
         weights[list(sourced)] = stack(map(Column.EXPERT_WEIGHTS.of, sourced.values())).float()
-    # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
+    # A speculation does not read a source's logits; the trace lacks them if the source is no target.
     routing = Routing(weights, weights, chosen)
     quasi, normed = speculators.states(read, routing, [None if i is None else i.float() for i in inner])
     return Batch(quasi, normed, mixture_of(routing, logits.shape[-1], logits.dtype), ids, logits)

@@ -1,8 +1,8 @@
-"""The recorder: hooks on a full run of a model, from which everything that predictors learn from is read.
+"""The recorder: hooks on a full run of a model, which read everything that predictors learn from.
 
-Nothing of the model is computed a second time, with one exception: the control, which feeds each target's norm and
-router with their recorded true input again and must find the very experts that the model used. It does so for all tokens
-of the first pass; after it for every eighth, and runs the router again only where the norm's output is not what it has read.
+Nothing is computed twice, except for the control: it feeds each target's norm and router with their recorded true input
+again and must find exactly the experts that the model used. It does so for all tokens of the first pass, then for every
+eighth; then it runs the router again only if the norm's output differs from the router's recorded input.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class LayerRecord(NamedTuple):
     routing: Routing
     """As the model itself used it."""
     input: torch.Tensor | None
-    """`[tokens, hidden]`: the decoder layer's own input, of a target without a source or where inputs are asked for."""
+    """`[tokens, hidden]`: the decoder layer's own input, for a target without a source or if inputs are asked for."""
     inner: torch.Tensor | None
-    """`[tokens, hidden]`: what the layer norms together with its experts' sum, where it does; else None."""
+    """`[tokens, hidden]`: the shared term that goes through the post-norm with the experts' sum, or None."""
 
 
 class Recorder:
     """Records the forward passes of a model between `__enter__` and `__exit__`, which restores the model exactly.
 
-    `targets` are indices of MoE layers among `layers`; each target's source layer is recorded with it, and with `inputs`
-    every target's own input. A model whose experts can't be run one by one raises `UnsupportedModelError` on entering.
+    `targets` are indices of MoE layers among `layers`. Each target's source layer is recorded too, and with `inputs` every
+    target's own input. Entering raises `UnsupportedModelError` if the experts can't be run one by one.
     """
 
     def __init__(self, layers: list[MoELayer], targets: Iterable[int], inputs: bool = False):
@@ -70,13 +70,13 @@ class Recorder:
         self._stack.close()
 
     def keep(self, mask: torch.Tensor | None) -> None:
-        """Of the passes to come, records only the tokens where `mask` (bool `[tokens]`) is set; None records all."""
+        """In the passes to come, records only the tokens where `mask` (bool `[tokens]`) is set; None records all."""
         for tap in self._taps.values():
-            # Each layer on its own device: a large model may be spread over several.
+            # On each layer's own device: a large model may be spread over several.
             tap.keep = None if mask is None else mask.to(next(tap.layer.router.parameters()).device)
 
     def take(self) -> dict[int, LayerRecord]:
-        """The records of the last forward pass, by layer index; they are handed over, not kept."""
+        """The records of the last forward pass, by layer index; the recorder does not keep them."""
         recomputed, used = [], []
         stride = CONTROL_STRIDE if self._control.total else 1
         for target in self.sources:
@@ -87,11 +87,11 @@ class Recorder:
         return {index: tap.take() for index, tap in self._taps.items()}
 
     def control_hit_rates(self) -> dict[int, float]:
-        """By target: how often router and norm, given their recorded input again, find the experts used. Must be 1.0."""
+        """By target: how often norm and router, given their recorded input again, find the experts used. It must be 1.0."""
         return dict(zip(self.sources, self._control.rates(), strict=True))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Copies, on the CPU, of all that the passes so far have added up: what default vectors and control are made of.
+        """CPU copies of the sums over all passes so far, which default vectors and control are computed from.
 
         `sums.<layer>` `[experts, hidden]` fp32, `counts.<layer>` `[experts]` int64, `control.hits` `[targets]` and
         `control.total` `[]` fp64.
@@ -104,7 +104,7 @@ class Recorder:
         return state
 
     def add_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Adds what another recorder of the same layers had added up; a new one then goes on as if it were that one."""
+        """Adds the sums of another recorder of the same layers; a new recorder then continues that one."""
         self._control.hits += state["control.hits"]
         self._control.total += state["control.total"]
         for index, tap in self._taps.items():
@@ -114,12 +114,12 @@ class Recorder:
                 tap.counts = [mine + other for mine, other in zip(tap.counts, counts, strict=True)]
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
-        """By source layer: `[experts, hidden]`, fp32, on the CPU; the row of an expert that no token took is zero."""
+        """By source layer: `[experts, hidden]`, fp32, on the CPU; the row of an expert without tokens is zero."""
         return {index: tap.mean_outputs() for index, tap in self._taps.items() if tap.is_source}
 
 
 class _Tap:
-    """The hooks on one MoE layer and what they saw."""
+    """The hooks on one MoE layer and the tensors that they saw."""
 
     def __init__(self, layer: MoELayer, is_source: bool, keeps_input: bool):
         self.layer, self.is_source, self.keeps_input = layer, is_source, keeps_input
@@ -162,11 +162,11 @@ class _Tap:
                 keep_output("shared", join.shared)
             if join.shared_gate is not None:
                 keep_output("shared_gate", join.shared_gate)
-            expert_parameters(layer.experts)  # refuses experts that can't be run one by one, before the first pass
+            expert_parameters(layer.experts)  # raises before the first pass if experts can't be run one by one
             stack.enter_context(override_forward(layer.experts, self.run_experts))
 
     def run_experts(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        # The names of the three arguments differ between models, their order does not.
+        # Models name the three arguments differently, but their order is the same.
         x, ids, weights = (*args, *kwargs.values())
         self.sums = self.sums.to(x.device)
 
@@ -184,9 +184,9 @@ class _Tap:
         return run_experts(self.layer.experts, x, ids, weights, on_outputs=add)
 
     def recomputed_ids(self, stride: int) -> torch.Tensor:
-        """What norm and router choose on every `stride`-th recorded row of the stream, `[tokens, top_k]`. With a stride
-        above 1 the router is taken at its word where it would read the very input that it has read."""
-        # Through `forward`, past the hooks: a recomputation is not to be recorded.
+        """The choice of norm and router on every `stride`-th recorded row of the stream, `[tokens, top_k]`. With a stride
+        above 1 the router is not run again if its input is exactly the recorded one."""
+        # `forward` does not call the hooks: a recomputation must not be recorded.
         normed = self.layer.norm.forward(self._kept(self.seen["norm_input"])[::stride])
         if stride > 1 and torch.equal(normed, self._kept(self.seen["router_input"])[::stride]):
             return self.routing.ids[::stride]

@@ -1,4 +1,4 @@
-"""manifest.json of a trace: what was recorded, from which model and text, and the shards with their checksums."""
+"""manifest.json of a trace: the recorded model, layers and text, and the shards with their checksums."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ModelEntry(_Entry):
     fingerprint: str
 
     def identity(self) -> dict[str, Any]:
-        """What predictors say of the model that they belong to."""
+        """The facts about the model that its predictors carry."""
         return self.model_dump(exclude={"revision", "architecture"})
 
 
@@ -48,21 +48,21 @@ class LayerEntry(_Entry):
     layer: int
     source: int | None
     norm: str
-    """Dotted name of the norm in the model; empty where its routers read the residual stream itself."""
+    """Dotted name of the norm in the model; empty if its routers read the residual stream itself."""
     router: str
     """Dotted name of the router in the model."""
     router_arguments: list[str] = []
-    """Dotted names of what the router is called with beside its input."""
+    """Dotted names of the router's arguments beside its input."""
     router_ndim: Literal[2, 3] = 2
-    """Of the router's input."""
+    """Dimensions of the router's input."""
     post_norm: str = ""
-    """Dotted name of the norm that the source layer's experts' sum goes through, where it goes through one."""
+    """Dotted name of the norm on the source layer's experts' sum; empty if there is none."""
     post_scale: float = 1.0
-    """Factor of what that norm puts out."""
+    """Factor of that norm's output."""
     has_inner: bool = False
-    """Whether the source layer's shared expert goes through that norm as well, and is recorded as `inner`."""
+    """Whether the source layer's shared expert goes through that norm too, and is recorded as `inner`."""
     has_input: bool = False
-    """Whether the layer's own input is recorded; of a target without a source it always is."""
+    """Whether the layer's own input is recorded; it always is for a target without a source."""
     training_free: float = Field(ge=0, le=1)
     """Hit rate without a predictor, over a sample of the rows."""
     control: float = Field(ge=0, le=1)
@@ -83,7 +83,7 @@ class Manifest(_Entry):
     model: ModelEntry
     layers: list[LayerEntry] = Field(min_length=1)
     dtype: str
-    """Of the model while it was recorded."""
+    """The model's dtype while it was recorded."""
     phase: str
     """`prefill`: the rows are tokens of whole sequences, computed at once; `decode`: tokens that the model generated and
     read one at a time."""
@@ -92,21 +92,21 @@ class Manifest(_Entry):
     seed: int
     sequence_length: int
     sequences: int
-    """`sequence` of a row is below it; a sample may have left all of a sequence out."""
+    """Every row's `sequence` is below it; a sample may leave out all rows of a sequence."""
     tokens: int
     """Rows."""
     speculation_xxh3: str
     shards: list[ShardEntry] = Field(min_length=1)
     settings: dict[str, Any] = {}
-    """Those of `collect` that decide what is recorded."""
+    """The settings of `collect` that decide what is recorded."""
     processes: int = 1
-    """How many shared the collection; the shards of each stand one after another."""
+    """How many processes shared the collection; the shards of each follow one another."""
     versions: dict[str, str]
     command: str
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the trace in the folder `path`. Raises `TraceError` where there is none, or a broken one."""
+    """The manifest of the trace in the folder `path`. Raises `TraceError` if it is missing or broken."""
     if not path.is_dir():
         raise TraceError(f"there is no trace at {path}; give the folder that collect wrote")
     file = path / MANIFEST

@@ -1,4 +1,4 @@
-"""How the C library keeps the memory that a pass or a training step frees and the next one takes again."""
+"""Makes the C library keep freed memory, which the next pass or training step takes again."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Has this process's malloc keep what is freed, where it is glibc's; elsewhere nothing happens.
+    """Makes this process's malloc keep freed memory, if it is glibc's; otherwise does nothing.
 
-    A recorded pass holds what it records until its end and then frees all of it at once, as a training step does its states.
-    Left to itself, malloc gives that back to the system, and the next one touches new pages, each of them a fault: on a
-    virtual machine that took a tenth of a collection's time. The most memory that is in use stays the same.
+    A pass or a training step frees all its tensors at its end. By default malloc gives them back to the system, and the next
+    one causes a page fault for each new page: on a virtual machine that took a tenth of a collection's time. The peak of
+    memory in use stays the same.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,28 +1,38 @@
-"""The two ways to run a batch under the recorder, and what of it becomes rows of the trace.
+"""The two ways to run a batch under the recorder, and which rows of the trace it gives.
 
 prefill   all tokens of the batch at once
 decode    the batch prompts the model; the tokens that it generates are fed back to it one at a time, with its cache,
-          and these steps are recorded: the distribution that the runtime meets
+          and these steps are recorded: the runtime meets the same distribution
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from ..predictors.architecture import MoELayer
 from .batches import TokenBatch, sample_mask
 from .columns import POSITION, SEQUENCE, TOKEN_IDS, Column, Columns
 from .hooks import LayerRecord, Recorder
 from .settings import CollectConfig
 
 
-def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
-    """Runs `batch` in the phase of `config`; returns the rows that it adds to the trace, on the CPU.
+class Run(NamedTuple):
+    """A model, its MoE layers and its tokenizer, and how to collect from it."""
 
-    What a model draws depends on the seed and the batch only, so it is the same in a collection that was resumed or
-    shared among processes.
+    config: CollectConfig
+    model: PreTrainedModel
+    layers: list[MoELayer]
+    tokenizer: PreTrainedTokenizerBase
+
+
+def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
+    """Runs `batch` in the phase of `config`; returns its rows for the trace, on the CPU.
+
+    The tokens that a model draws depend on the seed and the batch only: they are the same if the collection was resumed
+    or shared among processes.
     """
     torch.manual_seed(hash((config.seed, batch.number)) & 0x7FFF_FFFF_FFFF_FFFF)
     run = _decode if config.phase == "decode" else _prefill
@@ -30,12 +40,12 @@ def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, con
 
 
 def most_rows(batch: TokenBatch, config: CollectConfig) -> int:
-    """The most rows that `run_batch` may give; in `prefill` it gives just so many."""
+    """The most rows that `run_batch` may give; in `prefill` the exact number."""
     return int(_kept(batch, config).sum())
 
 
 def _kept(batch: TokenBatch, config: CollectConfig) -> torch.Tensor:
-    """Which tokens to record, bool `[sequences, positions]`; of `decode`, the positions are those after the prompt."""
+    """Which tokens to record, bool `[sequences, positions]`; in `decode`, the positions are those after the prompt."""
     if config.phase == "decode":
         mask = torch.ones(len(batch.token_ids), config.max_new_tokens, dtype=torch.bool)
         start = batch.token_ids.shape[1]
@@ -51,7 +61,7 @@ def _kept(batch: TokenBatch, config: CollectConfig) -> torch.Tensor:
 def _prefill(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
     kept = _kept(batch, config)
     recorder.keep(None if kept.all() else kept.flatten())
-    # The body without the head: logits over a large vocabulary would cost more than a layer, and nobody reads them.
+    # The body without the head: logits over a large vocabulary cost more than a layer and are not needed.
     model.base_model(input_ids=batch.token_ids.to(model.device), use_cache=False)
     columns = layer_columns(recorder.take(), recorder.sources)
     sequence, position = kept.nonzero(as_tuple=True)
@@ -64,38 +74,35 @@ def _prefill(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, conf
 def _decode(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
     step = _Steps(recorder, batch, _kept(batch, config), _ends(model))
     prompt = batch.token_ids.to(model.device)
-    step.before_prompt()
     model.generate(  # type: ignore[operator]
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=True,
-        # The last token that is drawn is never fed back, so never seen by a router.
+        # The last token that is drawn is never fed back, so no router sees it.
         max_new_tokens=config.max_new_tokens + 1,
-        pad_token_id=int(prompt[0, 0]),  # any: what follows a sequence's end is not recorded
+        pad_token_id=int(prompt[0, 0]),  # any token: nothing is recorded after a sequence's end
         stopping_criteria=StoppingCriteriaList([step]),
     )
     return {name: torch.cat([columns[name] for columns in step.columns]) for name in step.columns[0]}
 
 
 class _Steps(StoppingCriteria):
-    """Called by `generate` after each forward pass and draw: takes the records of the pass, and prepares the next.
+    """`generate` calls it after each pass and draw: it takes the records of the pass and prepares the next one.
 
-    It stops nothing, but a pass sees no other place to be watched from.
+    It stops nothing. `generate` offers no other hook after each pass.
     """
 
     def __init__(self, recorder: Recorder, batch: TokenBatch, kept: torch.Tensor, ends: list[int]):
         self.recorder, self.batch, self.kept, self.ends = recorder, batch, kept, torch.tensor(ends)
         self.columns: list[Columns] = []
-        """Of each step, that of the prompt (with no rows) included."""
+        """Of each step, including that of the prompt, which has no rows."""
         self.running = torch.ones(len(kept), dtype=torch.bool)
-
-    def before_prompt(self) -> None:
-        self.mask = torch.zeros(len(self.kept), dtype=torch.bool)
-        self.recorder.keep(torch.zeros(self.batch.token_ids.numel(), dtype=torch.bool))
+        self.mask = torch.zeros(len(kept), dtype=torch.bool)
+        recorder.keep(torch.zeros(batch.token_ids.numel(), dtype=torch.bool))  # nothing of the prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002
         columns = layer_columns(self.recorder.take(), self.recorder.sources)
-        position = input_ids.shape[1] - 2  # of the token that was fed: the last one has just been drawn
+        position = input_ids.shape[1] - 2  # of the token that was fed; the last one has just been drawn
         columns[TOKEN_IDS] = input_ids[:, position].cpu()[self.mask].int()
         columns[POSITION] = torch.full_like(columns[TOKEN_IDS], position)
         columns[SEQUENCE] = (self.batch.first + self.mask.nonzero().flatten()).int()
@@ -115,7 +122,7 @@ def _ends(model: PreTrainedModel) -> list[int]:
 
 
 def layer_columns(records: dict[int, LayerRecord], sources: dict[int, int | None]) -> Columns:
-    """What a trace keeps of the records of one forward pass, on the CPU; `sources` maps each target to its source."""
+    """The columns of one forward pass, on the CPU; `sources` gives each target's source."""
     columns: Columns = {}
     used_as_source = set(sources.values())
     for layer, record in records.items():

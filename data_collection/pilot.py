@@ -1,15 +1,15 @@
-"""A short run before the collection: which layers are worth collecting, and how many bytes and how much time it takes."""
+"""A short run before the collection: it chooses the layers and estimates the bytes and the time."""
 
 from __future__ import annotations
 
 import copy
+import math
 import shutil
 import time
 
 import torch
 from accelerate.hooks import remove_hook_from_module
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..predictors.architecture import MoELayer
 from ..predictors.speculation import Wiring, wire
@@ -17,43 +17,34 @@ from ..predictors.stacked import StackedSpeculators
 from .batches import read_batches
 from .columns import TOKEN_IDS, Columns
 from .hooks import Recorder
-from .passes import run_batch
+from .passes import Run, run_batch
 from .progress import Plan
-from .settings import CollectConfig, CollectError
+from .settings import CollectError
 from .statistics import hit_rates
 from .wiring import wiring_state
 
 RATES_TOKENS = 4096
-# The estimate costs a collection at most this share of its time, and no more than a few batches.
+# The estimate takes at most one part in so many of the tokens, and no more than a few batches.
 ESTIMATE_SHARE = 16
 ESTIMATE_BATCHES = 3
 ESTIMATE_NEW_TOKENS = 16
 
 
-def make_plan(
-    config: CollectConfig,
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    tokenizer: PreTrainedTokenizerBase,
-    console: Console,
-    processes: int = 1,
-) -> Plan:
-    """Runs the pilot, prints what the collection will take, and returns what was settled.
+def make_plan(run: Run, console: Console, processes: int) -> Plan:
+    """Runs the pilot, prints what the collection will take, and returns the plan.
 
-    Raises `CollectError` where the layers are not as asked, or the disk can't hold the trace.
+    Raises `CollectError` if the layers are not as asked, or the disk is too small for the trace.
     """
-    targets = _choose_targets(config, model, layers, tokenizer, console)
-    plan, seconds = _estimate(config, model, layers, targets, tokenizer)
+    config, targets = run.config, _choose_targets(run, console)
+    plan, seconds = _estimate(run, targets)
     rows = int(config.tokens * config.sample)
-    needed = plan.trace_bytes(rows, config.shard_bytes)
-    if config.max_bytes is not None:
-        needed = min(needed, config.max_bytes)
+    needed = min(plan.trace_bytes(rows, config.shard_bytes), config.max_bytes or math.inf)
     console.print(
         f"{config.tokens:,} tokens, {len(targets)} target layers: at most {size_text(needed)}, "
         f"about {_time_text(seconds * config.tokens / processes)}",
         highlight=False,
     )
-    # A progress is written aside before the last one goes.
+    # A new progress file is written before the old one is removed.
     aside = 2 * processes * plan.state_bytes
     free = shutil.disk_usage(config.out).free
     if needed + aside > free:
@@ -64,14 +55,9 @@ def make_plan(
     return plan
 
 
-def _estimate(
-    config: CollectConfig,
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    targets: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[Plan, float]:
+def _estimate(run: Run, targets: list[int]) -> tuple[Plan, float]:
     """The plan, and seconds a token."""
+    config, model, layers, tokenizer = run
     new_tokens = min(config.max_new_tokens, ESTIMATE_NEW_TOKENS)
     short = config.model_copy(update={"sample": 1.0, "max_new_tokens": new_tokens})
     tokens = min(ESTIMATE_BATCHES * config.batch_tokens, max(1, config.tokens // ESTIMATE_SHARE))
@@ -93,7 +79,7 @@ def _estimate(
     plan = Plan(
         targets=targets,
         row_bytes=size // max(1, sum(rows)),
-        # Of each column its entry in the shard's header, and the shard's own in the manifest.
+        # The entry of each column in the shard's header, and of the shard in the manifest.
         shard_overhead=400 + sum(len(name) + 110 for name in columns),
         fixed_bytes=fixed + len(model.config.to_json_string()) + 500 * len(targets) + 10_000,
         state_bytes=sum(tensor.nbytes for tensor in recorder.state().values()),
@@ -102,18 +88,13 @@ def _estimate(
 
 
 def speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:
-    """What a trace keeps beside its rows for its speculators."""
+    """What a trace's speculators need beside its rows."""
     return wiring_state(wire(layers, recorder.sources, recorder.default_vectors()), recorder.sources)
 
 
-def _choose_targets(
-    config: CollectConfig,
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    tokenizer: PreTrainedTokenizerBase,
-    console: Console,
-) -> list[int]:
-    known = [layer.index for layer in layers]
+def _choose_targets(run: Run, console: Console) -> list[int]:
+    config = run.config
+    known = [layer.index for layer in run.layers]
     if config.layers == "all":
         return known
     if config.layers != "auto":
@@ -122,7 +103,7 @@ def _choose_targets(
             wrong = f"layer {unknown[0]} is not an MoE layer" if unknown else "no layer is named"
             raise CollectError(f"{wrong}; the MoE layers of {config.model} are {_spans(known)}")
         return sorted(set(config.layers))
-    rates, tokens = _training_free(config, model, layers, tokenizer)
+    rates, tokens = _training_free(run)
     chosen = [target for target, rate in rates.items() if rate < config.threshold]
     console.print(
         f"training-free hit rates on the first {tokens:,} tokens: "
@@ -137,10 +118,9 @@ def _choose_targets(
     return chosen
 
 
-def _training_free(
-    config: CollectConfig, model: PreTrainedModel, layers: list[MoELayer], tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[int, float], int]:
-    """Training-free hit rate of every MoE layer on the first few thousand tokens of the corpus, and how many they were."""
+def _training_free(run: Run) -> tuple[dict[int, float], int]:
+    """Training-free hit rate of every MoE layer on the corpus's first few thousand tokens, and the number of these tokens."""
+    config, model, layers, tokenizer = run
     prefill = config.model_copy(update={"phase": "prefill", "sample": 1.0})
     batches: list[Columns] = []
     with torch.inference_mode(), Recorder(layers, [layer.index for layer in layers]) as recorder:
@@ -153,7 +133,7 @@ def _training_free(
 
 
 def _own(wiring: Wiring) -> Wiring:
-    """A copy on the CPU in fp32, as a trace's is; a model's own parts may lie on several devices."""
+    """A copy on the CPU in fp32, like a trace's wiring; a model's own parts may lie on several devices."""
     own = copy.deepcopy(wiring)
     for module in own.modules:
         remove_hook_from_module(module, recurse=True)
@@ -172,6 +152,6 @@ def _time_text(seconds: float) -> str:
 
 
 def _spans(numbers: list[int]) -> str:
-    """`0 to 11`, or the list itself where it has gaps."""
+    """`0 to 11`, or the list itself if it has gaps."""
     gapless = numbers == list(range(numbers[0], numbers[-1] + 1))
     return f"{numbers[0]} to {numbers[-1]}" if gapless else ", ".join(map(str, numbers))

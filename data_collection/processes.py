@@ -1,4 +1,4 @@
-"""Many processes share a collection: each runs its share of the batches and writes its own shards."""
+"""Several processes can share a collection: each runs its part of the batches and writes its own shards."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ class Group:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Returns once every process has come here."""
+        """Returns once every process has called it."""
         if self._fabric is not None:
             self._fabric.barrier()
 
     def share(self, value: T) -> T:
-        """The first process's `value`, in all of them."""
+        """The first process's `value`, in every process."""
         return value if self._fabric is None else self._fabric.broadcast(value)
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Group]:
-    """The group of processes that torchrun or SLURM's srun started, of which this is one; else this process alone."""
+    """The group of processes that torchrun or SLURM's srun started together, or this process alone."""
     launched = _launched()
     if launched is None:
         yield Group(device)
         return
-    # Not at the top: it takes seconds to import, and a single process needs none of it.
+    # Imported here: it takes seconds, and a single process does not need it.
     from lightning.fabric import Fabric
     from lightning.fabric.strategies.ddp import DDPStrategy
 
     processes, nodes = launched
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its remarks on ranks help nobody
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # its messages on ranks help nobody
     fabric = Fabric(
         accelerator=device.type,
         devices=processes // nodes,
         num_nodes=nodes,
-        # One that is done waits for the slowest, however long that takes; the launcher ends all if one fails.
+        # A process that is done waits for the slowest one; if one fails, the launcher ends all.
         strategy=DDPStrategy(timeout=timedelta(days=7)),
     )
     fabric.launch()
@@ -66,11 +66,11 @@ def joined(device: torch.device) -> Iterator[Group]:
 
 
 def _launched() -> tuple[int, int] | None:
-    """How many processes on how many nodes were launched together, or None where it is this one alone."""
+    """How many processes on how many nodes were launched together, or None for a single process."""
     env = os.environ
     if "LOCAL_WORLD_SIZE" in env and "WORLD_SIZE" in env:  # torchrun
         processes, nodes = int(env["WORLD_SIZE"]), int(env["WORLD_SIZE"]) // int(env["LOCAL_WORLD_SIZE"])
-    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun; a batch script itself is no step of tasks
+    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:  # srun, not the batch script itself
         processes, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", "1"))
     else:
         return None

@@ -1,11 +1,11 @@
-"""What makes a collection durable: a lock on its folder, and beside the shards a file that says how far they reach.
+"""Makes a collection durable: a lock on its folder, and beside the shards a file that says how far they reach.
 
-    collect.lock                locked by the operating system while a `collect` lives, however it ends
+    collect.lock                locked by the operating system while a `collect` runs, however it ends
     progress-NNNN.safetensors   of process NNNN: the shards that are whole, how much of the corpus they hold, and what the
                                 recorder had added up at their end (the sums of the default vectors, the control)
 
-A shard is written aside and renamed, then the progress is, so what a progress names is there whole. What was computed
-after it is computed again. Both kinds of file are gone from a finished trace.
+A shard is complete under its name before a progress file names it. Everything after the last progress is computed again. A
+finished trace has neither kind of file.
 """
 
 from __future__ import annotations
@@ -32,31 +32,30 @@ LOCK = "collect.lock"
 
 
 class Plan(BaseModel):
-    """What was settled before the first batch."""
+    """Decided before the first batch."""
 
     model_config = ConfigDict(extra="forbid")
 
     targets: list[int]
-    """The target layers, found or given."""
+    """The target layers."""
     row_bytes: int
     """Bytes of a row in a shard."""
     shard_overhead: int
-    """The most bytes that a shard costs beside its rows."""
+    """The most bytes of a shard beside its rows."""
     fixed_bytes: int
     """Bytes of a trace beside its shards."""
     state_bytes: int
     """Bytes of a process's progress file."""
 
     def most_rows(self, max_bytes: int, shard_bytes: int, processes: int) -> int:
-        """How many rows each process may write for all files together to have `max_bytes` at most."""
+        """How many rows each process may write so that all files together have at most `max_bytes`."""
         room = (max_bytes - self.fixed_bytes) / processes - 2 * self.shard_overhead
         return max(0, int(room / (self.row_bytes * (1 + self.shard_overhead / shard_bytes))))
 
     def trace_bytes(self, rows: int, shard_bytes: int) -> int:
         """About how many bytes a trace of `rows` rows has."""
-        return (
-            self.fixed_bytes + rows * self.row_bytes + self.shard_overhead * (1 + rows * self.row_bytes // shard_bytes)
-        )
+        row_bytes = rows * self.row_bytes
+        return self.fixed_bytes + row_bytes + self.shard_overhead * (1 + row_bytes // shard_bytes)
 
 
 class Progress(BaseModel):
@@ -67,7 +66,7 @@ class Progress(BaseModel):
     settings: dict[str, Any]
     """`CollectConfig.decides()` of the collection."""
     processes: int
-    """How many share the collection."""
+    """How many processes share the collection."""
     plan: Plan
     batches: int = 0
     """Batches of the corpus that are done, by this process or another."""
@@ -75,13 +74,13 @@ class Progress(BaseModel):
     tokens: int = 0
     """Tokens of these batches, without padding."""
     digest: str = ""
-    """Of the batches' token ids: a corpus that was changed since is noticed."""
+    """Checksum of the batches' token ids: it shows whether the corpus has changed."""
     shards: list[ShardEntry] = []
     """Written by this process."""
 
 
 class Snapshot(NamedTuple):
-    """A progress, and with it what the recorder had added up (`Recorder.state`)."""
+    """A progress, and the recorder's sums at that point (`Recorder.state`)."""
 
     progress: Progress
     sums: Columns
@@ -94,12 +93,12 @@ def progress_file(folder: Path, rank: int) -> Path:
 def save_progress(folder: Path, rank: int, snapshot: Snapshot) -> None:
     """Writes the progress of process `rank`, whole or not at all. Raises what the disk raises."""
     with written_whole(progress_file(folder, rank)) as aside:
-        # save_file first writes to a name of its own choosing, which after a kill nobody would remove.
+        # save_file uses a temporary name of its own, which would stay behind after a kill.
         aside.write_bytes(save(snapshot.sums, metadata={"progress": snapshot.progress.model_dump_json()}))
 
 
 def load_progress(folder: Path, rank: int) -> Snapshot | None:
-    """The progress of process `rank`, or None where it has none. Raises `CollectError` for a broken one."""
+    """The progress of process `rank`, or None if it has none. Raises `CollectError` for a broken one."""
     file = progress_file(folder, rank)
     if not file.exists():
         return None
@@ -129,7 +128,7 @@ def check_settings(config: CollectConfig, before: dict[str, Any], processes: int
 
 
 def remove_unfinished(folder: Path, prefix: str, progress: Progress | None) -> None:
-    """Removes what one process left that its progress doesn't name, and checks that what it names is there.
+    """Removes one process's shards that its progress doesn't name, and checks that the others are complete.
 
     Raises `CollectError` naming a shard that is not.
     """
@@ -147,7 +146,7 @@ def remove_unfinished(folder: Path, prefix: str, progress: Progress | None) -> N
 
 
 def remove_progress(folder: Path) -> None:
-    """Leaves of a finished trace nothing but the trace."""
+    """Removes the progress files of a finished trace."""
     for file in folder.glob("progress-*"):
         file.unlink()
 
@@ -168,9 +167,9 @@ class Digest:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes `folder` if need be, and holds its lock. A folder that was made and then left empty is removed again.
+    """Makes `folder` if it does not exist, and holds its lock. A new folder that stays empty is removed again.
 
-    Raises `CollectError` where another process holds the lock, or the folder can't be made.
+    Raises `CollectError` if another process holds the lock, or the folder can't be made.
     """
     made = not folder.exists()
     try:
@@ -190,13 +189,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_finished(config: CollectConfig, processes: int) -> bool:
-    """Whether the folder of `config`, which this process has locked, holds just this trace, finished.
+    """Whether the folder of `config`, which this process has locked, holds exactly this trace, finished.
 
-    Raises `CollectError` where the folder holds what the collection may neither replace nor go on with.
+    Raises `CollectError` if the folder holds something that the collection may neither replace nor resume.
     """
     folder = config.out
     progress = sorted(folder.glob("progress-*.safetensors"))
-    # A process that was killed before its first progress leaves aside what it was writing.
+    # A process that was killed before its first progress leaves a partial progress file.
     others = [f for f in folder.iterdir() if f.name != LOCK and not f.name.startswith("progress-")]
     if not config.resume:
         if progress and not (folder / MANIFEST).exists():

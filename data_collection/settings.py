@@ -1,4 +1,4 @@
-"""The settings of `collect`. No torch is imported here: the command line's help needs none of it."""
+"""The settings of `collect`. This module imports no torch, because the command line's help does not need it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Phase = Literal["prefill", "decode"]
 
 
 class CollectError(UserError):
-    """A collection that can't be made as asked; the message says why and what to do."""
+    """A collection that is not possible as asked; the message says why and what to do."""
 
 
 class CollectConfig(Settings):
@@ -32,8 +32,8 @@ class CollectConfig(Settings):
     """Go on with the unfinished trace in `out`, if there is one; every other setting must be what it was."""
     corpus: Name | list[Name] = EMBEDDED
     """`embedded`, a text file, a folder, a glob, a .jsonl, .json or .parquet file, a folder of `save_to_disk`, or a Hub
-    dataset as name:config:split. A list of such (a flag given again) mixes them, each as path@weight: the weights are shares
-    of the text."""
+    dataset as name:config:split. A list (the flag given several times) mixes them, each as path@weight; the weights are
+    shares of the text."""
     split: Split = "train"
     """Of the embedded corpus: `train` or `held_out`."""
     text_column: str = "text"
@@ -82,7 +82,7 @@ class CollectConfig(Settings):
         return self.batch_size * self.sequence_length
 
     def decides(self) -> dict[str, Any]:
-        """The settings that decide what is recorded: all but the folder's name and whether it is resumed."""
+        """The settings that decide what is recorded: all except `out` and `resume`."""
         return self.model_dump(mode="json", exclude={"out", "resume"}) | {"corpus": self.corpora}
 
 

@@ -1,7 +1,7 @@
-"""What a trace says about its model: how well each layer's experts can be guessed, and how evenly they are used.
+"""Statistics of a trace: how well each layer's experts can be guessed, and how evenly they are used.
 
-Memory stays that of some thousand rows, however large the trace is. Guesses cost arithmetic and are measured on a sample
-of rows; loads and previous tokens need the expert ids only, and are exact over all rows.
+At most a few thousand rows are in memory, however large the trace is. Guesses are expensive and are measured on a sample of
+rows; loads and previous tokens need the expert ids only, and are exact over all rows.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ SAMPLE_ROWS = 32_768
 def trace_statistics(trace: Trace, sample_rows: int = SAMPLE_ROWS) -> dict[str, Any]:
     """Hit rates and expert loads of every target layer, as plain JSON values.
 
-    `rows` says how many rows each figure rests on: `training_free` about `sample_rows` evenly spaced ones, `load` all,
-    `previous_token` all whose previous token stands in the same shard. Of a target, `hit_rate` holds the measures
-    `k`, `k+2`, `2k` (training-free, with so many candidates) and `previous_token` (None where no row has one), `load`
-    the tokens each expert took, and `balance` their summary (see `balance`).
-    Raises `TraceError` where the trace can't be read.
+    `rows` says how many rows each figure uses: `training_free` about `sample_rows` evenly spaced ones, `load` all,
+    `previous_token` all whose previous token is in the same shard. For each target, `hit_rate` holds `k`, `k+2`, `2k`
+    (training-free, with so many candidates) and `previous_token` (None if no row has one), `load` the tokens of each
+    expert, and `balance` their summary (see `balance`). Raises `TraceError` if the trace can't be read.
     """
     guessed, sampled = _training_free(trace, sample_rows)
     repeated, pairs = _previous_token(trace)
@@ -57,8 +56,8 @@ def trace_statistics(trace: Trace, sample_rows: int = SAMPLE_ROWS) -> dict[str, 
 def balance(load: torch.Tensor) -> dict[str, float]:
     """How even the `load` `[experts]` (tokens of each expert) is.
 
-    `max_over_mean` is 1 where all experts take the same; `entropy` is that of the load over the logarithm of the number
-    of experts, 1 where it is uniform and 0 where one expert takes all; `idle` counts the experts that took nothing.
+    `max_over_mean` is 1 if all loads are equal. `entropy` is divided by the logarithm of the number of experts: 1 is uniform,
+    0 is one expert with all tokens. `idle` counts the experts without tokens.
     """
     share = load.double() / load.sum()
     entropy = -(share * share.clamp(min=1e-300).log()).sum().item()
@@ -70,7 +69,7 @@ def balance(load: torch.Tensor) -> dict[str, float]:
 
 
 def _training_free(trace: Trace, sample_rows: int) -> tuple[dict[str, list[float]], int]:
-    """By number of candidates: the hit rate of each target; and how many rows they are measured on."""
+    """By number of candidates: each target's hit rate; and how many rows were measured."""
     model = trace.manifest.model
     sizes = {"k": model.top_k, "k+2": model.top_k + 2, "2k": 2 * model.top_k}
     sizes = {name: min(size, model.num_experts) for name, size in sizes.items()}
@@ -90,10 +89,10 @@ def hit_rates(
     sizes: list[int],
     mlps: dict[int, ResidualMLP] | None = None,
 ) -> list[dict[int, float]]:
-    """For each number of candidates in `sizes`, by target: recall of the router on the state that its MLP corrected.
+    """For each number of candidates in `sizes`, by target: the recall of the speculation, over the rows of `batches`.
 
-    Over the rows of `batches`; a target that has no MLP is speculated on training-free. MLPs are fp32, as the
-    `speculators` are, which stand in the order of `sources`.
+    A target without an MLP is speculated on training-free. MLPs are fp32, like the `speculators`, which are in the order of
+    `sources`.
     """
     metrics, mlps = [HitRate(len(sources)) for _ in sizes], mlps or {}
     with torch.no_grad():
@@ -108,10 +107,10 @@ def hit_rates(
 
 
 def _previous_token(trace: Trace) -> tuple[list[float], int]:
-    """Of each target, the hit rate of the previous token's experts as the guess; and how many rows have such a token."""
+    """Each target's hit rate with the previous token's experts as the guess; and how many rows have a previous token."""
     metric, pairs = HitRate(len(trace.sources)), 0
     for shard, entry in enumerate(trace.manifest.shards):
-        # By number and not by neighbourhood: a trace may be thinned out, and its sequences may be interleaved.
+        # Found by number, not by neighbouring rows: rows may be sampled, and sequences may be interleaved.
         sequence, position = trace.places(shard)
         token = (sequence.long() << 32) + position.long()
         ordered, order = token.sort()

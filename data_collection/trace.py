@@ -1,4 +1,4 @@
-"""The trace on disk: what a run of a model left behind, and all that `fit` needs.
+"""The trace on disk: the record of a model's run, and everything that `fit` needs.
 
     manifest.json            what was recorded, from which model and text, and the shards with their checksums
     config.json              the model's config
@@ -12,9 +12,8 @@
         layers.<l>.router_logits   [rows, experts]  bf16    of every target
         token_ids, position, sequence  [rows]       int32
 
-bf16 throughout, because the bytes are what a trace costs, and nothing is chosen by what is rounded: the experts stand
-in `expert_ids`, weights only scale the default vectors, and logits only shape the loss. The manifest is written last,
-so a folder without one is an unfinished trace.
+Floats are bf16, to save bytes. Rounding changes no choice: the experts are in `expert_ids`, weights only scale the default
+vectors, and logits only shape the loss. The manifest is written last: a folder without one is an unfinished trace.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ Piece = tuple[int, torch.Tensor]
 
 
 class Trace:
-    """A finished trace, its rows mapped from disk. Use `Trace.open`."""
+    """A finished trace; its rows are mapped from disk. Use `Trace.open`."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
@@ -55,9 +54,9 @@ class Trace:
 
     @classmethod
     def open(cls, path: str | Path) -> Trace:
-        """Opens the trace in the folder `path`: its manifest is checked, and its files must be there whole.
+        """Opens the trace in the folder `path`; checks its manifest and that its files are complete.
 
-        Raises `TraceError` otherwise, naming the field or the file. Contents are checked by `verify`.
+        Raises `TraceError` otherwise, naming the field or the file. `verify` checks the contents.
         """
         path = Path(path)
         trace = cls(path, read_manifest(path))
@@ -75,7 +74,7 @@ class Trace:
         return trace
 
     def __getstate__(self) -> dict[str, Any]:
-        # Mappings don't travel to the processes of a data loader; each of them maps the files itself.
+        # Mappings can't be sent to the processes of a data loader: each process maps the files itself.
         return self.__dict__ | {"_mapped": {}, "_columns": {}}
 
     @property
@@ -115,25 +114,24 @@ class Trace:
         return self._mapped[number]
 
     def unmap(self, but: Collection[int] = ()) -> None:
-        """Gives the mapped shards back, `but` those: what is mapped counts as this process's memory."""
+        """Unmaps all shards except `but`: mapped files count as this process's memory."""
         for shard in self._mapped.keys() - set(but):
             self._mapped.pop(shard)
             self._columns.pop(shard, None)
 
     def column(self, shard: int, name: str) -> torch.Tensor:
-        """One whole column of a shard, mapped from disk: pages are read when they are touched."""
+        """One whole column of a shard, mapped from disk: pages are read on first use."""
         columns = self._columns.setdefault(shard, {})
-        if name not in columns:  # finding it in the file takes longer than reading some hundred rows
+        if name not in columns:  # finding it in the file takes longer than reading a few hundred rows
             columns[name] = self._map(shard).get_tensor(name)
         return columns[name]
 
     def read(self, shard: int, rows: torch.Tensor, names: Iterable[str] | None = None) -> Columns:
-        """The given rows `[n]` (int64, counted from the shard's start) of the columns `names`, by default of all but the
-        token's own."""
+        """The given rows `[n]` (int64, counted from the shard's start) of the columns `names`, by default of all layers'."""
         return self.gather([(shard, rows)], names)
 
     def gather(self, pieces: Sequence[Piece], names: Iterable[str] | None = None) -> Columns:
-        """The rows of several shards, one piece after the other; columns as in `read`."""
+        """The rows of several shards, one piece after another; columns as in `read`."""
         if names is None:
             names = [name for name in column_shapes(self.manifest) if name not in ROW_COLUMNS]
         count, columns = sum(len(rows) for _, rows in pieces), {}
@@ -146,12 +144,12 @@ class Trace:
         return columns
 
     def row_bytes(self, names: Iterable[str]) -> int:
-        """What a row of these columns takes."""
+        """The bytes of a row of these columns."""
         shapes = column_shapes(self.manifest)
         return sum((shapes[name][1] or 1) * shapes[name][0].itemsize for name in names)
 
     def columns_for(self, sources: dict[int, int | None]) -> list[str]:
-        """The columns that `examples.make_batch` reads where each target reads what `sources` says."""
+        """The columns that `examples.make_batch` reads for `sources`."""
         recorded = column_shapes(self.manifest)
         names: dict[str, None] = {}
         for target, source in sources.items():
@@ -164,7 +162,7 @@ class Trace:
         return [name for name in names if name in recorded]
 
     def places(self, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each token of a shard stands: the numbers of its sequences, and its positions in them, int32 `[rows]`."""
+        """Each token's sequence number and its position in the sequence, int32 `[rows]` each, of a shard."""
         return self.column(shard, SEQUENCE), self.column(shard, POSITION)
 
     def expert_ids(self, columns: Columns) -> torch.Tensor:
@@ -174,22 +172,22 @@ class Trace:
     def speculator_input(
         self, columns: Columns, target: int, source: int | None
     ) -> tuple[torch.Tensor, Routing | None, torch.Tensor | None]:
-        """What the speculator of `target` that reads `source` is called with, for the rows of `columns`; floats are fp32."""
+        """The arguments of the speculator of `target` that reads `source`, for the rows of `columns`; floats are fp32."""
         if source is None:
             return columns[Column.INPUT.of(target)].float(), None, None
         weights, inner = columns[Column.EXPERT_WEIGHTS.of(source)].float(), columns.get(Column.INNER.of(source))
-        # A source's logits play no part in a speculation, and where it is no target they are not in the trace.
+        # A speculation does not read a source's logits; the trace lacks them if the source is no target.
         routing = Routing(weights, weights, columns[Column.EXPERT_IDS.of(source)].long())
         return columns[Column.RESIDUAL.of(source)].float(), routing, None if inner is None else inner.float()
 
     def lacks_input(self, sources: dict[int, int | None]) -> int | None:
-        """The first target that is to read its own input by `sources`, and whose input is not in the trace; or None."""
+        """The first target that reads its own input by `sources` although the trace lacks that input; or None."""
         recorded = column_shapes(self.manifest)
         own = (target for target, source in sources.items() if source is None)
         return next((target for target in own if Column.INPUT.of(target) not in recorded), None)
 
     def sample(self, rows: int, names: Iterable[str] | None = None) -> Iterator[Columns]:
-        """About `rows` rows in all, evenly spaced over the whole trace, shard by shard; columns as in `read`."""
+        """About `rows` rows, evenly spaced over the whole trace, shard by shard; columns as in `read`."""
         step = max(1, self.rows // rows)
         for number, shard in enumerate(self.manifest.shards):
             yield self.read(number, torch.arange(0, shard.rows, step), names)
@@ -203,8 +201,8 @@ class Trace:
     def wirings(self, sources: dict[int, int | None] | None = None) -> dict[int, Wiring]:
         """The wiring of each target layer in fp32 on the CPU, frozen, rebuilt without the model's weights.
 
-        With `sources`, those of their targets, each reading what it says; by default the nearest source. Raises `TraceError`
-        where the trace does not hold it.
+        `sources` gives the targets and their sources; by default each target's nearest source. Raises `TraceError` if the
+        trace lacks a part.
         """
         try:
             bones, state = skeleton(AutoConfig.from_pretrained(self.path)), self._speculation()
@@ -215,7 +213,7 @@ class Trace:
             ) from error
 
     def stacked(self, sources: dict[int, int | None] | None = None) -> StackedSpeculators:
-        """The training-free speculators of `wirings` as one computation; their order is that of `sources`."""
+        """The training-free speculators of `wirings` as one computation, in the order of `sources`."""
         return StackedSpeculators(self.wirings(sources).values(), self.manifest.model.hidden_size)
 
     def _speculation(self) -> Columns:

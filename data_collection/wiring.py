@@ -1,8 +1,8 @@
-"""speculation.safetensors of a trace: the wiring of its speculators, rebuilt from it without the model's weights.
+"""speculation.safetensors of a trace: the wiring of its speculators, which needs no model weights.
 
 default_vectors.<source>
 layers.<target>.norm.<name>, .router.<name>, .router_arguments.<n>    the target's
-layers.<target>.post_norm.<name>                                      its nearest source's, where there is one
+layers.<target>.post_norm.<name>                                      its nearest source's, if it has one
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .manifest import LayerEntry
 
 
 def vectors_name(source: int) -> str:
-    """Of the default vectors of a source layer."""
+    """The name of a source layer's default vectors."""
     return f"default_vectors.{source}"
 
 
 def wiring_state(wirings: dict[int, Wiring], sources: dict[int, int | None]) -> Columns:
-    """What a trace keeps of the wiring of its targets, which read `sources`: copies on the CPU, by name."""
+    """CPU copies, by name, of the tensors in the wiring of a trace's targets, which read `sources`."""
     state: Columns = {}
     for target, wiring in wirings.items():
         source = sources[target]
@@ -38,10 +38,10 @@ def wiring_state(wirings: dict[int, Wiring], sources: dict[int, int | None]) -> 
 def rebuilt_wirings(
     bones: nn.Module, entries: list[LayerEntry], state: Columns, sources: dict[int, int | None]
 ) -> dict[int, Wiring]:
-    """The wiring of each target in `sources`, in fp32 and frozen, from what `wiring_state` gave.
+    """The wiring of each target in `sources`, in fp32 and frozen, from the `state` of `wiring_state`.
 
-    `bones` is the model without memory; its modules are filled, so it is used up. Raises `KeyError`, `AttributeError` or
-    `RuntimeError` where names or shapes don't go together.
+    `bones` is the model without memory; its modules are filled and used. Raises `KeyError`, `AttributeError` or
+    `RuntimeError` if names or shapes don't match.
     """
 
     def rebuilt(name: str, stored: str) -> nn.Module:
@@ -52,7 +52,7 @@ def rebuilt_wirings(
         return module.float().requires_grad_(False).eval()
 
     by_layer = {entry.layer: entry for entry in entries}
-    # How a source's experts join its output stands with the target that it is the nearest source of.
+    # How a source's experts join its output is recorded with the target that it is the nearest source of.
     by_source = {entry.source: entry for entry in entries if entry.source is not None}
     wirings = {}
     for target, source in sources.items():

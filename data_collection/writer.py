@@ -1,7 +1,7 @@
-"""Writes a trace's shards from a thread of its own, so that the disk works while the model computes.
+"""Writes a trace's shards in a separate thread, so that the disk works while the model computes.
 
-Memory for the rows of two shards is made once, one being filled while the other is written: rows that waited one by one
-would be new memory from the system batch after batch, and touching that for the first time costs more than copying.
+Memory for the rows of two shards is allocated once: one is filled while the other is written. New memory for each batch
+would cost more than copying the rows, because its first use is slow.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .progress import Snapshot, save_progress
 from .trace import CONFIG, SPECULATION, checksum
 
 DTYPES = {torch.bfloat16: "BF16", torch.int16: "I16", torch.int32: "I32"}
-"""Of a shard's columns, as safetensors names them."""
+"""The dtypes of a shard's columns, as safetensors names them."""
 
 
 class Rows:
-    """Columns that grow row by row in memory of their own, which is kept when they are emptied."""
+    """Columns that grow row by row in their own memory, which `clear` keeps."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -38,7 +38,7 @@ class Rows:
         self._capacity = 0
 
     def append(self, columns: Columns, expected: int) -> None:
-        """Copies rows; `expected` is how many bytes all of them may come to."""
+        """Copies rows; `expected` is how many bytes all rows together may have."""
         count = len(next(iter(columns.values())))
         if not count:
             return
@@ -69,11 +69,11 @@ class Rows:
 class TraceWriter:
     """A context that makes the folder `path`, takes rows by `append`, and ends with `flush`.
 
-    A shard ends with the first batch that fills it. It is there whole or not at all, and once it is, the progress that
-    came with its last batch. Nothing is removed by an error, after which no other shard is written, and which surfaces as
-    a `TraceError` in the next call.
+    A shard ends with the first batch that fills it. It appears whole or not at all, and after it the progress that came
+    with its last batch. After an error nothing is removed, no other shard is written, and the next call raises it as a
+    `TraceError`.
 
-    Process `rank` of several goes on after `shards`, its own that are written already; `prefix` begins their names.
+    With several processes, process `rank` continues after its own `shards`, whose names begin with `prefix`.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class TraceWriter:
     ):
         self.path, self.shard_bytes, self.rank, self.prefix = path, shard_bytes, rank, prefix
         self.shards: list[ShardEntry] = list(shards or [])
-        """Of those written so far; complete after `flush`."""
+        """The shards written so far; complete after `flush`."""
         self._filling: Rows | None = None
         self._writes: deque[Future[Rows]] = deque()
-        """Of the last shards, in their order, at most two; each gives its memory back."""
+        """The writes of the last shards, in order, at most two; each returns its memory."""
         self._pool = ThreadPoolExecutor(1, "trace-writer")
 
     def __enter__(self) -> TraceWriter:
@@ -107,12 +107,12 @@ class TraceWriter:
     def append(self, columns: Columns, snapshot: Callable[[], Snapshot] | None = None) -> None:
         """Copies rows: CPU tensors of one length, by column name.
 
-        Where they fill a shard, `snapshot` is asked for the progress at its end.
+        If they fill a shard, `snapshot` gives the progress at its end.
         """
         for write in self._writes:
             if write.done():
-                write.result()  # raises what the writing raised
-        if self._filling is None:  # waits while both are on their way to the disk
+                write.result()  # raises the error of the write
+        if self._filling is None:  # waits if both shards are still being written
             self._filling = Rows() if len(self._writes) < 2 else self._writes.popleft().result()
         self._filling.append(columns, self.shard_bytes)
         if self._filling.bytes >= self.shard_bytes:
@@ -132,7 +132,7 @@ class TraceWriter:
         self._filling = None
 
     def _write_shard(self, rows: Rows, snapshot: Snapshot | None, before: Future[Rows] | None) -> Rows:
-        """Writes a shard, unless the one before it failed, and gives back its memory."""
+        """Writes a shard, unless the one before it failed, and returns its memory."""
         if before is not None:
             before.result()
         file = self.path / f"{self.prefix}-{len(self.shards):05d}.safetensors"
@@ -149,10 +149,10 @@ class TraceWriter:
 
 
 def write_columns(file: Path, columns: Columns) -> str:
-    """Writes a safetensors file and returns its checksum, taken of what is written on its way.
+    """Writes a safetensors file and returns its checksum, computed while it writes.
 
-    The widest dtypes come first, so that all are aligned. This is by hand because safetensors' `save` holds a shard twice
-    more in memory, takes twice as long, and puts the columns in another order, so that equal traces would differ.
+    The widest dtypes come first, so that all are aligned. safetensors' own `save` would need the memory of two more shards,
+    take twice as long, and order the columns differently, so that equal traces would have different files.
     """
     ordered = sorted(columns.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header, end = {}, 0
@@ -163,23 +163,19 @@ def write_columns(file: Path, columns: Columns) -> str:
     text += b" " * (-len(text) % 8)
     digest = xxhash.xxh3_128()
     with file.open("wb") as out:
-        parts = [memoryview(len(text).to_bytes(8, "little") + text), *(_bytes(tensor) for _, tensor in ordered)]
-        for part in parts:
+        tensors = (tensor.flatten().view(torch.uint8).numpy().data for _, tensor in ordered)
+        for part in (memoryview(len(text).to_bytes(8, "little") + text), *tensors):
             out.write(part)
             digest.update(part)
     return digest.hexdigest()
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.flatten().view(torch.uint8).numpy().data
-
-
 def write_speculation(folder: Path, tensors: Columns, config_json: str) -> str:
-    """Writes what speculation needs beside the rows; returns the checksum of its tensors."""
+    """Writes the tensors for speculation and the model's config; returns the checksum of the tensors."""
     file = folder / SPECULATION
     with disk(file):
         with written_whole(file) as aside:
-            aside.write_bytes(save(tensors))  # save_file would let nobody else read it
+            aside.write_bytes(save(tensors))  # a file of save_file could be read by its owner only
         with written_whole(folder / CONFIG) as aside:
             aside.write_text(config_json, encoding="utf-8")
     return checksum(file)
@@ -194,7 +190,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 @contextlib.contextmanager
 def disk(file: Path) -> Iterator[None]:
-    """Turns what the disk raises into a `TraceError` that names the file."""
+    """Turns the disk's errors into a `TraceError` that names the file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
