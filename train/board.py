@@ -1,11 +1,11 @@
-"""What a run of `fit` writes for TensorBoard, beside the losses that Lightning logs.
+"""The scalars, figures and texts that `fit` writes for TensorBoard; Lightning itself logs the losses.
 
 Custom Scalars    the first page to look at: loss, hit rates beside their training-free baselines, throughput
 Scalars           hit_rate, training_free, hit_rate_at_2k, exact (each by layer, and the mean), calibration, throughput;
-                  of the epoch that is kept: final, and recall_by_candidates, whose step is the number of candidates
-Images            hit rate by layer, recall by candidates, missed experts, calibration: of each validation
+                  of the best epoch: final, and recall_by_candidates, whose step is the number of candidates
+Images            hit rate by layer, recall by candidates, missed experts, calibration, for each validation
 HParams           the settings with the final measures
-Text              the settings, and what the run was made of
+Text              the settings and the run's provenance
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .measures import Kind
 from .module import PredictorTraining, Results, mean_of
 
 WINDOW = 20
-"""Batches from one measurement of the throughput to the next."""
+"""Batches per measurement of the throughput."""
 KINDS: tuple[Kind, Kind] = ("predictor", "training_free")
 
 
 def layout(targets: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
-    """The charts of the Custom Scalars page: category -> title -> kind of chart and the tags on it, as regexes."""
+    """The charts of the Custom Scalars page: category -> title -> kind of chart and its tags, as regexes."""
 
     def chart(*tags: str) -> list[Any]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
@@ -60,7 +60,7 @@ class Board(Callback):
 
     def __init__(self, logger: TensorBoardLogger, run: dict[str, Any], hyperparameters: dict[str, Any]):
         self.logger, self.run = logger, run
-        """`run` is what the run's config.json says."""
+        """`run` is the content of the run's config.json."""
         self.hyperparameters = {
             name: value if isinstance(value, (bool, int, float)) else str(value)
             for name, value in hyperparameters.items()
@@ -90,7 +90,7 @@ class Board(Callback):
             self._close_window(_step(trainer))
 
     def on_validation_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        # What is left of an epoch is too short to time, unless it is the whole of it.
+        # The rest of an epoch is too short to time, unless it is the whole epoch.
         if self._batches == trainer.fit_loop.epoch_loop.batch_idx + 1:
             self._close_window(_step(trainer))
 
@@ -103,28 +103,30 @@ class Board(Callback):
         self._rows = self._batches = 0
         self._since = time.perf_counter()
 
-    @rank_zero_only
-    def _write_throughput(self, step: int) -> None:
-        self.writer.add_scalar("throughput/rows_per_second", self._rows / (time.perf_counter() - self._since), step)
-
     def _close_window(self, step: int) -> None:
-        self._write_throughput(step)
+        self._write({"throughput/rows_per_second": self._rows / (time.perf_counter() - self._since)}, step)
         self._open_window()
 
     @rank_zero_only
+    def _write(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    @rank_zero_only
     def _write_validation(self, module: PredictorTraining, step: int) -> None:
+        scalars: dict[str, float] = {}
         for target, result in module.results.items():
-            self.writer.add_scalar(f"hit_rate/{_name(target)}", result["predictor"]["recall@k"], step)
-            self.writer.add_scalar(f"training_free/{_name(target)}", result["training_free"]["recall@k"], step)
-            self.writer.add_scalar(f"hit_rate_at_2k/{_name(target)}", result["predictor"]["recall@2k"], step)
-            self.writer.add_scalar(f"exact/{_name(target)}", result["predictor"]["exact"], step)
-        self.writer.add_scalar("training_free/mean", mean_of(module.results, "training_free"), step)
-        for measure, group in (("recall@2k", "hit_rate_at_2k"), ("exact", "exact")):
-            self.writer.add_scalar(f"{group}/mean", mean_of(module.results, "predictor", measure), step)
+            scalars[f"hit_rate/{_name(target)}"] = result["predictor"]["recall@k"]
+            scalars[f"training_free/{_name(target)}"] = result["training_free"]["recall@k"]
+            scalars[f"hit_rate_at_2k/{_name(target)}"] = result["predictor"]["recall@2k"]
+            scalars[f"exact/{_name(target)}"] = result["predictor"]["exact"]
+        scalars["training_free/mean"] = mean_of(module.results, "training_free")
+        scalars["hit_rate_at_2k/mean"] = mean_of(module.results, "predictor", "recall@2k")
+        scalars["exact/mean"] = mean_of(module.results, "predictor", "exact")
         for kind, group in zip(KINDS, ("hit_rate", "training_free"), strict=True):
-            self.writer.add_scalar(f"{group}/weakest", weakest(module.results, kind), step)
-            error = module.measured[kind].calibration.error().mean()
-            self.writer.add_scalar(f"calibration/error_{kind}", float(error), step)
+            scalars[f"{group}/weakest"] = weakest(module.results, kind)
+            scalars[f"calibration/error_{kind}"] = float(module.measured[kind].calibration.error().mean())
+        self._write(scalars, step)
         layers, measured = list(module.sources), module.measured
         for name, figure in (
             ("hit_rate_by_layer", figures.hit_rates(layers, measured)),
@@ -136,7 +138,7 @@ class Board(Callback):
 
     @rank_zero_only
     def finish(self, results: Results, top_k: int, parameters: int) -> None:
-        """Writes what the epoch that is kept reached: its `PredictorTraining.results`."""
+        """Writes the results of the best epoch, its `PredictorTraining.results`."""
         free, reached = mean_of(results, "training_free"), mean_of(results, "predictor")
         final = {
             "final/hit_rate": reached,
@@ -147,7 +149,7 @@ class Board(Callback):
             "final/exact": mean_of(results, "predictor", "exact"),
             "final/parameters": float(parameters),
         }
-        # A file of its own, because Lightning closes the logger's when training ends.
+        # A separate file, because Lightning closes the logger's file when training ends.
         with SummaryWriter(self.logger.log_dir) as writer:
             for kind in KINDS:
                 curves = zip(*(result[kind]["recall"] for result in results.values()), strict=True)
@@ -166,7 +168,7 @@ def weakest(results: Results, kind: Kind) -> float:
 
 
 def _step(trainer: lightning.Trainer) -> int:
-    """The last step done, which is where Lightning's own scalars stand."""
+    """The last step done, at which Lightning writes its own scalars too."""
     return max(0, trainer.global_step - 1)
 
 
@@ -196,6 +198,6 @@ def _texts(run: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    """Markdown."""
+    """A table in Markdown."""
     rows = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in facts.items())
     return "\n".join(["| name | value |", "| --- | --- |", *rows])

@@ -1,4 +1,4 @@
-"""The model card of an export, README.md: front matter for the Hub, what each layer's speculation finds, how it was made."""
+"""The model card of an export, README.md: front matter for the Hub, hit rates by layer, provenance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..predictors.metrics import gap_closed
 
 
 class Rounding(NamedTuple):
-    """What it costs to keep the predictors in fewer bits."""
+    """The cost of keeping the predictors in fewer bits."""
 
     dtype: str
     rows: int
@@ -24,13 +24,13 @@ class Rounding(NamedTuple):
     before: dict[int, float]
     """Hit rate by target layer, in fp32."""
     after: dict[int, float]
-    """The same of the rounded predictors, computed in fp32."""
+    """The same for the rounded predictors, computed in fp32."""
 
 
 def layer_table(
     predictors: Predictors, entries: dict[int, Any], rounding: Rounding | None = None
 ) -> tuple[list[str], list[list[str]]]:
-    """Headers, and a row for each target layer and one of their means.
+    """Headers, a row for each target layer, and a row of means.
 
     `entries` are the layers of a run's result, by target: `training_free` and `predictor`, each with `recall@k`.
     """
@@ -65,7 +65,7 @@ def layer_table(
 
 
 def remarks(predictors: Predictors, rounding: Rounding | None = None) -> list[str]:
-    """Sentences on what the table does not say by itself."""
+    """Sentences with facts that the table lacks."""
     vectors = sum(d.nbytes for d in predictors.default_vectors.values())
     found = [f"The default vectors take another {vectors:,} bytes."]
     dropped = [str(own.layer) for own in predictors.layers if own.mlp is None]
@@ -86,14 +86,14 @@ def remarks(predictors: Predictors, rounding: Rounding | None = None) -> list[st
 
 
 class _Quoted(str):
-    """Text that stands in double quotes in YAML, whatever it is like."""
+    """Text that YAML always puts in double quotes."""
 
 
 yaml.add_representer(_Quoted, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
 def _is_hub_name(name: str) -> bool:
-    """Whether it names a repository: the Hub refuses any other base model, and a folder here is none."""
+    """Whether it names a repository, not a local folder: the Hub refuses any other base model."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and not Path(name).exists()
 
 

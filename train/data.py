@@ -1,7 +1,7 @@
 """A trace's rows as batches. Validation rows are whole sequences, so that no sequence is on both sides.
 
-A batch is drawn from a few shards at a time, at random within them: of a trace that is larger than memory only these need
-to be in memory. Some batches are read at once, with one gather a column and shard, not one item a row.
+Batches are drawn at random from a few shards at a time, so only these need to be in memory. Several batches are read at
+once, with one gather for each column and shard, not one item a row.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..predictors.errors import UserError
 
 MIXED_SHARDS = 4
 BLOCK_BYTES = 8 << 20
-"""Of a block that is read at once, if it is more than one batch: to read a batch takes a call for each column and shard."""
+"""About the bytes of a block, at least one batch: reading takes a call for each column and shard."""
 
 
 class FitError(UserError):
-    """A fit that can't be made as asked; the message says why and what to do."""
+    """A fit that is not possible as asked; the message says why and what to do."""
 
 
 def held_out_sequences(count: int, share: float, seed: int) -> torch.Tensor:
-    """Which of `count` sequences are for validation, bool `[count]`: at least one, and never all.
+    """Which of `count` sequences are for validation, bool `[count]`: at least one, never all.
 
-    Raises `FitError` where there are fewer than two.
+    Raises `FitError` if there are fewer than two.
     """
     if count < 2:
         raise FitError("the trace has a single sequence, and validation needs one of its own; collect more tokens")
@@ -39,7 +39,7 @@ def held_out_sequences(count: int, share: float, seed: int) -> torch.Tensor:
 
 
 class Block(NamedTuple):
-    """Rows that are read at once: its batch `i` of `n` is every `n`-th of them, from the `i`-th on."""
+    """Rows that are read at once: batch `i` of `n` is every `n`-th of them, starting with the `i`-th."""
 
     pieces: list[Piece]
     batches: int
@@ -50,7 +50,7 @@ def plan_blocks(
 ) -> list[Block]:
     """Blocks of batches of about `batch_size` rows of `row_bytes`, each row in exactly one; `rows` holds each shard's rows.
 
-    With a generator the order is random, drawn from `MIXED_SHARDS` shards at a time; without, it is that of the trace.
+    With a generator, the order is random, drawn from `MIXED_SHARDS` shards at a time; else it is the trace's order.
     """
     order = list(range(len(rows))) if generator is None else torch.randperm(len(rows), generator=generator).tolist()
     at_once = max(1, BLOCK_BYTES // (batch_size * row_bytes))
@@ -64,7 +64,7 @@ def plan_blocks(
             shuffled = rows[shard]
             if generator is not None:
                 shuffled = shuffled[torch.randperm(len(shuffled), generator=generator)]
-            # Which batch of a block a row is in follows from its place. Rising rows are read faster.
+            # A row's place in the block decides its batch. Rows in rising order are read faster.
             cuts = [len(shuffled) * end // count for end in ends[:-1]]
             parts.append([piece.sort().values for piece in shuffled.tensor_split(cuts)])
         for begin, end, *pieces in zip([0, *ends], ends, *parts, strict=False):
@@ -75,7 +75,7 @@ def plan_blocks(
 
 
 class Rows(NamedTuple):
-    """What one process has of a step."""
+    """The rows of a step that one process has."""
 
     columns: Columns
     in_all: int
@@ -83,10 +83,10 @@ class Rows(NamedTuple):
 
 
 class TraceBlocks(Dataset[tuple[Columns, Block]]):
-    """Item `i` is the block `i` of a plan, with its columns. Of `world` processes that train together, each reads every
-    so-many-th row of each batch, so that they make the steps that one would, each row once.
+    """Item `i` is the block `i` of a plan, with its columns. Each of `world` processes reads every `world`-th row of each
+    batch: together they make the same steps as a single process.
 
-    Only the shards of the last block stay mapped. They are mapped for these blocks alone: two readers don't meet.
+    Only the shards of the last block stay mapped, in a `Trace` that no other reader uses.
     """
 
     def __init__(self, trace: Trace, plan: list[Block], names: list[str], rank: int = 0, world: int = 1):
@@ -125,17 +125,11 @@ class TraceLoader(DataLoader[Any]):
 
 
 class TraceData(lightning.LightningDataModule):
-    """Training and validation batches of one trace, as `make_batch` reads them for `sources`; the training order is another
-    in each epoch."""
+    """Training and validation batches of one trace, with the columns that `make_batch` needs for `sources`. Each epoch has
+    another training order."""
 
     def __init__(
-        self,
-        trace: Trace,
-        sources: dict[int, int | None],
-        batch_size: int,
-        validation: float,
-        seed: int,
-        workers: int,
+        self, trace: Trace, sources: dict[int, int | None], batch_size: int, validation: float, seed: int, workers: int
     ):
         super().__init__()
         self.trace, self.batch_size, self.seed, self.workers = trace, batch_size, seed, workers

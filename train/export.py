@@ -1,6 +1,6 @@
 """The job `export`: the best epoch of a run as a predictors folder, shaped like a Hub repository.
 
-A predictor that does not find more on validation than training-free speculation does is left out: it would cost its bytes and its
+A predictor whose validation hit rate is not above that of training-free speculation is left out: it would cost bytes and
 time for nothing.
 """
 
@@ -30,14 +30,14 @@ from .fit import RESULT, read_run
 from .settings import ExportConfig
 
 ROUNDING_ROWS = 20_000
-"""Validation rows that the cost of rounding is measured on, at the most."""
+"""The most validation rows that the cost of rounding is measured on."""
 
 
 def export(config: ExportConfig, console: Console | None = None) -> Path:
     """Writes the predictors of a run's best epoch to a new folder and returns it.
 
-    Where the dtype rounds, what that costs in hit rate is measured on validation rows. Raises a `UserError` for a run that is
-    not finished or was changed, and where the folder exists.
+    If the dtype rounds, the loss of hit rate is measured on validation rows. Raises a `UserError` if the run is not finished
+    or was changed, or if the folder exists.
     """
     run, dtype = config.run, DTYPES[config.dtype]
     settings = read_run(run)
@@ -56,11 +56,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
         layers=[_layer(entry, trained[target]) for target, entry in entries.items()],
         default_vectors=source.default_vectors(),
         provenance={
-            "commands": {
-                "collect": source.manifest.command,
-                "fit": settings["command"],
-                "export": command(),
-            },
+            "commands": {"collect": source.manifest.command, "fit": settings["command"], "export": command()},
             "versions": versions(),
             "trace": {name: settings["trace"][name] for name in ("corpus", "split", "tokens")},
             "settings": {name: value for name, value in settings["settings"].items() if name not in ("trace", "out")},
@@ -77,8 +73,8 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
 
 
 def _layer(entry: dict[str, Any], mlp: ResidualMLP) -> TargetLayer:
-    """The layer of a run's result, with the predictor trained for it unless that is no better than none."""
-    # The last of them is what speculates.
+    """The layer of a run's result, with its trained predictor if that is better than none."""
+    # The last kind is the exported speculation.
     kinds = ["training_free"]
     if entry["predictor"]["recall@k"] > entry["training_free"]["recall@k"]:
         kinds.append("predictor")
@@ -92,20 +88,20 @@ def _layer(entry: dict[str, Any], mlp: ResidualMLP) -> TargetLayer:
 
 
 def _trained(checkpoint: Path, widths: dict[int, int], trace: Trace) -> dict[int, ResidualMLP]:
-    """The predictors of a checkpoint by target layer, fp32; `widths` are theirs."""
+    """The predictors of a checkpoint by target layer, fp32, with these `widths`."""
     model = trace.manifest.model
     stack = StackedResidualMLPs(list(widths.values()), model.hidden_size, model.num_experts)
     try:
-        # weights_only: whatever a checkpoint holds, none of it is run.
+        # weights_only: no code in a checkpoint is run.
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # torch.load raises what it meets: zip, pickle, key and file errors
+    except Exception as error:  # torch.load raises zip, pickle, key and file errors
         raise FitError(f"{checkpoint} is missing or broken; train the run again") from error
     stack.load_state_dict({n.removeprefix("mlps."): tensor for n, tensor in state.items() if n.startswith("mlps.")})
     return {target: stack.layer(number) for number, target in enumerate(widths)}
 
 
 def _validation_rows(trace: Trace, share: float, seed: int) -> list[torch.Tensor]:
-    """Rows of each shard that `fit` kept for validation, evenly spaced, `ROUNDING_ROWS` in all at the most."""
+    """Rows of each shard that `fit` kept for validation, evenly spaced, at most `ROUNDING_ROWS` in all."""
     held_out = held_out_sequences(trace.manifest.sequences, share, seed)
     shards = range(len(trace.manifest.shards))
     rows = [held_out[trace.column(shard, SEQUENCE).long()].nonzero().flatten() for shard in shards]
@@ -117,22 +113,17 @@ def _hit_rates(predictors: Predictors, trace: Trace, rows: list[torch.Tensor]) -
     """The hit rate of each layer that has an MLP, computed in fp32, on the given rows of each shard."""
     mlps = _cast(predictors, torch.float32).mlps
     sources = predictors.sources_among({target: trace.sources[target] for target in mlps})
-    names, pieces = (
-        trace.columns_for(sources),
-        ((n, some) for n, own in enumerate(rows) for some in own.split(CHUNK_ROWS)),
-    )
+    names = trace.columns_for(sources)
+    pieces = ((shard, some) for shard, own in enumerate(rows) for some in own.split(CHUNK_ROWS))
     batches = (trace.read(shard, piece, names) for shard, piece in pieces if len(piece))
     [rates] = hit_rates(batches, sources, trace.stacked(sources), [trace.manifest.model.top_k], mlps)
     return rates
 
 
 def _cast(predictors: Predictors, dtype: torch.dtype) -> Predictors:
-    """The same with copies of their MLPs in `dtype`."""
-
-    def cast(layer: TargetLayer) -> TargetLayer:
-        return layer if layer.mlp is None else replace(layer, mlp=copy.deepcopy(layer.mlp).to(dtype))
-
-    return replace(predictors, layers=[cast(layer) for layer in predictors.layers])
+    """The same with copies of the MLPs in `dtype`."""
+    mlps = {target: copy.deepcopy(mlp).to(dtype) for target, mlp in predictors.mlps.items()}
+    return replace(predictors, layers=[replace(entry, mlp=mlps.get(entry.layer)) for entry in predictors.layers])
 
 
 def _report(
@@ -140,13 +131,8 @@ def _report(
 ) -> None:
     headers, rows = layer_table(predictors, entries, rounding)
     shown = [number for number, header in enumerate(headers) if header != "bytes"]  # so that it fits 80 columns
-    table = Table(
-        *(headers[number] for number in shown),
-        title="hit rate on validation sequences",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
-    )
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "pad_edge": False}
+    table = Table(*(headers[number] for number in shown), title="hit rate on validation sequences", **style)
     for row in rows:
         table.add_row(*(row[number] for number in shown))
     console.print(table)

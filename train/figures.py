@@ -1,10 +1,11 @@
-"""Figures of hit rates, recall, missed experts and calibration, drawn without pyplot: no window system is asked for, and
-nothing stays in memory."""
+"""Figures of hit rates, recall, missed experts and calibration. They are drawn without pyplot, which would ask for a window
+system and keep figures in memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from ..predictors.metrics import CalibrationCurve
 from .measures import Kind, Measured
 
-# Okabe and Ito's palette: told apart by people who see colours differently.
+# Okabe and Ito's palette, which colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00")
 MARKERS = ("o", "s", "^", "D")
 STYLE: dict[Kind, tuple[str, str, str]] = {
@@ -39,7 +40,7 @@ def draw_rates(axes: Axes, layers: Sequence[int], curves: Mapping[str, Sequence[
 
 def hit_rates(layers: Sequence[int], measured: Mapping[Kind, Measured]) -> Figure:
     """Hit rate by target layer, with and without the predictors."""
-    figure = _figure(7.5, 4.4)
+    figure = new_figure(7.5, 4.4)
     predictor, training_free = measured["predictor"].recall, measured["training_free"].recall
     axes = figure.subplots()
     curves = {
@@ -55,22 +56,16 @@ def hit_rates(layers: Sequence[int], measured: Mapping[Kind, Measured]) -> Figur
 
 def recall_by_candidates(layers: Sequence[int], top_k: int, measured: Mapping[Kind, Measured]) -> Figure:
     """Recall against the number of candidates: the mean over the layers, and the weakest layer."""
-    figure = _figure(7.5, 4.4)
+    figure = new_figure(7.5, 4.4)
     axes = figure.subplots()
     for kind, (label, colour, marker) in STYLE.items():
         recall = measured[kind].recall
         numbers = range(top_k, top_k + recall.shape[1])
         weakest = int(recall[:, 0].argmin())
-        axes.plot(numbers, recall.mean(0).tolist(), color=colour, marker=marker, label=f"{label}, mean of all layers")
-        axes.plot(
-            numbers,
-            recall[weakest].tolist(),
-            color=colour,
-            marker=marker,
-            markerfacecolor="white",
-            linestyle="--",
-            label=f"{label}, weakest layer ({layers[weakest]})",
-        )
+        style: dict[str, Any] = {"color": colour, "marker": marker}
+        axes.plot(numbers, recall.mean(0).tolist(), label=f"{label}, mean of all layers", **style)
+        style |= {"markerfacecolor": "white", "linestyle": "--"}
+        axes.plot(numbers, recall[weakest].tolist(), label=f"{label}, weakest layer ({layers[weakest]})", **style)
     axes.set_title("recall by number of candidates", fontsize=11)
     axes.set_xlabel(f"candidates (the router chooses {top_k})")
     axes.set_ylabel("share of the router's experts among them")
@@ -81,13 +76,13 @@ def recall_by_candidates(layers: Sequence[int], top_k: int, measured: Mapping[Ki
 
 
 def missed_experts(layers: Sequence[int], measured: Mapping[Kind, Measured]) -> Figure:
-    """Layers by experts: how often each was not among k candidates when the router chose it. Grey: it never did."""
-    figure = _figure(9, 7)
+    """Layers by experts: how often an expert was not among k candidates when the router chose it. Grey: never chosen."""
+    figure = new_figure(9, 7)
     figure.suptitle("how often an expert that the router chose was missed (each panel has its own scale)", fontsize=11)
     for axes, (kind, (label, *_)) in zip(figure.subplots(2, 1), STYLE.items(), strict=True):
         missed = 1 - measured[kind].expert_recall
-        # Each panel has its own scale, or one bad layer without predictors would make all with them one colour; and the
-        # colours end at the 99th percentile, or one expert that is always missed would do the same.
+        # Each panel has its own scale: else one bad layer without predictors would make the other panel one colour. The
+        # colours end at the 99th percentile: else one expert that is always missed would do the same.
         known = missed[~missed.isnan()]
         top = max(0.01, float(known.quantile(0.99))) if len(known) else 1.0
         axes.set_facecolor("0.8")
@@ -103,8 +98,8 @@ def missed_experts(layers: Sequence[int], measured: Mapping[Kind, Measured]) -> 
 
 
 def calibration(measured: Mapping[Kind, Measured]) -> Figure:
-    """Speculated probability against the share of right candidates over all layers, and how many have each probability."""
-    figure = _figure(7.5, 5.6)
+    """The share of right candidates by speculated probability, over all layers; and how many have each probability."""
+    figure = new_figure(7.5, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     upper.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="a probability that holds")
     for kind, (label, colour, marker) in STYLE.items():
@@ -136,8 +131,8 @@ def _pooled(curve: CalibrationCurve) -> CalibrationCurve:
     return CalibrationCurve(probability, right, count)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """In inches, at 100 dots each."""
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure; sizes are in inches of 100 dots."""
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure

@@ -1,7 +1,7 @@
 """The job `fit`: trains the predictors of a trace's target layers, into a run folder.
 
-config.json      the settings, and which trace they were used on
-checkpoints/     `best-*.ckpt`, the epoch of the highest mean validation hit rate, and `last.ckpt` to resume from
+config.json      the settings and the trace
+checkpoints/     `best-*.ckpt`, the epoch with the highest mean validation hit rate, and `last.ckpt` to resume from
 events.out.*     TensorBoard logs
 result.json      hit rates of the best epoch, by layer, beside the training-free ones; written last
 """
@@ -41,11 +41,11 @@ from .targets import choose_targets
 
 CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
 WHERE_AND_HOW = {"trace", "out", "resume", "device", "workers", "devices", "num_nodes", "strategy"}
-"""Settings that may differ between a run and its resumption; the others decide what is learned."""
+"""Settings that may change when a run is resumed; the others decide what is learned."""
 
 
 def fit(config: FitConfig, console: Console | None = None) -> Path:
-    """Trains and returns the run's folder. Raises a `UserError` before anything is written where it can't."""
+    """Trains and returns the run's folder. Raises a `UserError` before it writes anything if it can't train."""
     console = console or Console(quiet=not is_first())
     device = resolve_device(config.device)
     keep_freed_memory()
@@ -62,7 +62,8 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers)
     torch.manual_seed(config.seed)
     module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay)
-    run = _content(config, trace)
+    settings = config.model_dump(mode="json")
+    run = {"settings": settings, "trace": _identity(trace), "command": command(), "versions": versions()}
     if is_first():
         config.out.mkdir(parents=True, exist_ok=True)
         _write(config.out / CONFIG, run)
@@ -70,10 +71,10 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
     stopping = EarlyStopping(MEAN_HIT_RATE, patience=config.patience, mode="max", check_on_train_epoch_end=False)
     logger = TensorBoardLogger(config.out, name="", version="", default_hp_metric=False)
-    logger.log_hyperparams(config.model_dump(mode="json"))
-    learned_by = {name: value for name, value in run["settings"].items() if name not in WHERE_AND_HOW}
+    logger.log_hyperparams(settings)
+    learned_by = {name: value for name, value in settings.items() if name not in WHERE_AND_HOW}
     board = Board(logger, run, learned_by)
-    watched = sys.stderr.isatty()  # in a log file a progress bar is thousands of lines
+    watched = sys.stderr.isatty()  # in a log file, a progress bar would be thousands of lines
     with quiet():
         trainer = lightning_trainer(
             config,
@@ -109,23 +110,22 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
 
 
 def is_first() -> bool:
-    """Whether this is the first, or the only one, of the processes that train together: it writes for all of them."""
+    """Whether this is the first of the processes that train together, or the only one: it writes for all."""
     return (_get_rank() or 0) == 0
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """The settings of a run, as `fit` wrote them. Raises `FitError` where there is no run."""
+    """The content of a run's config.json. Raises `FitError` if there is no run."""
     try:
         settings = json.loads((run / CONFIG).read_text(encoding="utf-8"))
         FitConfig(**settings["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FitError(f"{run} holds no run of fit (no {CONFIG} of one); give the folder that fit wrote") from error
-    assert isinstance(settings, dict)
     return settings
 
 
 def _check_folder(config: FitConfig) -> None:
-    """Raises `FitError` unless `out` is new, or holds this very run and it is to be resumed."""
+    """Raises `FitError` unless `out` is new, or holds this run and `resume` is set."""
     if not config.resume:
         if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
             raise FitError(f"{config.out} exists already; name a new folder, or give --resume to go on with that run")
@@ -148,20 +148,7 @@ def _identity(trace: Trace) -> dict[str, Any]:
         "path": str(trace.path.resolve()),
         "model": manifest.model.identity(),
         "shards": [shard.xxh3 for shard in manifest.shards],
-        "corpus": manifest.corpus,
-        "split": manifest.split,
-        "tokens": manifest.tokens,
-        "command": manifest.command,
-    }
-
-
-def _content(config: FitConfig, trace: Trace) -> dict[str, Any]:
-    """What the run's config.json says."""
-    return {
-        "settings": config.model_dump(mode="json"),
-        "trace": _identity(trace),
-        "command": command(),
-        "versions": versions(),
+        **{name: getattr(manifest, name) for name in ("corpus", "split", "tokens", "command")},
     }
 
 
@@ -182,27 +169,27 @@ def lightning_trainer(config: FitConfig, device: torch.device, **arguments: Any)
         precision=precision_of(config.precision, device),
         log_every_n_steps=10,
         num_sanity_val_steps=0,
-        reload_dataloaders_every_n_epochs=1,  # the order is another in each epoch
-        use_distributed_sampler=False,  # the batches share themselves out
+        reload_dataloaders_every_n_epochs=1,  # each epoch has another order
+        use_distributed_sampler=False,  # `TraceBlocks` does it
         enable_model_summary=False,
         **arguments,
     )
 
 
 def precision_of(asked: str, device: torch.device) -> Any:
-    """Lightning's name of the precision: what is `asked`, or of `auto` the fastest that the device has instructions for."""
+    """Lightning's name of the precision `asked`; `auto` is the fastest that the device has instructions for."""
     if asked != "auto":
         return asked
     if device.type == "cuda":
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    # Without the instructions a CPU computes in bfloat16 too, but slower than in fp32; torch has no public way to ask.
+    # Without these instructions, bfloat16 on a CPU is slower than fp32; torch has no public way to ask.
     supported = (getattr(torch.cpu, f"_is_{kind}_supported", lambda: False) for kind in ("avx512_bf16", "amx_tile"))
     return "bf16-mixed" if any(ask() for ask in supported) else "32-true"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps Lightning's remarks on devices, workers and folders from the user, who can't act on them."""
+    """Hides Lightning's messages on devices, workers and folders: the user can't act on them."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -218,14 +205,7 @@ def quiet() -> Iterator[None]:
 
 def _report(layers: list[dict[str, Any]], console: Console) -> None:
     table = Table(
-        "target",
-        "source",
-        "width",
-        "training-free",
-        "predictor",
-        "gap closed",
-        "at 2k",
-        "exact",
+        *("target", "source", "width", "training-free", "predictor", "gap closed", "at 2k", "exact"),
         title="hit rate on validation sequences",
         caption="at 2k: with twice as many candidates; exact: all experts found",
         box=box.SIMPLE_HEAD,  # eight columns within 80

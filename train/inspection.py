@@ -1,19 +1,26 @@
-"""`predict-train inspect`: what a trace, a run of `fit` or a predictors folder holds, as tables, JSON and a figure.
+"""`predict-train inspect`: the content of a trace, a run of `fit` or a predictors folder, as tables, JSON and a figure.
 
-A trace is read with its own reader, predictors as the runtime loads them. Lightning and matplotlib are imported only for a
-run and for a figure.
+Traces and predictors are read by the code that `fit` and the runtime use. Lightning is imported only for a run, and
+matplotlib only for a figure.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from safetensors.torch import load_file
 
+from ..data_collection.statistics import SAMPLE_ROWS, trace_statistics
+from ..data_collection.trace import Trace
+from ..predictors.architecture import describe_shape
+from ..predictors.checkpoint import WEIGHTS, load_predictors
+from ..predictors.config import read_config
 from ..predictors.errors import UserError
 from ..predictors.metrics import gap_closed
 
@@ -25,15 +32,15 @@ SIZES = ("k", "k+2", "2k")
 
 
 class InspectError(UserError):
-    """A folder that can't be looked into, or a figure of it that can't be written; the message says why."""
+    """A folder that can't be inspected, or a figure that can't be written; the message says why."""
 
 
 def inspect(path: Path, verify: bool = False, sample_rows: int | None = None) -> dict[str, Any]:
-    """What the folder `path` holds, as plain JSON values; `kind` is `trace`, `run` or `predictors`.
+    """The content of the folder `path` as plain JSON values; `kind` is `trace`, `run` or `predictors`.
 
-    `verify` reads a trace whole and compares its checksums first. `sample_rows` bounds the rows that a trace's
-    training-free hit rates are measured on. Raises a `UserError` where there is nothing of the three, where it is
-    broken, and where something other than a trace is to be verified.
+    `verify` first reads a whole trace and compares its checksums. `sample_rows` bounds the rows that a trace's
+    training-free hit rates are measured on. Raises a `UserError` if the folder is none of the three or broken, and if
+    `verify` is given for anything but a trace.
     """
     kind = _kind(path)
     if verify and kind != "trace":
@@ -70,9 +77,6 @@ def _size(path: Path) -> int:
 
 
 def _trace(path: Path, verify: bool, sample_rows: int | None) -> dict[str, Any]:
-    from ..data_collection.statistics import SAMPLE_ROWS, trace_statistics
-    from ..data_collection.trace import Trace
-
     trace = Trace.open(path)
     if verify:
         trace.verify()
@@ -86,21 +90,14 @@ def _run(path: Path) -> dict[str, Any]:
     from .fit import RESULT, read_run
 
     settings = read_run(path)
-    found: dict[str, Any] = {"kind": "run", "path": str(path), "bytes": _size(path), **settings}
-    found["epochs"] = _epochs(path)
+    found = {"kind": "run", "path": str(path), "bytes": _size(path), **settings, "epochs": _epochs(path)}
     file = path / RESULT
     if not file.exists():
         return found | {"finished": False, "layers": []}
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        layers = [
-            {
-                "layer": entry["layer"],
-                "source": entry["source"],
-                **{kind: dict(entry[kind]) for kind in ("training_free", "predictor")},
-            }
-            for entry in result["layers"]
-        ]
+        names = ("layer", "source", "training_free", "predictor")
+        layers = [{name: entry[name] for name in names} for entry in result["layers"]]
         for entry in layers:
             float(entry["training_free"]["recall@k"]), float(entry["predictor"]["recall@k"])
         return found | {"finished": True, "checkpoint": result["checkpoint"], "mean": result["mean"], "layers": layers}
@@ -109,34 +106,27 @@ def _run(path: Path) -> dict[str, Any]:
 
 
 def _epochs(path: Path) -> list[dict[str, float]]:
-    """Of each epoch that was logged: the mean validation hit rate and the validation loss."""
+    """The mean validation hit rate and the validation loss of each logged epoch."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(path)).Reload()
     known = set(events.Tags()["scalars"])
-    curves = {
-        name: [event.value for event in events.Scalars(tag)] if tag in known else []
-        for name, tag in (("hit_rate", "hit_rate/mean"), ("loss", "loss/validation"))
-    }
+    tags = ("hit_rate/mean", "loss/validation")
+    curves = ([event.value for event in events.Scalars(tag)] if tag in known else [] for tag in tags)
     return [
         {"epoch": number, "hit_rate": rate, "loss": loss}
-        for number, (rate, loss) in enumerate(zip(curves["hit_rate"], curves["loss"], strict=False))
+        for number, (rate, loss) in enumerate(zip(*curves, strict=False))
     ]
 
 
 def _predictors(path: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
-
-    from ..predictors.checkpoint import WEIGHTS, load_predictors
-    from ..predictors.config import read_config
-
     predictors, weights = load_predictors(path), load_file(path / WEIGHTS)
     layers = [
         {
             "layer": entry.layer,
             "source": entry.source,
             "width": 0 if entry.mlp is None else entry.mlp.width,
-            # As they are in the file; in memory they are fp32.
+            # Their size in the file; in memory they are fp32.
             "bytes": sum(w.nbytes for name, w in weights.items() if name.startswith(f"layers.{entry.layer}.")),
             "hit_rate": entry.hit_rates,
             "recall": entry.recall,
@@ -157,12 +147,12 @@ def _predictors(path: Path) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any], console: Console) -> None:
-    """Prints what `inspect` found as tables."""
+    """Prints the result of `inspect` as tables."""
     {"trace": _report_trace, "run": _report_run, "predictors": _report_predictors}[found["kind"]](found, console)
 
 
 def _facts(console: Console, title: str, facts: dict[str, Any]) -> None:
-    # Wrapped, not cut: a command is worth nothing without its end.
+    # Wrapped, not cut: a command is useless without its end.
     table = Table(title=escape(title), show_header=False, box=None, padding=(0, 2, 0, 0), title_justify="left")
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
@@ -175,14 +165,22 @@ def _facts(console: Console, title: str, facts: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _model(model: dict[str, Any]) -> str:
-    from ..predictors.architecture import describe_shape
+def _print(
+    console: Console, headers: Iterable[str], rows: Iterable[list[str]], title: str, caption: str | None = None
+) -> None:
+    table = Table(*headers, title=title, caption=caption)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
+
+def _model(model: dict[str, Any]) -> str:
     return f"{model['name']}: {describe_shape(model)}"
 
 
-def _source(source: int | str | None) -> str:
-    return "its input" if source is None else str(source)
+def _places(entry: dict[str, Any]) -> list[str]:
+    """The cells of an entry's target and source layer."""
+    return [str(entry["layer"]), "its input" if entry["source"] is None else str(entry["source"])]
 
 
 def _rate(rate: float | None) -> str:
@@ -199,38 +197,30 @@ def _report_trace(found: dict[str, Any], console: Console) -> None:
     facts |= {"checksums": "right, all of them"} if found["verified"] else {"checksums": "not read (--verify)"}
     _facts(console, f"trace {found['path']}", facts | provenance)
     k, rows = found["top_k"], found["rows"]
-    rates = Table(
-        "target",
-        "source",
-        *(f"top {size}" for size in (k, k + 2, 2 * k)),
-        "previous",
-        "control",
+    measures = (*SIZES, "previous_token")
+    _print(
+        console,
+        ("target", "source", *(f"top {size}" for size in (k, k + 2, 2 * k)), "previous", "control"),
+        (
+            [*_places(entry), *(_rate(entry["hit_rate"][name]) for name in measures), f"{entry['control']:.4f}"]
+            for entry in found["layers"]
+        ),
         title="training-free hit rate by number of candidates",
         caption=f"on {rows['training_free']:,} rows, evenly spaced; previous: the previous token's experts as the guess, "
         f"on {rows['previous_token']:,} rows; control: on every eighth",
     )
-    loads = Table(
-        "target",
-        "busiest",
-        "entropy",
-        "idle",
+    balances = {entry["layer"]: entry["balance"] for entry in found["layers"]}
+    _print(
+        console,
+        ("target", "busiest", "entropy", "idle"),
+        (
+            [str(layer), f"{balance['max_over_mean']:.2f}", f"{balance['entropy']:.3f}", str(balance["idle"])]
+            for layer, balance in balances.items()
+        ),
         title="expert load",
         caption=f"on all {rows['load']:,} rows; busiest: its load over the mean; entropy: 1 is uniform; "
         "idle: experts without a token",
     )
-    for entry in found["layers"]:
-        rate, balance = entry["hit_rate"], entry["balance"]
-        rates.add_row(
-            str(entry["layer"]),
-            _source(entry["source"]),
-            *(_rate(rate[size]) for size in (*SIZES, "previous_token")),
-            f"{entry['control']:.4f}",
-        )
-        loads.add_row(
-            str(entry["layer"]), f"{balance['max_over_mean']:.2f}", f"{balance['entropy']:.3f}", str(balance["idle"])
-        )
-    console.print(rates)
-    console.print(loads)
 
 
 def _report_run(found: dict[str, Any], console: Console) -> None:
@@ -248,27 +238,17 @@ def _report_run(found: dict[str, Any], console: Console) -> None:
         "command": found["command"],
     }
     _facts(console, f"run {found['path']}", facts)
-    epochs = Table("epoch", "hit rate", "loss", title="mean over all layers, on validation sequences")
-    for entry in found["epochs"]:
-        epochs.add_row(str(entry["epoch"]), f"{entry['hit_rate']:.4f}", f"{entry['loss']:.4f}")
     if found["epochs"]:
-        console.print(epochs)
-    if found["layers"]:
-        table = Table(
-            "target", "source", "training-free", "predictor", "gap closed", "at 2k", "exact", title="best epoch"
-        )
-        for entry in found["layers"]:
-            before, after = entry["training_free"]["recall@k"], entry["predictor"]
-            table.add_row(
-                str(entry["layer"]),
-                _source(entry["source"]),
-                _rate(before),
-                _rate(after["recall@k"]),
-                _closed(before, after["recall@k"]),
-                _rate(after.get("recall@2k")),
-                _rate(after.get("exact")),
-            )
-        console.print(table)
+        rows = ([str(e["epoch"]), f"{e['hit_rate']:.4f}", f"{e['loss']:.4f}"] for e in found["epochs"])
+        _print(console, ("epoch", "hit rate", "loss"), rows, "mean over all layers, on validation sequences")
+    layers = []
+    for entry in found["layers"]:
+        before, after = entry["training_free"]["recall@k"], entry["predictor"]
+        rates = [_rate(before), _rate(after["recall@k"]), _closed(before, after["recall@k"])]
+        layers.append([*_places(entry), *rates, _rate(after.get("recall@2k")), _rate(after.get("exact"))])
+    if layers:
+        headers = ("target", "source", "training-free", "predictor", "gap closed", "at 2k", "exact")
+        _print(console, headers, layers, "best epoch")
 
 
 def _report_predictors(found: dict[str, Any], console: Console) -> None:
@@ -284,47 +264,36 @@ def _report_predictors(found: dict[str, Any], console: Console) -> None:
     _facts(console, f"predictors {found['path']}", facts)
     k, experts = found["model"]["top_k"], found["model"]["num_experts"]
     sizes = {name: min(size, 2 * k, experts) for name, size in zip(SIZES, (k, k + 2, 2 * k), strict=True)}
-    table = Table(
-        *("target", "source", "width", "bytes", "training-free", "predictor", "gap closed"),
-        *(f"top {size}" for size in sizes.values()),
+    rows = []
+    for entry in found["layers"]:
+        before, after = entry["hit_rate"].get("training_free"), entry["hit_rate"].get("predictor")
+        row = [*_places(entry), str(entry["width"] or "none"), f"{entry['bytes']:,}"]
+        row += [_rate(before), _rate(after), _closed(before, after)]
+        rows.append(row + [_rate(entry["recall"][size - k]) if entry["recall"] else "" for size in sizes.values()])
+    headers = ("target", "source", "width", "bytes", "training-free", "predictor", "gap closed")
+    _print(
+        console,
+        (*headers, *(f"top {size}" for size in sizes.values())),
+        rows,
         title="hit rate by layer, on validation sequences",
         caption="top: of the speculation, with so many candidates; without a predictor it is training-free",
     )
-    for entry in found["layers"]:
-        before, after = entry["hit_rate"].get("training_free"), entry["hit_rate"].get("predictor")
-        curve = entry["recall"]
-        table.add_row(
-            str(entry["layer"]),
-            _source(entry["source"]),
-            str(entry["width"] or "none"),
-            f"{entry['bytes']:,}",
-            *(_rate(before), _rate(after), _closed(before, after)),
-            *(_rate(curve[size - k]) if curve else "" for size in sizes.values()),
-        )
-    console.print(table)
 
 
 def plot(found: dict[str, Any], file: Path) -> None:
-    """Draws what `inspect` found: hit rate by layer, and of a trace the load of each expert, to a PNG or PDF `file`.
+    """Draws the result of `inspect` to a PNG, PDF or SVG `file`: hit rates by layer, and for a trace each expert's load.
 
-    Raises `InspectError` where there is nothing to draw or the file can't be written.
+    Raises `InspectError` if there is nothing to draw or the file can't be written.
     """
     curves = _curves(found)
     if not found["layers"] or not any(rate is not None for values in curves.values() for rate in values):
         raise InspectError(f"{found['path']} has no hit rates to draw yet; finish the run with fit --resume")
-    # The figure by itself and not pyplot: no window system is asked for, and nothing stays in memory.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from .figures import draw_rates
+    from .figures import draw_rates, new_figure
 
     layers = [entry["layer"] for entry in found["layers"]]
     loads = found["kind"] == "trace"
-    figure = Figure(
-        figsize=(max(7.5, min(14.0, 4 + 0.2 * len(layers))), 4.6 + loads * max(2.6, 0.16 * len(layers) + 1.2)),
-        layout="constrained",
-    )
-    FigureCanvasAgg(figure)
+    width, height = max(7.5, min(14.0, 4 + 0.2 * len(layers))), 4.6 + loads * max(2.6, 0.16 * len(layers) + 1.2)
+    figure = new_figure(width, height)
     heights = [3.4, max(2.2, 0.16 * len(layers) + 0.8)] if loads else [1.0]
     axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     model = found["trace"]["model"] if found["kind"] == "run" else found.get("model") or found["provenance"]["model"]
@@ -359,7 +328,7 @@ def _curves(found: dict[str, Any]) -> dict[str, list[float | None]]:
 
 def _draw_loads(figure: Figure, axes: Axes, layers: list[int], loads: list[list[int]]) -> None:
     shares = [[count * len(load) / sum(load) for count in load] for load in loads]
-    # One expert far above the rest would make the others one colour: it is drawn as the colour of the 99th percentile.
+    # Colours end at the 99th percentile: else one expert far above the rest would make all others one colour.
     ranked = sorted(share for row in shares for share in row)
     top = max(1.0, ranked[min(len(ranked) - 1, int(0.99 * len(ranked)))])
     image = axes.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")

@@ -1,8 +1,8 @@
-"""What training minimises: how far the speculated routing is from the true one.
+"""The losses of training: how far the speculated routing is from the true one.
 
-Each takes the speculated logits and the true ones `[layers, rows, experts]` and the experts that the router chose
-`[layers, rows, top_k]`, and gives a loss a row, `[layers, rows]`, all fp32. Only `kl` knows nothing of the choice, and so
-is right for routers that choose by more than their logits (groups, correction biases).
+Each takes the speculated and the true logits `[layers, rows, experts]` and the experts that the router chose `[layers, rows,
+top_k]`, and returns a loss a row, `[layers, rows]`, all fp32. Only `kl` does not read the choice, so only `kl` is right for
+routers that choose by more than their logits (groups, correction biases).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def kl(speculated: torch.Tensor, true: torch.Tensor, ids: torch.Tensor) -> torch
 
 
 def bce(speculated: torch.Tensor, true: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of "is chosen", expert by expert, the mean over experts.
+    """Binary cross-entropy of "is chosen", the mean over experts.
 
-    A logit counts from the border between the last chosen and the first that is not, in units of the true logits' spread:
-    routers' logits have any offset and scale.
+    Logits are measured from the border between the last chosen expert and the next one, in units of the true logits'
+    spread, because routers' logits have any offset and scale.
     """
     top_k = ids.shape[-1]
     border = true.topk(top_k + 1, dim=-1).values[..., -2:].mean(-1, keepdim=True)
@@ -36,9 +36,9 @@ def bce(speculated: torch.Tensor, true: torch.Tensor, ids: torch.Tensor) -> torc
 
 
 def ranking(speculated: torch.Tensor, true: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Logistic ranking loss: `log(1 + exp(z_j - z_i))` for every chosen `i` and every `j` that is not, the mean over pairs.
+    """Logistic ranking loss: the mean of `log(1 + exp(z_j - z_i))` over all chosen `i` and all other `j`.
 
-    Logits count in units of the true logits' spread.
+    Logits are in units of the true logits' spread.
     """
     z = speculated * (4 / true.std(-1, keepdim=True))
     chosen = z.gather(-1, ids)

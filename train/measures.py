@@ -1,4 +1,4 @@
-"""All that validation measures of the speculated routings, with and without the predictors."""
+"""All measures of validation, with and without the predictors."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ Kind = Literal["training_free", "predictor"]
 
 
 class Measured(NamedTuple):
-    """What one kind of speculation reached, the target layers stacked: fp64, on the CPU, of all processes together."""
+    """The measures of one kind of speculation, target layers stacked, over all processes: fp64, on the CPU."""
 
     recall: torch.Tensor
-    """With k, k + 1, ..., 2k candidates (as many as there are experts, where that is fewer), `[layers, 2k - k + 1]`."""
+    """With k, k + 1, ..., 2k candidates (at most the number of experts), `[layers, 2k - k + 1]`."""
     exact: torch.Tensor
-    """Share of the tokens all of whose experts are among k candidates, `[layers]`."""
+    """Share of the tokens whose experts are all among k candidates, `[layers]`."""
     expert_recall: torch.Tensor
-    """How often each expert was among k candidates when the router chose it, `[layers, experts]`; NaN where it never did."""
+    """How often an expert was among k candidates when the router chose it, `[layers, experts]`; NaN if it never did."""
     calibration: CalibrationCurve
-    """Of up to 2k candidates."""
+    """The calibration of up to 2k candidates."""
 
     def summary(self, number: int) -> dict[str, Any]:
-        """The rates of one layer, counted from the stack's start, as plain values; `recall` is the whole curve."""
+        """The rates of layer `number` of the stack, as plain values; `recall` is the whole curve."""
         curve = self.recall[number].tolist()
         return {"recall@k": curve[0], "recall@2k": curve[-1], "exact": float(self.exact[number]), "recall": curve}
 
 
 class Counts(nn.Module):
-    """What is counted of one kind of speculation."""
+    """The metrics of one kind of speculation."""
 
     def __init__(self, num_layers: int, top_k: int, num_experts: int):
         super().__init__()
@@ -68,8 +68,8 @@ class Counts(nn.Module):
 class Measures(nn.Module):
     """Counts over a validation, for training-free speculation and for the predictors.
 
-    The metrics are submodules, so they move to the device with the module that holds this one, are summed over processes
-    by whatever backend these have, and leave nothing in a checkpoint.
+    The metrics are submodules: they move to the device with this module, are summed over processes by their backend, and
+    leave nothing in a checkpoint.
     """
 
     def __init__(self, num_layers: int, top_k: int, num_experts: int):
@@ -78,12 +78,12 @@ class Measures(nn.Module):
         self.predictor = Counts(num_layers, top_k, num_experts)
 
     def update(self, kind: Kind, routings: Sequence[Routing], ids: torch.Tensor) -> None:
-        """Counts the speculated `routings`, one a layer, against the routers' choice `ids` `[layers, rows, top_k]`."""
+        """Compares the speculated `routings`, one a layer, with the routers' choice `ids` `[layers, rows, top_k]`."""
         counts = self.training_free if kind == "training_free" else self.predictor
         counts.update(Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True))), ids)
 
     def compute(self) -> dict[Kind, Measured]:
-        """By kind, over all updates since `reset`, in all processes: each of them has to call it."""
+        """The measures by kind, over all updates since `reset` in all processes: every process must call it."""
         return {"training_free": self.training_free.compute(), "predictor": self.predictor.compute()}
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""The training of all predictors at once: what is minimised, and what is measured."""
+"""The training of all predictors at once: its loss and its measures."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class PredictorTraining(lightning.LightningModule):
         self.top_k = trace.manifest.model.top_k
         model = trace.manifest.model
         self.mlps = StackedResidualMLPs([target.width for target in targets], model.hidden_size, model.num_experts)
-        # No module, so that the frozen parts are neither parameters of this one nor in its checkpoints.
+        # No submodule: the frozen parts are no parameters of this module and not in its checkpoints.
         self.speculators = trace.stacked(self.sources)
         self.measures = Measures(len(self.sources), self.top_k, model.num_experts)
         self.measured: dict[Kind, Measured] = {}
-        """Of the last validation: all that was measured."""
+        """All measures of the last validation."""
         self.results: Results = {}
-        """Of the last validation; see `Measured.summary`."""
+        """The summaries of the last validation; see `Measured.summary`."""
 
     def on_fit_start(self) -> None:
         self.speculators.to(self.device)
@@ -52,25 +52,24 @@ class PredictorTraining(lightning.LightningModule):
         self.speculators.to(self.device)
 
     def transfer_batch_to_device(self, batch: Rows, device: torch.device, dataloader_idx: int) -> Rows:  # noqa: ARG002
-        # Lightning looks deep into some dozen columns; on a CPU that took a fifth of a step.
+        # Lightning's own way searches every column; on a CPU that took a fifth of a step.
         if device.type == "cpu":
             return batch
         return batch._replace(columns={n: column.to(device, non_blocking=True) for n, column in batch.columns.items()})
 
     def loss(self, batch: Batch, speculated: torch.Tensor, in_all: int) -> torch.Tensor:
-        """The loss of a step with the `speculated` logits `[layers, rows, experts]`: summed over layers, the mean over its
-        rows, of which `in_all` are with all processes."""
+        """The loss of a step with the `speculated` logits `[layers, rows, experts]`: the sum over layers of the mean over rows.
+        All processes together have `in_all` rows."""
         rows = self.row_losses(speculated, batch.logits, batch.ids)
-        # Processes average their gradients, so each counts its rows as if all had as many.
+        # Gradients are averaged over processes, so each process multiplies its part by their number.
         return rows.sum() * (self.trainer.world_size if self._trainer is not None else 1) / in_all
 
     def corrected(self, batch: Batch) -> torch.Tensor:
-        """The states that the predictors make of the quasi-hidden ones, `[layers, rows, hidden]`, fp32."""
-        states: torch.Tensor = self.mlps(batch.quasi, batch.normed, batch.mixture)
-        return states.float()
+        """The quasi-hidden states that the predictors have corrected, `[layers, rows, hidden]`, fp32."""
+        return self.mlps(batch.quasi, batch.normed, batch.mixture).float()
 
     def training_step(self, rows: Rows, _: int) -> torch.Tensor:
-        # Only the predictors compute in mixed precision: a router's choice is made in fp32, as at inference.
+        # Only the predictors compute in mixed precision: routers choose in fp32, as at inference.
         with torch.autocast(self.device.type, enabled=False):
             batch = make_batch(rows.columns, self.sources, self.speculators)
         states = self.corrected(batch)
@@ -80,7 +79,7 @@ class PredictorTraining(lightning.LightningModule):
         return loss
 
     def validation_step(self, rows: Rows, _: int) -> None:
-        with torch.autocast(self.device.type, enabled=False):  # what is measured is what an fp32 export does
+        with torch.autocast(self.device.type, enabled=False):  # measures what an fp32 export does
             batch = make_batch(rows.columns, self.sources, self.speculators)
             corrected = self.speculators.route(self.corrected(batch))
             loss = self.loss(batch, torch.stack([routing.logits for routing in corrected]), rows.in_all)
@@ -109,8 +108,8 @@ class PredictorTraining(lightning.LightningModule):
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over `steps` steps: for a tenth of them it rises to the optimizer's own, then it falls as half a cosine."""
-    warm_up: Any = WARM_UP * steps  # declared to be a whole number, and right for any
+    """The learning rate over `steps` steps: for a tenth of them it rises to the optimizer's, then falls as half a cosine."""
+    warm_up: Any = WARM_UP * steps  # the function declares an int, but is right for any number
     return get_cosine_schedule_with_warmup(optimizer, warm_up, steps)
 
 

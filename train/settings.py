@@ -1,4 +1,4 @@
-"""The settings of `fit`, `export` and `inspect`. No torch is imported here: the command line's help needs none of it."""
+"""The settings of `fit`, `export` and `inspect`. This module imports no torch, because the command line's help does not need it."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class FitConfig(Settings):
     width: Count = 320
     """Hidden width of each predictor."""
     budget: str | None = None
-    """In the place of a width: what all predictors may take in bfloat16, like `2MB`, or like `1%` of the weights of the model
-    without its routed experts. Layers that are hard to guess get more of it."""
+    """Instead of a width: the size of all predictors in bfloat16, like `2MB`, or like `1%` of the model's weights without its
+    routed experts. Layers that are hard to guess get more of it."""
     loss: Literal["kl", "bce", "ranking"] = "kl"
     """What is minimised: `kl`, `bce` or `ranking`; see `train.losses`."""
     epochs: Count = 5
-    """How often each row is seen at the most."""
+    """The most times that each row is seen."""
     patience: Count = 3
     """Training ends early after so many epochs in a row without a better mean hit rate on validation."""
     batch_size: Count = 512
@@ -75,9 +75,9 @@ class FitConfig(Settings):
     num_nodes: Count = 1
     """Nodes that train together, each started with the same command (by torchrun or SLURM)."""
     strategy: str = "auto"
-    """Lightning's name of how they do."""
+    """Lightning's name for the way they train together."""
     workers: Whole = 0
-    """Processes that read the trace; 0 reads it in this one, which is enough beside a CPU."""
+    """Processes that read the trace; 0 reads it in the main process, which is enough for a CPU."""
 
     @field_validator("budget")
     @classmethod

@@ -1,4 +1,4 @@
-"""Which layers a run trains, what each of them reads, and how wide its predictor is."""
+"""The layers that a run trains, their sources, and the widths of their predictors."""
 
 from __future__ import annotations
 
@@ -17,26 +17,23 @@ from .data import FitError
 from .settings import Source
 
 WIDTH_STEP = 16
-"""Widths are multiples of it: vector units and matrix tiles are."""
+"""Widths are multiples of it, like those of vector units and matrix tiles."""
 BYTES_OF_A_PARAMETER = 2
 """In bfloat16, as `export --dtype bfloat16` writes them."""
 
 
 class Target(NamedTuple):
-    """A layer whose routing is to be guessed."""
+    """A layer whose routing is guessed."""
 
     layer: int
     source: int | None
-    """The layer whose residual and routing the guess is made of; None for the target's own input."""
+    """The layer whose residual and routing the guess reads; None for the target's own input."""
     width: int
     """Of its predictor."""
 
 
 def sources_in(trace: Trace, source: Source, horizon: int) -> dict[int, int | None]:
-    """What each target of the trace is to read, by layer.
-
-    Raises `FitError` where the trace does not hold it.
-    """
+    """The source of each target of the trace, by layer. Raises `FitError` if the trace does not hold it."""
     if source == "layer_input":
         if horizon != 1:
             raise FitError("a layer's own input is known at its beginning only; leave --horizon out, or --source")
@@ -66,7 +63,7 @@ def choose_targets(
 ) -> list[Target]:
     """The targets of a run. `budget` is bytes like `2MB`, or a share like `1%` of the model's weights without its experts.
 
-    Raises `FitError` where there are none, or the budget is too small.
+    Raises `FitError` if there are none, or the budget is too small.
     """
     sources = sources_in(trace, source, horizon)
     named = sources.keys() if isinstance(layers, str) else set(layers)
@@ -91,7 +88,7 @@ def choose_targets(
 
 
 def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, float]:
-    """Training-free hit rate of each target with such `sources`, on a sample of the trace."""
+    """Training-free hit rate of each target with these `sources`, on a sample of the trace."""
     recorded = {(entry.layer, entry.source): entry.training_free for entry in trace.manifest.layers}
     if recorded.keys() >= sources.items():  # measured by `collect`, on the same sample
         return {target: recorded[target, source] for target, source in sources.items()}
@@ -101,10 +98,11 @@ def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, floa
 
 
 def share_out(trace: Trace, gaps: dict[int, float], budget: str) -> dict[int, int]:
-    """The width of each target's predictor for all of them to take `budget` at most, in bfloat16.
+    """The width of each target's predictor, so that all together take at most `budget` in bfloat16.
 
-    What a predictor closes of its layer's gap to 1 grows about with the logarithm of its width (docs/predictors.md), so
-    what the last unit of width is worth is the layer's gap over the width: the best widths are as the gaps are.
+    The share of a layer's gap to 1 that its predictor closes grows about with the logarithm of its width
+    (docs/predictors.md). So one more unit of width is worth the gap over the width: the best widths are proportional to
+    the gaps.
     """
     model = trace.manifest.model
     fixed, one = (ResidualMLP.count(model.hidden_size, model.num_experts, width) for width in (0, 1))
@@ -116,14 +114,14 @@ def share_out(trace: Trace, gaps: dict[int, float], budget: str) -> dict[int, in
             "a larger --budget or fewer --layers"
         )
     shares = dict.fromkeys(gaps, 1)
-    for _ in range(steps - len(gaps)):  # each step to where it is worth most
+    for _ in range(steps - len(gaps)):  # each step goes where it is worth most
         best = max(gaps, key=lambda target: gaps[target] / shares[target])
         shares[best] += 1
     return {target: WIDTH_STEP * share for target, share in shares.items()}
 
 
 def parameters_in(trace: Trace, budget: str) -> int:
-    """How many parameters a budget allows. Raises `FitError` where it is neither bytes nor a share."""
+    """How many parameters a budget allows. Raises `FitError` if it is neither bytes nor a share."""
     text = budget.strip()
     try:
         if not text.endswith("%"):
