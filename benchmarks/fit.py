@@ -131,7 +131,7 @@ def main() -> None:
         precision=arguments.precision,
         batch_size=arguments.batch_size,
     )
-    targets = choose_targets(trace, "all", config.threshold, config.source, config.horizon, config.width, None)
+    targets = choose_targets(trace, config)
     layers = [target.layer for target in targets]
     trainings: dict[str, list[float]] = {"fit": [], "by layer": []}
     for number in range(arguments.whole_rounds):

@@ -100,7 +100,7 @@ class Recorder:
         for index, tap in self._taps.items():
             if tap.is_source:
                 state[f"sums.{index}"] = tap.sums.to("cpu", copy=True)
-                state[f"counts.{index}"] = torch.tensor(tap.counts)
+                state[f"counts.{index}"] = tap.counts.clone()
         return state
 
     def add_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -110,8 +110,7 @@ class Recorder:
         for index, tap in self._taps.items():
             if tap.is_source:
                 tap.sums += state[f"sums.{index}"].to(tap.sums.device)
-                counts = state[f"counts.{index}"].tolist()
-                tap.counts = [mine + other for mine, other in zip(tap.counts, counts, strict=True)]
+                tap.counts += state[f"counts.{index}"]
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32, on the CPU; the row of an expert without tokens is zero."""
@@ -126,7 +125,7 @@ class _Tap:
         self.seen: dict[str, torch.Tensor] = {}
         self.routing: Routing
         self.sums = torch.zeros(layer.num_experts, layer.hidden_size)
-        self.counts = [0] * layer.num_experts
+        self.counts = torch.zeros(layer.num_experts, dtype=torch.int64)
         self.keep: torch.Tensor | None = None
 
     def attach(self, stack: ExitStack) -> None:
@@ -178,8 +177,7 @@ class _Tap:
                 sizes = [int(part.sum()) for part in kept.cpu().split(sizes)]
             sums = torch.stack([part.sum(0, dtype=torch.float32) for part in outputs.split(sizes)])
             self.sums[torch.tensor(groups.experts, device=x.device)] += self.layer.join.in_stream(sums)
-            for expert, size in zip(groups.experts, sizes, strict=True):
-                self.counts[expert] += size
+            self.counts[groups.experts] += torch.tensor(sizes)
 
         return run_experts(self.layer.experts, x, ids, weights, on_outputs=add)
 
@@ -211,5 +209,4 @@ class _Tap:
         return rows if self.keep is None else rows[self.keep]
 
     def mean_outputs(self) -> torch.Tensor:
-        counts = torch.tensor(self.counts, dtype=torch.float32).clamp(min=1)
-        return self.sums.cpu() / counts.unsqueeze(-1)
+        return self.sums.cpu() / self.counts.float().clamp(min=1).unsqueeze(-1)

@@ -22,8 +22,8 @@ from .runtime.measure.accelerated import accelerated
 from .runtime.measure.bench import Round, Way, parse_ways, results
 from .runtime.measure.bench import bench as measure
 from .runtime.measure.replay import replay
-from .runtime.measure.routing import PRESETS, ReplayedRouting, Statistics, draw_routing
-from .runtime.measure.settings import BenchConfig, Drawn, PlanConfig
+from .runtime.measure.routing import PRESETS, ReplayedRouting, draw_routing
+from .runtime.measure.settings import BenchConfig, PlanConfig
 
 
 def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
@@ -132,12 +132,9 @@ def _routing(
 ) -> ReplayedRouting:
     """A drawn routing (`synthetic`), or the routing of the trace in the folder `kind`."""
     if kind == "synthetic":
-        return draw_routing(_statistics(config), steps=steps, seed=config.seed, **sizes)
+        if config.preset not in PRESETS:
+            raise UserError(f"there is no preset {config.preset}; give {' or '.join(PRESETS)}")
+        given = {name: getattr(config, name) for name in ("kept", "hit_rate", "skew")}
+        given = {name: value for name, value in given.items() if value is not None}
+        return draw_routing(replace(PRESETS[config.preset], **given), steps=steps, seed=config.seed, **sizes)
     return replay(Trace.open(kind), steps, sizes["candidates"], predictors, config.horizon)
-
-
-def _statistics(drawn: Drawn) -> Statistics:
-    if drawn.preset not in PRESETS:
-        raise UserError(f"there is no preset {drawn.preset}; give {' or '.join(PRESETS)}")
-    given = {"kept": drawn.kept, "hit_rate": drawn.hit_rate, "skew": drawn.skew}
-    return replace(PRESETS[drawn.preset], **{name: value for name, value in given.items() if value is not None})

@@ -38,15 +38,8 @@ def with_inputs(tmp_path_factory, tiny_moe_folder, text_corpus) -> Path:
 
 
 def choose(trace: Path, **changes: object) -> list[Target]:
-    usual = {
-        "layers": "all",
-        "threshold": 0.9,
-        "source": "quasi_hidden",
-        "horizon": 1,
-        "width": 32,
-        "budget": None,
-    }
-    return choose_targets(Trace.open(trace), **(usual | changes))  # type: ignore[arg-type]
+    config = FitConfig(trace=trace, out=trace, **({"width": 32} | changes))  # type: ignore[arg-type]
+    return choose_targets(Trace.open(trace), config)
 
 
 def train(trace: Path, out: Path, **changes: object) -> Path:

@@ -55,9 +55,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     trace = Trace.open(config.trace)
     if is_first():
         trace.verify()
-    targets = choose_targets(
-        trace, config.layers, config.threshold, config.source, config.horizon, config.width, config.budget
-    )
+    targets = choose_targets(trace, config)
     sources = {target.layer: target.source for target in targets}
     data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers)
     torch.manual_seed(config.seed)

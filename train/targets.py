@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from transformers import AutoConfig
 
@@ -14,7 +13,7 @@ from ..predictors.experts import expert_modules
 from ..predictors.mlp import ResidualMLP
 from ..predictors.settings import parse_bytes
 from .data import FitError
-from .settings import Source
+from .settings import FitConfig, Source
 
 WIDTH_STEP = 16
 """Widths are multiples of it, like those of vector units and matrix tiles."""
@@ -52,20 +51,13 @@ def sources_in(trace: Trace, source: Source, horizon: int) -> dict[int, int | No
     return found
 
 
-def choose_targets(
-    trace: Trace,
-    layers: Literal["all", "auto"] | Iterable[int],
-    threshold: float,
-    source: Source,
-    horizon: int,
-    width: int,
-    budget: str | None,
-) -> list[Target]:
-    """The targets of a run. `budget` is bytes like `2MB`, or a share like `1%` of the model's weights without its experts.
+def choose_targets(trace: Trace, config: FitConfig) -> list[Target]:
+    """The targets of a run with the settings `config`.
 
     Raises `FitError` if there are none, or the budget is too small.
     """
-    sources = sources_in(trace, source, horizon)
+    layers, budget = config.layers, config.budget
+    sources = sources_in(trace, config.source, config.horizon)
     named = sources.keys() if isinstance(layers, str) else set(layers)
     if unknown := sorted(named - sources.keys()):
         raise FitError(f"layer {unknown[0]} is no target of {trace.path}; it has {', '.join(map(str, sources))}")
@@ -74,14 +66,14 @@ def choose_targets(
         raise FitError("no layer is named; give --layers all, auto, or layer numbers like 0,1,5")
     rates = hit_rates_of(trace, sources) if layers == "auto" or budget is not None else {}
     if layers == "auto":
-        below = {target: source for target, source in sources.items() if rates[target] < threshold}
+        below = {target: source for target, source in sources.items() if rates[target] < config.threshold}
         if not below:
             raise FitError(
-                f"no layer's training-free hit rate is below the threshold of {threshold} (the lowest is "
+                f"no layer's training-free hit rate is below the threshold of {config.threshold} (the lowest is "
                 f"{min(rates.values()):.3f}); raise --threshold or give --layers all"
             )
         sources = below
-    widths = dict.fromkeys(sources, width)
+    widths = dict.fromkeys(sources, config.width)
     if budget is not None:
         widths = share_out(trace, {target: 1 - rates[target] for target in sources}, budget)
     return [Target(target, source, widths[target]) for target, source in sources.items()]
