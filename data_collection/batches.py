@@ -1,11 +1,11 @@
 """Documents in, batches of token ids out: what one forward pass reads.
 
 By default a sequence holds tokens of one document only and begins at position 0: neither attention nor a state space
-reaches across a document's border. Sequences of similar length are batched and padded on the right, where a causal model
-cannot see the padding; padding is not recorded.
+reaches across a document's border. Sequences of similar length are batched and padded on the right, where a causal
+model cannot see the padding; padding is not recorded.
 
-Everything here depends on the corpus and the settings alone. So a collection can be resumed, or shared among processes, by
-counting batches.
+Everything here depends on the corpus and the settings alone, so counting batches is enough to resume or share a
+collection.
 """
 
 from __future__ import annotations

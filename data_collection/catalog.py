@@ -1,8 +1,7 @@
 """Every mixture-of-experts model type of the installed transformers, each tried on a tiny random model.
 
-No list of supported types is kept: for each of transformers' causal language model types that has experts, a model is built
-from a small config and recorded. A type is supported if its layers are found, the record is what the model did, and the
-model is the same afterwards.
+There is no list of supported types. A small model of each type is built and recorded: the type is supported if its
+layers are found, the record is what the model did, and the model is the same afterwards.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The job `collect`: a full run of a model over text, with hooks on it, into a trace.
 
 A collection can be stopped at any moment and resumed (see `progress.py`). It can be shared among the processes that
-torchrun or SLURM starts: of N processes, each runs every N-th batch and writes its own shards. The first one then adds up
-all sums and writes the manifest.
+torchrun or SLURM starts: of N processes, each runs every N-th batch and writes its own shards. The first one then
+writes the manifest.
 """
 
 from __future__ import annotations
@@ -47,14 +47,12 @@ from .statistics import SAMPLE_ROWS, hit_rates
 from .trace import Trace
 from .writer import TraceWriter, disk, write_manifest, write_speculation
 
-__all__ = ["CollectConfig", "CollectError", "collect"]
-
 
 def collect(config: CollectConfig, console: Console | None = None) -> Path:
     """Runs the model and writes the trace, or resumes it; returns its folder.
 
-    Raises a `UserError` if anything is wrong with the settings, the model, the corpus or the disk. Then the folder holds
-    a trace that can be resumed, or nothing if no batch has been run.
+    Raises a `UserError` if anything is wrong with the settings, the model, the corpus or the disk. Then the folder
+    holds a trace that can be resumed, or nothing if no batch has been run.
     """
     keep_freed_memory()
     with joined(resolve_device(config.device)) as group:
@@ -271,10 +269,7 @@ def _joined(source: MoELayer) -> dict[str, Any]:
 
 def _report(manifest: Manifest, console: Console) -> None:
     table = Table(
-        "target",
-        "source",
-        "training-free",
-        "control",
+        *("target", "source", "training-free", "control"),
         title="hit rate by layer",
         caption=f"training-free: on about {min(SAMPLE_ROWS, manifest.tokens):,} tokens, evenly spaced; control: on every eighth",
     )

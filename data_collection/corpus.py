@@ -108,9 +108,9 @@ def read_documents(
 ) -> Iterator[str]:
     """The documents of a corpus, one string each, empty ones left out.
 
-    `corpus` is one of the kinds above, or several, each `path` or `path@weight`. The next document always comes from the
-    corpus that is furthest behind its share of the characters, so every part of the text is mixed as asked. All end when
-    the first one ends. `split` is for the embedded corpus only; chats need the `tokenizer`.
+    `corpus` is one of the kinds above, or several, each `path` or `path@weight`. The next document always comes from
+    the corpus that is furthest behind its share of the characters, so every part of the text is mixed as asked. All end
+    when the first one ends. `split` is for the embedded corpus only; chats need the `tokenizer`.
 
     Raises `CorpusError` if there is nothing to read.
     """

@@ -38,8 +38,8 @@ class LayerRecord(NamedTuple):
 class Recorder:
     """Records the forward passes of a model between `__enter__` and `__exit__`, which restores the model exactly.
 
-    `targets` are indices of MoE layers among `layers`. Each target's source layer is recorded too, and with `inputs` every
-    target's own input. Entering raises `UnsupportedModelError` if the experts can't be run one by one.
+    `targets` are indices of MoE layers among `layers`. Each target's source layer is recorded too, and with `inputs`
+    every target's own input. Entering raises `UnsupportedModelError` if the experts can't be run one by one.
     """
 
     def __init__(self, layers: list[MoELayer], targets: Iterable[int], inputs: bool = False):
@@ -182,8 +182,8 @@ class _Tap:
         return run_experts(self.layer.experts, x, ids, weights, on_outputs=add)
 
     def recomputed_ids(self, stride: int) -> torch.Tensor:
-        """The choice of norm and router on every `stride`-th recorded row of the stream, `[tokens, top_k]`. With a stride
-        above 1 the router is not run again if its input is exactly the recorded one."""
+        """The choice of norm and router on every `stride`-th recorded row of the stream, `[tokens, top_k]`. With a
+        stride above 1 the router is not run again if its input is exactly the recorded one."""
         # `forward` does not call the hooks: a recomputation must not be recorded.
         normed = self.layer.norm.forward(self._kept(self.seen["norm_input"])[::stride])
         if stride > 1 and torch.equal(normed, self._kept(self.seen["router_input"])[::stride]):

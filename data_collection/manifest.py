@@ -85,8 +85,7 @@ class Manifest(_Entry):
     dtype: str
     """The model's dtype while it was recorded."""
     phase: str
-    """`prefill`: the rows are tokens of whole sequences, computed at once; `decode`: tokens that the model generated and
-    read one at a time."""
+    """`prefill`: the rows are tokens of whole sequences; `decode`: tokens that the model generated one at a time."""
     corpus: str
     split: str
     seed: int

@@ -31,8 +31,7 @@ class Run(NamedTuple):
 def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
     """Runs `batch` in the phase of `config`; returns its rows for the trace, on the CPU.
 
-    The tokens that a model draws depend on the seed and the batch only: they are the same if the collection was resumed
-    or shared among processes.
+    The tokens that a model draws depend on the seed and the batch only, also in a resumed or shared collection.
     """
     torch.manual_seed(hash((config.seed, batch.number)) & 0x7FFF_FFFF_FFFF_FFFF)
     run = _decode if config.phase == "decode" else _prefill

@@ -4,8 +4,8 @@
     progress-NNNN.safetensors   of process NNNN: the shards that are whole, how much of the corpus they hold, and what the
                                 recorder had added up at their end (the sums of the default vectors, the control)
 
-A shard is complete under its name before a progress file names it. Everything after the last progress is computed again. A
-finished trace has neither kind of file.
+A shard is complete under its name before a progress file names it. Everything after the last progress is computed
+again. A finished trace has neither kind of file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The settings of `collect`. This module imports no torch, because the command line's help does not need it."""
+"""The settings of `collect`. This module imports no torch: the help of the command line needs none."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class CollectConfig(Settings):
     """Go on with the unfinished trace in `out`, if there is one; every other setting must be what it was."""
     corpus: Name | list[Name] = EMBEDDED
     """`embedded`, a text file, a folder, a glob, a .jsonl, .json or .parquet file, a folder of `save_to_disk`, or a Hub
-    dataset as name:config:split. A list (the flag given several times) mixes them, each as path@weight; the weights are
-    shares of the text."""
+    dataset as name:config:split. A list (the flag given again) mixes them, each as path@weight, by shares of the
+    text."""
     split: Split = "train"
     """Of the embedded corpus: `train` or `held_out`."""
     text_column: str = "text"
@@ -55,8 +55,7 @@ class CollectConfig(Settings):
     threshold: float = Field(0.9, gt=0, le=1)
     """The training-free hit rate below which `auto` takes a layer."""
     inputs: bool = False
-    """Record every target's own input as well, which `fit --source layer_input` reads; else only that of a target without
-    a source."""
+    """Record every target's own input, for `fit --source layer_input`; else only that of targets without a source."""
     sequence_length: Count = 256
     """The most tokens of a sequence; a longer document is cut into several, each beginning at position 0."""
     batch_size: Count = 16

@@ -1,7 +1,7 @@
 """Statistics of a trace: how well each layer's experts can be guessed, and how evenly they are used.
 
-At most a few thousand rows are in memory, however large the trace is. Guesses are expensive and are measured on a sample of
-rows; loads and previous tokens need the expert ids only, and are exact over all rows.
+At most a few thousand rows are in memory, however large the trace is. Guesses are expensive and are measured on a
+sample of rows; loads and previous tokens need the expert ids only, and are exact over all rows.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def trace_statistics(trace: Trace, sample_rows: int = SAMPLE_ROWS) -> dict[str, 
 def balance(load: torch.Tensor) -> dict[str, float]:
     """How even the `load` `[experts]` (tokens of each expert) is.
 
-    `max_over_mean` is 1 if all loads are equal. `entropy` is divided by the logarithm of the number of experts: 1 is uniform,
-    0 is one expert with all tokens. `idle` counts the experts without tokens.
+    `max_over_mean` is 1 if all loads are equal. `entropy` is divided by the logarithm of the number of experts: 1 is
+    uniform, 0 is one expert with all tokens. `idle` counts the experts without tokens.
     """
     share = load.double() / load.sum()
     entropy = -(share * share.clamp(min=1e-300).log()).sum().item()
@@ -91,8 +91,8 @@ def hit_rates(
 ) -> list[dict[int, float]]:
     """For each number of candidates in `sizes`, by target: the recall of the speculation, over the rows of `batches`.
 
-    A target without an MLP is speculated on training-free. MLPs are fp32, like the `speculators`, which are in the order of
-    `sources`.
+    A target without an MLP is speculated on training-free. MLPs are fp32, like the `speculators`, which are in the
+    order of `sources`.
     """
     metrics, mlps = [HitRate(len(sources)) for _ in sizes], mlps or {}
     with torch.no_grad():

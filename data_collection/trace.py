@@ -12,8 +12,9 @@
         layers.<l>.router_logits   [rows, experts]  bf16    of every target
         token_ids, position, sequence  [rows]       int32
 
-Floats are bf16, to save bytes. Rounding changes no choice: the experts are in `expert_ids`, weights only scale the default
-vectors, and logits only shape the loss. The manifest is written last: a folder without one is an unfinished trace.
+Floats are bf16, to save bytes. Rounding changes no choice: the experts are in `expert_ids`, weights only scale the
+default vectors, and logits only shape the loss. The manifest is written last: a folder without one is an unfinished
+trace.
 """
 
 from __future__ import annotations
@@ -201,8 +202,7 @@ class Trace:
     def wirings(self, sources: dict[int, int | None] | None = None) -> dict[int, Wiring]:
         """The wiring of each target layer in fp32 on the CPU, frozen, rebuilt without the model's weights.
 
-        `sources` gives the targets and their sources; by default each target's nearest source. Raises `TraceError` if the
-        trace lacks a part.
+        `sources` gives the targets and their sources, by default the nearest. Raises `TraceError` if a part is missing.
         """
         try:
             bones, state = skeleton(AutoConfig.from_pretrained(self.path)), self._speculation()

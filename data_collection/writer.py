@@ -151,8 +151,8 @@ class TraceWriter:
 def write_columns(file: Path, columns: Columns) -> str:
     """Writes a safetensors file and returns its checksum, computed while it writes.
 
-    The widest dtypes come first, so that all are aligned. safetensors' own `save` would need the memory of two more shards,
-    take twice as long, and order the columns differently, so that equal traces would have different files.
+    The widest dtypes come first, so that all are aligned. safetensors' own `save` would need the memory of two more
+    shards, take twice as long, and order the columns differently, so that equal traces would have different files.
     """
     ordered = sorted(columns.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header, end = {}, 0

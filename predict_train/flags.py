@@ -1,4 +1,4 @@
-"""Makes a command from a configuration class: one flag for each field, with the field's docstring and default as its help."""
+"""Makes a command from a configuration class: a flag for each field, with the field's docstring and default as help."""
 
 from __future__ import annotations
 

@@ -101,10 +101,9 @@ class MoELayer:
     block: nn.Module
     """The module that calls the router and the experts."""
     names: dict[str, Any]
-    """Dotted names in the model: `norm`, `router`, `post_norm` ("" if there is none), and the
-    list `router_arguments`."""
+    """Dotted names in the model: `norm`, `router`, `post_norm` ("" if none), and the list `router_arguments`."""
     norm: nn.Module
-    """The norm whose output the router reads; its input is the residual stream after attention. `Identity` if there is none."""
+    """The norm whose output the router reads; its input is the stream after attention. `Identity` if there is none."""
     router: nn.Module
     """`router(x, *router_arguments)` returns `(logits, weights, ids)`: `[tokens, experts]`, `[tokens, top_k]` twice."""
     router_arguments: tuple[torch.Tensor, ...]
@@ -152,8 +151,8 @@ def sources(layers: list[MoELayer], horizon: int = 1) -> dict[int, int | None]:
     """The source layer of each target layer, by layer index.
 
     It is the layer before, if that is an MoE layer. A dense layer's whole output is known, so the target after it reads
-    its own input (None), as the first MoE layer does. But if nothing runs between that input and the router, there is no
-    time to copy: then the source is the MoE layer before.
+    its own input (None), as the first MoE layer does. But if nothing runs between that input and the router, there is
+    no time to copy: then the source is the MoE layer before.
 
     With a `horizon` of 2 it is the source of that source: the guess and its copies can begin one MoE layer earlier. A
     target whose source has no source keeps its own.

@@ -42,8 +42,8 @@ class TargetLayer:
 
     layer: int
     source: int | Literal["nearest"] | None = "nearest"
-    """The layer whose residual it reads; None for the target's own input. `nearest` is what `architecture.sources` says;
-    exports of older releases have only that."""
+    """The layer whose residual it reads; None for the target's own input. `nearest` is what `architecture.sources`
+    says; exports of older releases have only that."""
     mlp: ResidualMLP | None = None
     """fp32 when loaded; None means training-free speculation."""
     hit_rates: dict[str, float] = field(default_factory=dict)

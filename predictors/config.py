@@ -1,7 +1,7 @@
 """config.json of a predictors folder: its content and the checks on it.
 
-The file may come from anywhere, so nothing in it is trusted: sizes are bounded, strings are never used as paths, and the
-layers must agree with the model.
+The file may come from anywhere, so nothing in it is trusted: sizes are bounded, strings are never used as paths, and
+the layers must agree with the model.
 """
 
 from __future__ import annotations

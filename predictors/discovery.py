@@ -1,13 +1,12 @@
 """Finds the MoE layers of a transformers model, without a table of models.
 
-The model's own `_can_record_outputs` names the class of its routers, and the block that holds a router holds its experts.
-Older releases of transformers leave that class out for some types: then a router is the module beside the experts that
-returns what routers return.
+The model's own `_can_record_outputs` names the class of its routers, and the block that holds a router holds its
+experts. Older releases of transformers leave that class out for some types: then the router is found by its output.
 
 The rest is found by one tiny forward pass: which norm feeds the router, what the router is called with, and how the
-experts' sum joins the residual stream. Random numbers replace the experts' sum, so the pass is cheap even if the experts
-lie in host memory. The join is the solution of a small linear system: the layer's output, for several tokens, as a sum of
-the tensors that were seen.
+experts' sum joins the residual stream. Random numbers replace the experts' sum, so the pass is cheap even if the
+experts lie in host memory. The join is the solution of a small linear system: the layer's output as a sum of the
+tensors seen.
 """
 
 from __future__ import annotations
@@ -41,7 +40,8 @@ class Seen(NamedTuple):
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     """The MoE layers of a causal language model, in forward order.
 
-    Raises `UnsupportedModelError` for a dense model, and if routers or experts don't have the form described in `MoELayer`.
+    Raises `UnsupportedModelError` for a dense model, and if routers or experts don't have the form described in
+    `MoELayer`.
     """
     kind = model.config.model_type
     routers = _routers(model)

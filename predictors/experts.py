@@ -1,8 +1,8 @@
 """The arithmetic of routed experts, one expert at a time, for any model whose experts transformers can dispatch.
 
-`use_experts_implementation` of transformers marks each experts module with how its weights lie (gated or not, with biases
-or not, transposed or not) and how its gate is applied. Nothing else is needed, so there is no code per model. The result
-equals that of transformers' `batched_mm` up to rounding; each expert's weights are read once.
+`use_experts_implementation` of transformers marks each experts module with how its weights lie (gated or not, with
+biases or not, transposed or not) and how its gate is applied. Nothing else is needed, so there is no code per model.
+The result equals that of transformers' `batched_mm` up to rounding; each expert's weights are read once.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def run_experts(
 ) -> torch.Tensor:
     """The result of `experts(x, ids, weights)`, `[tokens, hidden]`, computed expert by expert on resident weights.
 
-    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. `on_outputs(groups, outputs)` gets the experts'
-    unweighted outputs `[tokens * top_k, hidden]`, sorted by expert as in `groups`. Raises `UnsupportedModelError` as
-    `expert_parameters` does.
+    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. `on_outputs(groups, outputs)` gets the
+    experts' unweighted outputs `[tokens * top_k, hidden]`, sorted by expert as in `groups`. Raises
+    `UnsupportedModelError` as `expert_parameters` does.
     """
     stacked = {name: getattr(experts, name) for name in expert_parameters(experts)}
     groups = group_by_expert(ids, stacked["down_proj"].shape[0])

@@ -1,15 +1,15 @@
 """A speculator folded into few operations, for the plain norms and routers that most models have.
 
-When one token is decoded, the cost of speculation is the number of its operations and of the weights that it reads. With
-a router that takes the largest of `R x + c`, and the RMS norm `norm_t(x) = g x / r(x)`, `r(x) = sqrt(mean(x^2) + eps)`, the
-speculated logits are
+When one token is decoded, the cost of speculation is the number of its operations and of the weights that it reads.
+With a router that takes the largest of `R x + c`, and the RMS norm `norm_t(x) = g x / r(x)`, `r(x) = sqrt(mean(x^2) +
+eps)`, the speculated logits are
 
     R (q + W2 silu(W1 a + V m + b1) + b2) + c  =  R' u / r(u) + (R W2) silu(W1' s / r(s) + V m + b1) + (R b2 + c)
 
-with `u = s + sum_j w_j D[id_j]`, `R' = R diag(g)` and `W1' = W1 diag(g)`. One matrix `[R'; W1']` multiplies `s` alone, because
-`R' u = R' s + sum_j w_j (D R'^T)[id_j]`. `R W2` `[experts, width]` replaces `W2` `[hidden, width]`. One table
-`[D R'^T | k V^T | D]` holds everything that the source router's weights multiply. Without a predictor and without `c`, the
-order of the logits depends on neither `r` nor `u`: both are left out unless weights are asked for. Symbols as in
+with `u = s + sum_j w_j D[id_j]`, `R' = R diag(g)` and `W1' = W1 diag(g)`. One matrix `[R'; W1']` multiplies `s` alone,
+because `R' u = R' s + sum_j w_j (D R'^T)[id_j]`. `R W2` `[experts, width]` replaces `W2` `[hidden, width]`. One table
+`[D R'^T | k V^T | D]` holds everything that the source router's weights multiply. Without a predictor and without `c`,
+the order of the logits depends on neither `r` nor `u`: both are left out unless weights are asked for. Symbols as in
 `predictors.speculation`.
 """
 
@@ -132,9 +132,9 @@ class FoldedSpeculator:
     def of(cls, speculator: Speculator, layer: MoELayer, to_scale: bool = False) -> Self | None:
         """The folded speculator of target `layer`, or None if its norm or router is not a plain one.
 
-        Both are compared on random states, which finds routers that choose by more than their logits (groups, correction
-        biases). The folded logits have the order of the speculator's. With `to_scale` they also have their values, and
-        the router's weights follow from them (`PlainRouter.weighted`).
+        Both are compared on random states, which finds routers that choose by more than their logits (groups,
+        correction biases). The folded logits have the order of the speculator's. With `to_scale` they also have their
+        values, and the router's weights follow from them (`PlainRouter.weighted`).
         """
         wiring = speculator.wiring
         norm, weight = wiring.norm, next(wiring.router.parameters(), None)
@@ -155,8 +155,8 @@ class FoldedSpeculator:
         return cls(speculator, gain, eps, router, to_scale)
 
     def logits(self, residual: torch.Tensor, source: Routing | None) -> torch.Tensor:
-        """The speculated logits `[tokens, experts]` for `residual` `[tokens, hidden]` of the source layer; without `to_scale`,
-        each token's may be off by a factor."""
+        """The speculated logits `[tokens, experts]` for `residual` `[tokens, hidden]` of the source layer; without
+        `to_scale`, each token's may be off by a factor."""
         if residual.requires_grad:  # much cheaper than switching gradients off and on
             residual = residual.detach()
         logits = F.linear(residual.to(self._matrix.dtype), self._matrix)

@@ -14,8 +14,8 @@ class HitRate(Metric):
     """Recall@m per layer: the share of the router's true experts that are among the candidates.
 
     `update` takes candidates `[layers, tokens, m]` and true experts `[layers, tokens, top_k]`; `compute` gives
-    `[layers]`, fp64, or a scalar for a single layer. With `exact=True` it is the share of tokens whose experts all are
-    among the candidates.
+    `[layers]`, fp64, or a scalar for a single layer. With `exact=True` it is the share of tokens with all their
+    experts.
     """
 
     full_state_update = False
@@ -109,9 +109,9 @@ def probability_of_choice(logits: torch.Tensor, candidates: torch.Tensor, top_k:
     Logits are `[..., experts]`, candidates `[..., m]` with the speculation's `top_k` first. The border of being chosen
     lies midway between the lowest logit of those and the highest of the others. The probability is the sigmoid of a
     candidate's distance from the border: the softmax of its logit against one at the border, above 1/2 for the top k.
-    The router's own scores are no such probability: a softmax shares 1 among k experts that may all be right, and sigmoid
-    gates share nothing. Only differences of logits count here, so the result means the same for both kinds of routers.
-    Without other candidates there is no border, and every probability is 1.
+    The router's own scores are no such probability: a softmax shares 1 among k experts that may all be right, and
+    sigmoid gates share nothing. Only differences of logits count here, so the result means the same for both kinds of
+    routers. Without other candidates there is no border, and every probability is 1.
     """
     scores = logits.float().gather(-1, candidates.long())
     if candidates.shape[-1] <= top_k:
@@ -139,9 +139,9 @@ class CalibrationCurve(NamedTuple):
 class Calibration(Metric):
     """Speculated probability of the candidates against the share of the time that they are right.
 
-    `update` takes logits `[layers, tokens, experts]`, candidates `[layers, tokens, m]` with the speculation's top k first
-    and true experts `[layers, tokens, top_k]`; the probability is that of `probability_of_choice`. `compute` gives a
-    `CalibrationCurve`.
+    `update` takes logits `[layers, tokens, experts]`, candidates `[layers, tokens, m]` with the speculation's top k
+    first and true experts `[layers, tokens, top_k]`; the probability is that of `probability_of_choice`. `compute`
+    gives a `CalibrationCurve`.
     """
 
     full_state_update = False

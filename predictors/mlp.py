@@ -51,8 +51,8 @@ class ResidualMLP(nn.Module):
 class StackedResidualMLPs(nn.Module):
     """The predictors of all target layers as one batched computation, for training; weights are `[layers, ...]`.
 
-    A predictor narrower than the widest has zeros in its last units. They stay zeros: such a unit outputs silu(0) = 0, so
-    no gradient reaches its weights, and weight decay keeps zeros.
+    A predictor narrower than the widest has zeros in its last units. They stay zeros: such a unit outputs silu(0) = 0,
+    so no gradient reaches its weights, and weight decay keeps zeros.
     """
 
     w1: nn.Parameter

@@ -1,6 +1,7 @@
 """Settings of a job: a frozen class whose fields are also the keys of a YAML file and the flags of the command line.
 
-The docstring under a field is its help. The class checks every value, wherever it comes from, and an error names the field.
+The docstring under a field is its help. The class checks every value, wherever it comes from, and an error names the
+field.
 """
 
 from __future__ import annotations

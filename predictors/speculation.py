@@ -185,8 +185,8 @@ class Speculator(nn.Module):
 def candidates(routing: Routing, m: int) -> torch.Tensor:
     """The `m` candidates of a speculation, `[tokens, m]`: the router's own choice first, then by falling logit.
 
-    The router's choice comes first because it may differ from the top logits (score-correction biases, groups). Routings
-    of several layers may be stacked before it: `[layers, tokens, m]`.
+    The router's choice comes first because it may differ from the top logits (score-correction biases, groups).
+    Routings of several layers may be stacked before it: `[layers, tokens, m]`.
     """
     top_k = routing.ids.shape[-1]
     if m <= top_k:

@@ -1,9 +1,9 @@
 """The speculators of all target layers as one batched computation, for the many rows of a trace.
 
-The runtime speculates layer by layer, as the model computes. Over recorded rows the layers are independent, and separate
-calls for each layer would cost more than the arithmetic. Trying on random states shows what can be batched: norms of one
-kind are mapped over their stacked weights, and routers with logits that are linear in the state become one batched matrix.
-If a batched result differs from that of the separate parts, the parts are called one by one.
+The runtime speculates layer by layer, as the model computes. Over recorded rows the layers are independent, and
+separate calls for each layer would cost more than the arithmetic. Trying on random states shows what can be batched:
+norms of one kind are mapped over their stacked weights, and routers with logits that are linear in the state become one
+batched matrix. If a batched result differs from that of the separate parts, the parts are called one by one.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class StackedSpeculators:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The results of `Speculator.states` for each layer: `q` and `a`, `[layers, rows, hidden]`, fp32.
 
-        `residual` is `[layers, rows, hidden]`, fp32; weights (fp32) and ids (int64) of `source` are `[layers, rows, top_k]`;
-        a layer without default vectors ignores them. `inner` of a layer is `[rows, hidden]` or None.
+        `residual` is `[layers, rows, hidden]`, fp32; weights (fp32) and ids (int64) of `source` are `[layers, rows,
+        top_k]`; a layer without default vectors ignores them. `inner` of a layer is `[rows, hidden]` or None.
         """
         states = torch.stack((self._guesses(residual, source, inner), residual))
         if self._norms is None:

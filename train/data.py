@@ -83,8 +83,8 @@ class Rows(NamedTuple):
 
 
 class TraceBlocks(Dataset[tuple[Columns, Block]]):
-    """Item `i` is the block `i` of a plan, with its columns. Each of `world` processes reads every `world`-th row of each
-    batch: together they make the same steps as a single process.
+    """Item `i` is the block `i` of a plan, with its columns. Each of `world` processes reads every `world`-th row of
+    each batch: together they make the same steps as a single process.
 
     Only the shards of the last block stay mapped, in a `Trace` that no other reader uses.
     """
@@ -125,8 +125,7 @@ class TraceLoader(DataLoader[Any]):
 
 
 class TraceData(lightning.LightningDataModule):
-    """Training and validation batches of one trace, with the columns that `make_batch` needs for `sources`. Each epoch has
-    another training order."""
+    """Training batches, in another order in each epoch, and validation batches of a trace, with columns for `sources`."""
 
     def __init__(
         self, trace: Trace, sources: dict[int, int | None], batch_size: int, validation: float, seed: int, workers: int

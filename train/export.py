@@ -1,7 +1,6 @@
 """The job `export`: the best epoch of a run as a predictors folder, shaped like a Hub repository.
 
-A predictor whose validation hit rate is not above that of training-free speculation is left out: it would cost bytes and
-time for nothing.
+A predictor whose validation hit rate is not above that of training-free speculation is left out as useless.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ ROUNDING_ROWS = 20_000
 def export(config: ExportConfig, console: Console | None = None) -> Path:
     """Writes the predictors of a run's best epoch to a new folder and returns it.
 
-    If the dtype rounds, the loss of hit rate is measured on validation rows. Raises a `UserError` if the run is not finished
-    or was changed, or if the folder exists.
+    If the dtype rounds, the loss of hit rate is measured on validation rows. Raises a `UserError` if the run is not
+    finished or was changed, or if the folder exists.
     """
     run, dtype = config.run, DTYPES[config.dtype]
     settings = read_run(run)

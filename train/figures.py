@@ -1,5 +1,5 @@
-"""Figures of hit rates, recall, missed experts and calibration. They are drawn without pyplot, which would ask for a window
-system and keep figures in memory."""
+"""Figures of hit rates, recall, missed experts and calibration. They are drawn without pyplot, which would ask for a
+window system and keep figures in memory."""
 
 from __future__ import annotations
 
@@ -120,6 +120,21 @@ def calibration(measured: Mapping[Kind, Measured]) -> Figure:
     _plain(upper)
     _plain(lower)
     return figure
+
+
+def draw_loads(axes: Axes, layers: list[int], loads: list[list[int]]) -> None:
+    """Layers by experts: each expert's load over the mean load of its layer."""
+    shares = [[count * len(load) / sum(load) for count in load] for load in loads]
+    # Colours end at the 99th percentile: else one expert far above the rest would make all others one colour.
+    ranked = sorted(share for row in shares for share in row)
+    top = max(1.0, ranked[min(len(ranked) - 1, int(0.99 * len(ranked)))])
+    image = axes.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
+    axes.set_xlabel("expert")
+    axes.set_ylabel("target layer")
+    ticks = range(0, len(layers), max(1, len(layers) // 16))
+    axes.set_yticks(list(ticks), [str(layers[number]) for number in ticks])
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02, extend="max" if ranked[-1] > top else "neither")
+    bar.set_label("load over the mean load")
 
 
 def _pooled(curve: CalibrationCurve) -> CalibrationCurve:

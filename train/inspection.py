@@ -1,7 +1,6 @@
 """`predict-train inspect`: the content of a trace, a run of `fit` or a predictors folder, as tables, JSON and a figure.
 
-Traces and predictors are read by the code that `fit` and the runtime use. Lightning is imported only for a run, and
-matplotlib only for a figure.
+Lightning is imported only for a run, and matplotlib only for a figure.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,10 +22,6 @@ from ..predictors.checkpoint import WEIGHTS, load_predictors
 from ..predictors.config import read_config
 from ..predictors.errors import UserError
 from ..predictors.metrics import gap_closed
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SIZES = ("k", "k+2", "2k")
 
@@ -288,7 +283,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     curves = _curves(found)
     if not found["layers"] or not any(rate is not None for values in curves.values() for rate in values):
         raise InspectError(f"{found['path']} has no hit rates to draw yet; finish the run with fit --resume")
-    from .figures import draw_rates, new_figure
+    from .figures import draw_loads, draw_rates, new_figure
 
     layers = [entry["layer"] for entry in found["layers"]]
     loads = found["kind"] == "trace"
@@ -300,7 +295,7 @@ def plot(found: dict[str, Any], file: Path) -> None:
     figure.suptitle(f"{found['kind']} of {model['name']}", fontsize=12)
     draw_rates(axes[0], layers, curves)
     if loads:
-        _draw_loads(figure, axes[1], layers, [entry["load"] for entry in found["layers"]])
+        draw_loads(axes[1], layers, [entry["load"] for entry in found["layers"]])
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:
@@ -324,17 +319,3 @@ def _curves(found: dict[str, Any]) -> dict[str, list[float | None]]:
         "predictor": [entry["hit_rate"].get("predictor") for entry in layers],
         "training-free": [entry["hit_rate"].get("training_free") for entry in layers],
     }
-
-
-def _draw_loads(figure: Figure, axes: Axes, layers: list[int], loads: list[list[int]]) -> None:
-    shares = [[count * len(load) / sum(load) for count in load] for load in loads]
-    # Colours end at the 99th percentile: else one expert far above the rest would make all others one colour.
-    ranked = sorted(share for row in shares for share in row)
-    top = max(1.0, ranked[min(len(ranked) - 1, int(0.99 * len(ranked)))])
-    image = axes.imshow(shares, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest")
-    axes.set_xlabel("expert")
-    axes.set_ylabel("target layer")
-    ticks = range(0, len(layers), max(1, len(layers) // 16))
-    axes.set_yticks(list(ticks), [str(layers[number]) for number in ticks])
-    bar = figure.colorbar(image, ax=axes, pad=0.02, extend="max" if ranked[-1] > top else "neither")
-    bar.set_label("load over the mean load")

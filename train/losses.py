@@ -1,8 +1,8 @@
 """The losses of training: how far the speculated routing is from the true one.
 
-Each takes the speculated and the true logits `[layers, rows, experts]` and the experts that the router chose `[layers, rows,
-top_k]`, and returns a loss a row, `[layers, rows]`, all fp32. Only `kl` does not read the choice, so only `kl` is right for
-routers that choose by more than their logits (groups, correction biases).
+Each takes the speculated and the true logits `[layers, rows, experts]` and the experts that the router chose `[layers,
+rows, top_k]`, and returns a loss a row, `[layers, rows]`, all fp32. Only `kl` does not read the choice, so only `kl` is
+right for routers that choose by more than their logits (groups, correction biases).
 """
 
 from __future__ import annotations

@@ -68,8 +68,7 @@ class Counts(nn.Module):
 class Measures(nn.Module):
     """Counts over a validation, for training-free speculation and for the predictors.
 
-    The metrics are submodules: they move to the device with this module, are summed over processes by their backend, and
-    leave nothing in a checkpoint.
+    The metrics are submodules, so that they move to the device with this module; they leave nothing in a checkpoint.
     """
 
     def __init__(self, num_layers: int, top_k: int, num_experts: int):

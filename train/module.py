@@ -58,8 +58,8 @@ class PredictorTraining(lightning.LightningModule):
         return batch._replace(columns={n: column.to(device, non_blocking=True) for n, column in batch.columns.items()})
 
     def loss(self, batch: Batch, speculated: torch.Tensor, in_all: int) -> torch.Tensor:
-        """The loss of a step with the `speculated` logits `[layers, rows, experts]`: the sum over layers of the mean over rows.
-        All processes together have `in_all` rows."""
+        """The loss of a step with the `speculated` logits `[layers, rows, experts]`: the sum over layers of the mean
+        over rows. All processes together have `in_all` rows."""
         rows = self.row_losses(speculated, batch.logits, batch.ids)
         # Gradients are averaged over processes, so each process multiplies its part by their number.
         return rows.sum() * (self.trainer.world_size if self._trainer is not None else 1) / in_all

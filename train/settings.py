@@ -1,4 +1,4 @@
-"""The settings of `fit`, `export` and `inspect`. This module imports no torch, because the command line's help does not need it."""
+"""The settings of `fit`, `export` and `inspect`. This module imports no torch: the help of the command line needs none."""
 
 from __future__ import annotations
 
@@ -35,20 +35,18 @@ class FitConfig(Settings):
     resume: bool = False
     """Go on with the run in `out` from its last whole epoch."""
     layers: Layers = "all"
-    """Target layers to train: `all` of the trace, numbers like 0,1 or 0-3, or `auto`: those whose training-free hit rate is
-    below `threshold`."""
+    """Target layers: `all`, numbers like 0,1 or 0-3, or `auto`: those whose training-free hit rate is below `threshold`."""
     threshold: float = Field(0.9, gt=0, le=1)
     """The training-free hit rate below which `auto` takes a layer."""
     source: Source = "quasi_hidden"
-    """What is corrected: the `quasi_hidden` state of the source layer, or the target's own `layer_input`, which is known
-    later and says more."""
+    """What is corrected: the source layer's `quasi_hidden` state, or the target's own `layer_input`, known only later."""
     horizon: Horizon = 1
     """How many MoE layers ahead of its target the source is, 1 or 2."""
     width: Count = 320
     """Hidden width of each predictor."""
     budget: str | None = None
-    """Instead of a width: the size of all predictors in bfloat16, like `2MB`, or like `1%` of the model's weights without its
-    routed experts. Layers that are hard to guess get more of it."""
+    """Instead of a width: the size of all predictors in bfloat16, like `2MB`, or like `1%` of the model's weights
+    without its routed experts. Layers that are hard to guess get more of it."""
     loss: Literal["kl", "bce", "ranking"] = "kl"
     """What is minimised: `kl`, `bce` or `ranking`; see `train.losses`."""
     epochs: Count = 5
@@ -68,8 +66,8 @@ class FitConfig(Settings):
     device: Device = "auto"
     """`auto` (CUDA where there is one), `cpu` or `cuda`."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
-    """`bf16-mixed` computes the predictors in bfloat16, and all else, weights included, in fp32 (`32-true`); `auto` does so
-    where the device has instructions for it."""
+    """`bf16-mixed` computes the predictors in bfloat16, and all else, weights included, in fp32 (`32-true`); `auto`
+    does so where the device has instructions for it."""
     devices: Count = 1
     """Processes that train together on each node, one a device."""
     num_nodes: Count = 1

@@ -93,8 +93,8 @@ def share_out(trace: Trace, gaps: dict[int, float], budget: str) -> dict[int, in
     """The width of each target's predictor, so that all together take at most `budget` in bfloat16.
 
     The share of a layer's gap to 1 that its predictor closes grows about with the logarithm of its width
-    (docs/predictors.md). So one more unit of width is worth the gap over the width: the best widths are proportional to
-    the gaps.
+    (docs/predictors.md). So one more unit of width is worth the gap over the width, and the best widths follow the
+    gaps.
     """
     model = trace.manifest.model
     fixed, one = (ResidualMLP.count(model.hidden_size, model.num_experts, width) for width in (0, 1))
