@@ -1,8 +1,8 @@
-"""Measures every way to run a model whose experts don't fit: in turn, in one process, round after round.
+"""Measures every way to run a model whose experts don't fit: one after another, in one process, in several rounds.
 
-A round of a way attaches it, runs a prompt and some tokens of warm-up, and then counts: the mean over a round's tokens is
-one figure, and a result is the median, least and most of its rounds' figures. The device is waited for at the borders of
-what is measured, and never between its tokens. All ways see the same tokens and, where one is given, the same routing.
+In each round, a way is attached, runs a prompt and some tokens of warm-up, and is then measured. The mean over the tokens
+of a round is one figure. A result is the median, the least and the most of all rounds. The host waits for the device before
+and after the measured tokens, and never between them. All ways see the same tokens, and the same routing where one is given.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 from transformers import PreTrainedModel
 
 from ...predictors.architecture import MoELayer
@@ -34,18 +35,18 @@ from .memory import peaks, reset_peaks
 from .routing import ReplayedRouting, replaying
 from .settings import Measuring
 from .stopwatch import Stopwatch
-from .timeline import Timeline, profiling, watching
+from .timeline import Timeline, profiling, spanning
 
 TIMELINE_TOKENS = 4
 
 
 class BenchError(UserError):
-    """Something that can't be measured as asked; the message says why and what to do."""
+    """A model can't be measured as asked. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run the model: `resident`, `accelerate`, or a policy, with its gating where it has one."""
+    """A way to run the model: `resident`, `accelerate` or a policy, with a gating if the policy has one."""
 
     policy: str
     gating: str | None = None
@@ -55,9 +56,9 @@ class Way:
 
 
 def parse_ways(text: str) -> list[Way]:
-    """The ways in a list with commas, like `resident,on_demand,speculative/true`; a bare `speculative` is all gatings.
+    """The ways in a list with commas, like `resident,on_demand,speculative/true`. `speculative` alone means all gatings.
 
-    Raises `BenchError` for one that there is not.
+    Raises `BenchError` for a way that does not exist.
     """
     known = [Way("resident"), *(Way(p) for p in Policy if p is not Policy.SPECULATIVE)]
     known += [Way(AUTO), *(Way(Policy.SPECULATIVE, gating) for gating in Gating), Way("accelerate")]
@@ -72,7 +73,7 @@ def parse_ways(text: str) -> list[Way]:
 
 @dataclass(frozen=True)
 class Round:
-    """What was measured of one way in one round. Seconds, bytes and shares are those of the counted tokens."""
+    """The figures of one way in one round. Times, bytes and rates are those of the measured tokens."""
 
     seconds_to_first_token: float
     seconds_per_token: float
@@ -81,22 +82,22 @@ class Round:
     hit_rate: float | None = None
     """Share of the router's experts that were among the candidates."""
     speculating_per_token: float | None = None
-    """Seconds that the host spends on speculation itself."""
+    """Seconds in which the host speculates."""
     cache_hit_rate: float | None = None
-    """Share of the executed experts that were on the device, or on their way."""
+    """Share of the executed experts that were on the device or on their way to it."""
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rounds have in common."""
+    """What is the same in all rounds."""
 
     token_ids: torch.Tensor
     """The prompt, `[1, length]`."""
     device: torch.device
     config: Measuring
-    """Its slots are a number."""
+    """`slots` is a number here."""
     store: ExpertStore | None = None
     predictors: Predictors | None = None
     routing: ReplayedRouting | None = None
@@ -108,10 +109,10 @@ class Measured:
 
     rounds: dict[Way, list[Round]]
     skipped: dict[Way, str]
-    """Ways that can't be run here, and why."""
+    """Ways that can't run here, and why."""
     links: list[float]
-    """Bytes per second from the store to the device while nothing computes, before each round: a disk that others use too is
-    not always as fast."""
+    """Bytes per second from the store to the device while nothing computes. It is measured before each round, since a disk that
+    others use too changes its speed."""
     expert_bytes: int
     slots: int
 
@@ -130,13 +131,13 @@ def bench(
     on_round: Callable[[Way, Round], None] = lambda *_: None,
     store: ExpertStore | None = None,
 ) -> Measured:
-    """Measures ways to run `model`, which is in host memory or has its experts in a packed file, and is not offloaded.
+    """Measures the ways that `config` names to run `model`, which must not be offloaded yet.
 
-    `token_ids` `[1, length]` are the prompt. `reference(bytes)` is a context manager that yields another copy of the model,
-    offloaded by accelerate with that much memory for its experts; it is measured after all others. `store` is where the
-    experts are, if not in the model or in its packed file.
+    `token_ids` `[1, length]` are the prompt. `reference(bytes)` is a context manager. It yields another copy of the model, which
+    accelerate has offloaded with that much memory for the experts. This copy is measured last. `store` says where the experts
+    are; by default they are in the model or in its packed file.
 
-    Raises `BenchError` where there is no way left that can be run, and what `offload_experts` raises.
+    Raises `BenchError` where none of the ways can run, and what `offload_experts` raises.
     """
     ways, device, layers = parse_ways(config.policies), resolve_device(config.device), find_moe_layers(model)
     slots = slots_of(config, layers)
@@ -153,7 +154,7 @@ def bench(
         rounds: dict[Way, list[Round]] = {way: [] for way in ways if way not in skipped}
 
         def measure(way: Way, subject: PreTrainedModel, its_layers: list[MoELayer]) -> None:
-            gc.collect()  # else what was detached before may still hold its slots, and count to this round's peak
+            gc.collect()  # else the slots of the way before may still be in memory, and raise the peak of this round
             with running(way, subject, its_layers, setup) as offload:
                 measured = measure_round(subject, offload, setup)
             rounds[way].append(measured)
@@ -162,7 +163,7 @@ def bench(
         for number in range(config.rounds):
             links.append(measure_link(store, device, config.readers))
             start = number % len(ours) if ours else 0
-            for way in ours[start:] + ours[:start]:  # whatever else the machine does meets all of them
+            for way in ours[start:] + ours[:start]:  # so that no way always has the same place
                 measure(way, model, layers)
         if config.timeline is not None and ours:
             _record(config.timeline, ours, model, layers, setup)
@@ -175,7 +176,7 @@ def bench(
 
 
 def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference: Any) -> str | None:
-    """Why a way can't be run, or None."""
+    """Why a way can't run, or None."""
     if way.policy == "accelerate" and reference is None:
         return "there is no checkpoint that accelerate could load"
     if way.policy != "resident":
@@ -190,7 +191,7 @@ def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference
 
 @contextmanager
 def running(way: Way, model: PreTrainedModel, layers: list[MoELayer], setup: Setup) -> Iterator[ExpertOffload | None]:
-    """The model, run in this way."""
+    """Runs the model in this way for the length of a `with`."""
     with ExitStack() as stack:
         if way.policy == "resident":
             stack.enter_context(_moved(model, setup.device))
@@ -208,7 +209,7 @@ def running(way: Way, model: PreTrainedModel, layers: list[MoELayer], setup: Set
 
 @contextmanager
 def _moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """The whole model on the device; afterwards its tensors are what they were."""
+    """Moves the whole model to the device. Afterwards its tensors are what they were."""
     tensors = [t for t in [*model.parameters(), *model.buffers()] if t.device != device]
     before = [t.data for t in tensors]
     try:
@@ -220,48 +221,37 @@ def _moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
             tensor.data = data
 
 
-@torch.inference_mode()
-def _decode(model: PreTrainedModel, setup: Setup, tokens: int, counted: Any) -> tuple[float, float]:
-    """Greedy decoding: seconds to the first token, and seconds of the `tokens` tokens that run within `counted`."""
-    ids = setup.token_ids.to(next(model.get_input_embeddings().parameters()).device)
-    _synchronize(setup.device)
-    begun = time.perf_counter()
-    output = model(input_ids=ids, use_cache=True)
-    ids = output.logits[:, -1:].argmax(-1)
-    _synchronize(setup.device)
-    first = time.perf_counter() - begun
-    for _ in range(setup.config.warmup):
-        output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
-        ids = output.logits[:, -1:].argmax(-1)
-    _synchronize(setup.device)
-    with counted:
+class Decoding:
+    """Greedy decoding that has passed the setup's prompt and its tokens of warm-up."""
+
+    def __init__(self, model: PreTrainedModel, setup: Setup):
+        self._model, self._device, self._cache = model, setup.device, None
+        self._ids = setup.token_ids.to(next(model.get_input_embeddings().parameters()).device)
+        self.seconds_to_first_token = self.run(1)
+        self.run(setup.config.warmup)
+
+    @torch.inference_mode()
+    def run(self, tokens: int) -> float:
+        """Decodes so many more tokens, and returns the seconds that it took. It waits for the device before and after."""
+        _synchronize(self._device)
         begun = time.perf_counter()
         for _ in range(tokens):
-            output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
-            ids = output.logits[:, -1:].argmax(-1)
-        _synchronize(setup.device)
-        return first, time.perf_counter() - begun
+            output = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True)
+            self._ids, self._cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        _synchronize(self._device)
+        return time.perf_counter() - begun
 
 
 def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setup: Setup) -> Round:
-    """One round of a model that is run in whatever way it is; `offload` is what it is run by, if it is ours."""
+    """One round of a model, however it is run. `offload` is None where it is not our runtime that runs it."""
     reset_peaks(setup.device)
-
-    stopwatch = Stopwatch()
-
-    @contextmanager
-    def counted() -> Iterator[None]:
-        if offload is None:
-            yield
-            return
+    decoding, tokens, stopwatch = Decoding(model, setup), setup.config.tokens, Stopwatch()
+    if offload is not None:
         offload.reset()
-        with offload.observed(stopwatch):
-            yield
-
-    tokens = setup.config.tokens
-    first, seconds = _decode(model, setup, tokens, counted())
+    with nullcontext() if offload is None else offload.observed(stopwatch):
+        seconds = decoding.run(tokens)
     host, device = peaks(setup.device)
-    measured = Round(first, seconds / tokens, peak_host_bytes=host, peak_device_bytes=device)
+    measured = Round(decoding.seconds_to_first_token, seconds / tokens, peak_host_bytes=host, peak_device_bytes=device)
     if offload is None:
         return measured
     counters = offload.counters
@@ -275,67 +265,46 @@ def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setup: 
     )
 
 
-def _record(
-    file: Path,
-    ways: list[Way],
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    setup: Setup,
-) -> None:
-    """Writes the trace of a few tokens of each way."""
-    timeline = Timeline()
-    on_cpu = setup.device.type == "cpu"
+def _record(file: Path, ways: list[Way], model: PreTrainedModel, layers: list[MoELayer], setup: Setup) -> None:
+    """Writes the timeline of a few tokens of each way: one file on a CPU, and one for each way on CUDA."""
+    timeline = Timeline() if setup.device.type == "cpu" else None
     for way in ways:
-        with running(way, model, layers, setup) as offload:
-            if not on_cpu:
-                name = f"{file.stem}.{str(way).replace('/', '-')}{file.suffix}"
-                _decode(model, setup, TIMELINE_TOKENS, profiling(file.with_name(name)))
-                continue
-
-            @contextmanager
-            def counted(name: str = str(way)) -> Iterator[None]:
-                timeline.begin(name)
-                yield
-                timeline.end()
-
-            with watching(timeline, model, layers, offload):
-                _decode(model, setup, TIMELINE_TOKENS, counted())
-    if on_cpu:
+        own = file.with_stem(f"{file.stem}.{str(way).replace('/', '-')}")
+        span = record_function if timeline is None else timeline.span
+        with running(way, model, layers, setup) as offload, spanning(model, layers, span):
+            decoding = Decoding(model, setup)
+            with profiling(own) if timeline is None else timeline.watching(str(way), offload):
+                decoding.run(TIMELINE_TOKENS)
+    if timeline is not None:
         timeline.save(file)
 
 
 def results(measured: Measured) -> list[dict[str, Any]]:
-    """A row a way as it stands in the JSON, times in milliseconds.
+    """One row for each way, as it stands in the JSON. Times are in milliseconds.
 
-    The limit is `max(compute, bytes / link)`. Compute is the least time per token, without stalls, of all the ways.
+    The limit is `max(compute, bytes / link)`. Compute is the least time per token, without stalls, of all ways but accelerate.
     """
-    every = [r for rounds in measured.rounds.values() for r in rounds if r.stalled_per_token is not None]
-    plain = [r for way, rounds in measured.rounds.items() if way.policy == "resident" for r in rounds]
-    work = [r.seconds_per_token - (r.stalled_per_token or 0.0) for r in [*every, *plain]]
+    ours = {way: rounds for way, rounds in measured.rounds.items() if way.policy != "accelerate"}
+    work = [r.seconds_per_token - (r.stalled_per_token or 0.0) for rounds in ours.values() for r in rounds]
     rows = []
     for way, rounds in measured.rounds.items():
         times = [1000 * r.seconds_per_token for r in rounds]
-        copied = _median([r.bytes_per_token for r in rounds])
-        limit = 1000 * max(min(work), (copied or 0.0) / measured.link) if work and way.policy != "accelerate" else None
-        stall = _median([r.stalled_per_token for r in rounds])
-        speculating = _median([r.speculating_per_token for r in rounds])
+        spread = {"median": statistics.median(times), "min": min(times), "max": max(times)}
+        copied = _median(rounds, "bytes_per_token")
+        limit = 1000 * max(min(work), (copied or 0.0) / measured.link) if way in ours else None
         rows.append(
             {
                 "policy": way.policy,
                 "gating": way.gating,
-                "time_per_output_token_ms": {
-                    "median": statistics.median(times),
-                    "min": min(times),
-                    "max": max(times),
-                },
-                "time_to_first_token_ms": 1000 * statistics.median(r.seconds_to_first_token for r in rounds),
-                "hit_rate": _median([r.hit_rate for r in rounds]),
-                "cache_hit_rate": _median([r.cache_hit_rate for r in rounds]),
+                "time_per_output_token_ms": spread,
+                "time_to_first_token_ms": _median(rounds, "seconds_to_first_token", 1000),
+                "hit_rate": _median(rounds, "hit_rate"),
+                "cache_hit_rate": _median(rounds, "cache_hit_rate"),
                 "bytes_per_token": copied,
-                "stall_ms_per_token": None if stall is None else 1000 * stall,
-                "speculating_ms_per_token": None if speculating is None else 1000 * speculating,
+                "stall_ms_per_token": _median(rounds, "stalled_per_token", 1000),
+                "speculating_ms_per_token": _median(rounds, "speculating_per_token", 1000),
                 "limit_ms_per_token": limit,
-                "overlap_efficiency": None if limit is None else limit / statistics.median(times),
+                "overlap_efficiency": None if limit is None else limit / spread["median"],
                 "peak_host_bytes": max((r.peak_host_bytes for r in rounds if r.peak_host_bytes), default=None),
                 "peak_device_bytes": max((r.peak_device_bytes for r in rounds if r.peak_device_bytes), default=None),
             }
@@ -343,9 +312,10 @@ def results(measured: Measured) -> list[dict[str, Any]]:
     return rows
 
 
-def _median(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+def _median(rounds: list[Round], field: str, scale: float = 1) -> float | None:
+    """The median of one figure of the rounds, times `scale`; None where it was not measured."""
+    known = [value for r in rounds if (value := getattr(r, field)) is not None]
+    return scale * statistics.median(known) if known else None
 
 
 def _synchronize(device: torch.device) -> None:

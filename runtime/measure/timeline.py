@@ -1,16 +1,19 @@
-"""What happened when, as a trace for Chrome (chrome://tracing) or Perfetto: computing and copying side by side."""
+"""A timeline of computing and copying, side by side, for Chrome (chrome://tracing) or Perfetto."""
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ...predictors.architecture import MoELayer, override_forward
@@ -27,42 +30,39 @@ COLOURS = {
     "wait": "terrible",
     "copying": "thread_state_iowait",
 }
-"""Chrome's names of them (blue, green, red, orange), by the first word of a span's name, or of its track. Perfetto colours by
-name, whatever it is told."""
+"""Chrome's names of colours, by the first word of a span's name or of its track. Perfetto chooses colours itself, by name."""
 
 
 class Timeline:
-    """Spans of wall-clock time on named tracks, of one or several runs that all begin at 0."""
+    """Spans of wall-clock time on named tracks, of one or several runs. The time of each run begins at 0."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, str, str, float, float]] = []
         """Run, track, name, begin and end (seconds since the run began)."""
-        self._run, self._zero = "", 0.0
-        self.active = False
-        """Whether spans are kept."""
+        self._run, self._zero = "", math.inf
 
-    def begin(self, run: str) -> None:
-        """What is added from now on belongs to `run`, which begins now."""
-        self._run, self._zero, self.active = run, time.perf_counter(), True
-
-    def end(self) -> None:
-        self.active = False
+    @contextmanager
+    def watching(self, run: str, offload: ExpertOffload | None) -> Iterator[None]:
+        """Keeps the spans of a new run, and those of `offload`, for the length of a `with`. Outside of it none are kept."""
+        self._run, self._zero = run, time.perf_counter()
+        with nullcontext() if offload is None else offload.observed(Spans(self)):
+            yield
+        self._zero = math.inf
 
     def add(self, track: str, name: str, begin: float, end: float) -> None:
-        """Adds a span between two readings of `time.perf_counter`; threads may do so at once."""
-        if self.active and begin >= self._zero:
+        """Adds a span between two readings of `time.perf_counter`. Several threads may call it at once."""
+        if begin >= self._zero:
             self.spans.append((self._run, track, name, begin - self._zero, end - self._zero))
 
     @contextmanager
-    def span(self, track: str, name: str) -> Iterator[None]:
+    def span(self, name: str) -> Iterator[None]:
+        """Adds the length of a `with` as a span of the computation."""
         begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(track, name, begin, time.perf_counter())
+        yield
+        self.add("computing", name, begin, time.perf_counter())
 
     def save(self, file: Path) -> None:
-        """Writes all spans as JSON in Chrome's trace event format: a process a run, a thread a track."""
+        """Writes all spans as JSON in Chrome's trace event format: each run is a process, and each track a thread."""
         runs = list(dict.fromkeys(span[0] for span in self.spans))
         tracks = sorted({span[1] for span in self.spans})
         events: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ class Timeline:
 
 
 class Spans(Observer):
-    """Puts what an offload on the CPU does on a timeline: each reader thread has a track, with copies as `layer:expert`."""
+    """Adds to a timeline what an offload on the CPU does. Each reader thread has a track, with its copies as `layer:expert`."""
 
     def __init__(self, timeline: Timeline):
         self._timeline = timeline
@@ -105,38 +105,32 @@ class Spans(Observer):
 
 
 @contextmanager
-def watching(
-    timeline: Timeline, model: PreTrainedModel, layers: list[MoELayer], offload: ExpertOffload | None
+def spanning(
+    model: PreTrainedModel, layers: list[MoELayer], span: Callable[[str], AbstractContextManager[Any]]
 ) -> Iterator[None]:
-    """Puts what the model computes on the timeline, and what `offload` does for it. For a model on the CPU.
+    """Has the model compute each of its parts within `span(name)`: `Timeline.span`, or torch's `record_function`.
 
-    Each token is a span, within it each decoder layer, and within it its router, the speculations made there, and its experts.
+    The parts are the whole model (`token`), each decoder layer, its router and its experts.
     """
-    with ExitStack() as stack:
-        _watch(stack, timeline, model, "token")
-        for number, layer in enumerate(layers):
-            for module, name in (
-                (layer.decoder, f"layer {number}"),
-                (layer.router, f"router {number}"),
-                (layer.experts, f"experts {number}"),
-            ):
-                _watch(stack, timeline, module, name)
-        if offload is not None:
-            stack.enter_context(offload.observed(Spans(timeline)))
-        yield
+    parts: list[tuple[nn.Module, str]] = [(model, "token")]
+    for number, layer in enumerate(layers):
+        parts += [(layer.decoder, f"layer {number}"), (layer.router, f"router {number}")]
+        parts += [(layer.experts, f"experts {number}")]
 
-
-def _watch(stack: ExitStack, timeline: Timeline, module: torch.nn.Module, name: str) -> None:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with timeline.span("computing", name):
+    def within(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with span(name):
             return original(*args, **kwargs)
 
-    original = stack.enter_context(override_forward(module, forward))
+    with ExitStack() as stack:
+        for module, name in parts:
+            original = stack.enter_context(override_forward(module, None))
+            module.forward = partial(within, name, original)
+        yield
 
 
 @contextmanager
 def profiling(file: Path) -> Iterator[None]:
-    """Writes kernels and copies of the CUDA device, as torch's profiler saw them, in the same format."""
+    """Writes what torch's profiler sees of the CUDA device (kernels, copies, `spanning`'s parts), in the same format."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         yield
