@@ -1,6 +1,6 @@
 """Attaches the offload runtime to a transformers model, and detaches it.
 
-One decode step at source layer l (DESIGN: everything known as early as it can be):
+One decode step at source layer l, whose next layer is t:
 
     computing   attention l | router l | speculate t | experts l | attention t | router t ...
     copying                            | misses of l | candidates of t that are not on the device
@@ -49,17 +49,17 @@ def offload_experts(
     store: ExpertStore | str | Path | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Moves a model's experts to host memory and lets it run with some of them on the device at a time.
+    """Moves a model's experts to host memory. The model then runs with only some of them on the device at a time.
 
     Returns the same model, which stays a transformers model: `generate`, pipelines and streamers work on it. Its
-    `expert_offload` attribute is the `ExpertOffload` that counts what happens and detaches it again. Several threads
+    `expert_offload` attribute is the `ExpertOffload`, which counts what happens and can detach itself. Several threads
     may run the model: their forward passes take turns.
 
     Args:
-        predictors: what `load_predictors` returned, or loads; without them speculation is training-free.
-        config, settings: the fields of `OffloadConfig`, as one value or by name, the named ones before those of `config`.
-        store: where the experts are, if not in the model: a packed file, or a store that is open. A store that is given is
-            not closed when the model is detached. A model that `load_offloaded` loaded with a packed file knows its own.
+        predictors: what `load_predictors` returned, or a path or name for it; without them speculation is training-free.
+        config, settings: the fields of `OffloadConfig`, as one object or by name. Those given by name win.
+        store: where the experts are, if not in the model: a packed file, or an open store, which the caller closes. A model
+            that `load_offloaded` has loaded with a packed file knows its file.
 
     Raises `SettingsError`, `OffloadError`, `StoreError`, `UnsupportedModelError` or `PredictorsError`, and then leaves the
     model as it was.
@@ -80,19 +80,17 @@ def offload_experts(
         expert_parameters(layer.experts)
     with ExitStack() as attached:
         opened = open_store(attached, model, layers, store, device)
-        offload = ExpertOffload(model, targets, predictors, opened, config)
-        offload.ends(attached.pop_all())
-    vars(model)["expert_offload"] = offload
+        vars(model)["expert_offload"] = ExpertOffload(model, targets, predictors, opened, config, attached)
     return model
 
 
 def policy_of(config: OffloadConfig) -> Policy:
-    """The policy whose copies are made; of `auto`, which tries whether it pays, it is `prefetch`."""
+    """The policy of `config`. For `auto`, which turns prefetching on and off, it is `prefetch`."""
     return Policy.PREFETCH if config.policy == AUTO else Policy(config.policy)
 
 
 def slots_of(config: Slots, layers: list[MoELayer]) -> int:
-    """How many experts are on the device at a time, by default a quarter of them."""
+    """How many experts are on the device at a time; by default a quarter of them."""
     top_k, total = layers[0].top_k, sum(layer.num_experts for layer in layers)
     slots = config.slots
     if config.expert_memory is not None:
@@ -119,7 +117,7 @@ def open_store(
     store: ExpertStore | str | Path | None,
     device: torch.device,
 ) -> ExpertStore:
-    """The store that is given, or one that is opened here, which `attached` closes."""
+    """The store that is given. If it is not open yet, it is opened here, and `attached` closes it."""
     store = vars(model).get("expert_pack") if store is None else store
     if store is None:
         if any(p.is_meta for layer in layers for p in layer.experts.parameters(recurse=False)):
@@ -141,7 +139,7 @@ def offloaded(
     config: OffloadConfig | None = None,
     **settings: Any,
 ) -> Iterator[ExpertOffload]:
-    """`offload_experts` for the length of a `with`: yields the `ExpertOffload` and detaches it at the end."""
+    """`offload_experts` for the length of a `with`. It yields the `ExpertOffload`, and detaches it at the end."""
     offload: ExpertOffload = vars(offload_experts(model, predictors, config, **settings))["expert_offload"]
     try:
         yield offload
@@ -150,7 +148,7 @@ def offloaded(
 
 
 class ExpertOffload:
-    """A model's experts in a store and some of them on the device; made by `offload_experts`."""
+    """A model with its experts in a store and some of them on the device. `offload_experts` makes it."""
 
     def __init__(
         self,
@@ -159,8 +157,12 @@ class ExpertOffload:
         predictors: Predictors | None,
         store: ExpertStore,
         config: OffloadConfig,
+        attached: ExitStack,
     ):
-        """`config` says how many slots there are, and names the device."""
+        """`config` gives the number of slots and names the device. `detach` closes what `attached` holds, after all else.
+
+        Where this raises, the caller closes `attached`, and the model is as it was.
+        """
         assert config.slots is not None
         self.config, self.store = config, store
         self.policy, self.gating = policy_of(config), Gating(config.gating)
@@ -170,37 +172,31 @@ class ExpertOffload:
         self._turn = threading.RLock()
         self._depth = 0
         self._passed = 0
-        """Tokens of the forward pass at hand."""
+        """Tokens of the current forward pass."""
         self._observer: Observer | None = None
-        self._attached = ExitStack()
-        try:
-            self._move_rest()
-            self._engine: Engine = ExpertSlots(
-                store, self.slots, self.device, config.readers, Eviction(config.eviction)
-            )
-            self._attached.callback(self._engine.close)
-            self._take_turns()
-            for target in targets:
-                self._attach(target)
-            sources = {target.layer.index: target.source for target in targets}
-            self._control = RoutingControl(
-                targets,
-                make_speculators(model, predictors, [target.layer for target in targets], sources),
-                self.policy,
-                self.gating,
-                max_tokens=config.speculated_tokens,
-                fetch=self._announce,
-                resident=lambda target: self._engine.resident(target.number),
-            )
-            self._attached.callback(self._control.detach)
-            self._known = {layer.target.number: layer for layer in self._control.layers}
-        except BaseException:
-            self._attached.close()
-            raise
+        self._move_rest(attached)
+        self._engine: Engine = ExpertSlots(store, self.slots, self.device, config.readers, Eviction(config.eviction))
+        attached.callback(self._engine.close)
+        self._take_turns(attached)
+        for target in targets:
+            self._attach(target, attached)
+        sources = {target.layer.index: target.source for target in targets}
+        self._control = RoutingControl(
+            targets,
+            make_speculators(model, predictors, [target.layer for target in targets], sources),
+            self.policy,
+            self.gating,
+            max_tokens=config.speculated_tokens,
+            fetch=self._announce,
+            resident=lambda target: self._engine.resident(target.number),
+        )
+        attached.callback(self._control.detach)
+        self._known = {layer.target.number: layer for layer in self._control.layers}
+        self._attached = attached.pop_all()
 
     @property
     def counters(self) -> Counters:
-        """What has happened so far. On CUDA, reading it waits for the device."""
+        """What has happened since the last `reset`. On CUDA this waits for the device."""
         counters = self._engine.counters()
         counters.speculation_hit_rate = self._control.hit_rate()
         return counters
@@ -220,7 +216,7 @@ class ExpertOffload:
             self._observe(None)
 
     def guess_by(self, substitute: Callable[[int, Guesser], Guesser]) -> None:
-        """Has `substitute(the model's number of a layer, its guesser)` guess in the place of each layer's own guesser."""
+        """Replaces the guesser of each layer by `substitute(the model's number of the layer, its guesser)`."""
         for layer in self._control.layers:
             layer.guesser = substitute(layer.target.layer.index, layer.guesser)
 
@@ -229,45 +225,38 @@ class ExpertOffload:
         """Bytes of one expert's block."""
         return self.store.format.bytes
 
-    def ends(self, opened: ExitStack) -> None:
-        """Has `detach` close what was opened for this offload, after all else."""
-        opened.push(self._attached.pop_all())
-        self._attached = opened
-
     def detach(self) -> None:
-        """Takes the runtime off the model, whose weights, devices and forwards are then what they were.
+        """Removes the runtime from the model. Its weights, devices and forwards are then what they were.
 
-        A model that was loaded with a packed file has no experts then; see `load_offloaded`.
+        A model that was loaded with a packed file then has no experts; see `load_offloaded`.
         """
         with self._turn:
             vars(self._model).pop("expert_offload", None)
             self._attached.close()
 
-    # -- attaching -----------------------------------------------------------------------------------------------
-
-    def _move_rest(self) -> None:
-        """Moves everything but the experts to the device, and has `detach` move it back."""
+    def _move_rest(self, attached: ExitStack) -> None:
+        """Moves everything but the experts to the device. `detach` moves it back."""
         experts = {id(p) for target in self._targets for p in target.layer.experts.parameters(recurse=False)}
         for tensor in [*self._model.parameters(), *self._model.buffers()]:
             if id(tensor) not in experts and tensor.device != self.device:
-                self._attached.callback(_move, tensor, tensor.device)
+                attached.callback(_move, tensor, tensor.device)
                 _move(tensor, self.device)
 
-    def _take_turns(self) -> None:
-        """Lets one forward pass run at a time: the slots are in the hands of one, from its first layer to its last."""
+    def _take_turns(self, attached: ExitStack) -> None:
+        """Lets only one forward pass run at a time, since it needs the slots from its first layer to its last."""
         for module in {self._model, self._model.base_model}:
-            original = self._attached.enter_context(override_forward(module, None))
+            original = attached.enter_context(override_forward(module, None))
             module.forward = self._in_turn(original)
         generation_config = getattr(self._model, "generation_config", None)
-        if generation_config is not None:  # a compiled graph could not ask which experts are where
-            self._attached.callback(setattr, generation_config, "disable_compile", generation_config.disable_compile)
+        if generation_config is not None:  # a compiled graph can't ask where the experts are
+            attached.callback(setattr, generation_config, "disable_compile", generation_config.disable_compile)
             generation_config.disable_compile = True
 
     def _in_turn(self, original: Any) -> Any:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self._turn:
-                if self._trial is None or self._depth:  # the outermost forward pass is the one that is measured
+                if self._trial is None or self._depth:  # only the outermost forward pass is timed
                     return original(*args, **kwargs)
                 self._control.is_on = self._trial.prefetches
                 self._passed, begun = 0, time.perf_counter()
@@ -282,7 +271,7 @@ class ExpertOffload:
 
         return forward
 
-    def _attach(self, target: Target) -> None:
+    def _attach(self, target: Target, attached: ExitStack) -> None:
         number, layer = target.number, target.layer
 
         def forward(
@@ -303,11 +292,11 @@ class ExpertOffload:
 
         if number == 0:
             begin = layer.decoder.register_forward_pre_hook(lambda *_: self._engine.begin_pass(), prepend=True)
-            self._attached.callback(begin.remove)
-        self._attached.enter_context(override_forward(layer.experts, forward))
+            attached.callback(begin.remove)
+        attached.enter_context(override_forward(layer.experts, forward))
 
     def _announce(self, target: Target, candidates: torch.Tensor) -> None:
-        # Where no layer computes before the target, its copies begin at once.
+        # For a target without a source no layer computes before it. So its copies begin at once.
         self._engine.announce(target.number, candidates, now=target.source is None)
 
     def _observe(self, observer: Observer | None) -> None:
@@ -316,5 +305,5 @@ class ExpertOffload:
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> None:
-    # In place: a router's arguments may be buffers, and the layers hold them too.
+    # In place, since the layers also hold buffers that are arguments of their routers.
     tensor.data = tensor.data.to(device)

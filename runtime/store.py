@@ -1,4 +1,4 @@
-"""Where all experts of a model are, as blocks: what is asked of such a store, and the one in host memory."""
+"""Stores: they hold all experts of a model, as blocks. Here are their interface and the store in host memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Bytes = NDArray[np.uint8]
 
 
 def empty_blocks(count: int, size: int, device: torch.device, pinned: bool = False) -> torch.Tensor:
-    """Memory for blocks of `size` bytes, uint8 `[count, size]`, that in host memory begins at a multiple of `PAGE`.
+    """Memory for blocks of `size` bytes, uint8 `[count, size]`. In host memory it begins at a multiple of `PAGE`.
 
-    Raises `StoreError` where the device has not that much.
+    Raises `StoreError` where the device has too little memory.
     """
     try:
         if device.type != "cpu":
@@ -42,38 +42,38 @@ def empty_blocks(count: int, size: int, device: torch.device, pinned: bool = Fal
 
 
 def _pages(size: int) -> mmap.mmap:
-    """Host memory in huge pages where the system has them: a direct read into small ones takes half as long again."""
+    """Host memory, in huge pages where the system has them: a direct read into small pages takes half as long again."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, size)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system may know the word and have none
+    with suppress(OSError):  # the system may know huge pages and have none
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 
 class ExpertStore(Protocol):
-    """Where all experts of a model are. Whoever opens a store closes it."""
+    """Holds all experts of a model. Whoever opens a store closes it."""
 
     format: ExpertFormat
     extent: tuple[int, int]
-    """MoE layers, and experts of each."""
+    """The number of MoE layers, and of experts in each."""
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:
         """Fills `into` `[format.bytes]`, which begins at a multiple of `PAGE`, with the block of one expert.
 
         `layer` counts the MoE layers from 0, in the model's order. Several threads may call it at once. Raises
-        `StoreError` where the block can't be had.
+        `StoreError` where the block can't be read.
         """
 
     def close(self) -> None:
-        """Gives back what the store holds, to the model what it took from it. Nothing is read from it afterwards."""
+        """Frees what the store holds, and gives the model back what it took. The store is not read afterwards."""
 
 
 class HostStore:
-    """The experts of all MoE layers, as blocks `[experts, bytes]` per layer in host memory, pinned for CUDA.
+    """The experts in host memory, pinned for CUDA: blocks `[experts, bytes]`, uint8, for each MoE layer.
 
-    While the store is open, the model's own expert parameters are views of these blocks, so there is one copy of each
-    weight, and `state_dict` and `save_pretrained` go on working. `close` gives the parameters memory of their own again.
+    While the store is open, the model's expert parameters are views of these blocks. So each weight is in memory once, and
+    `state_dict` and `save_pretrained` work. `close` gives the parameters their own memory again.
     """
 
     def __init__(self, layers: list[MoELayer], pinned: bool):
@@ -112,7 +112,7 @@ class HostStore:
 
     def close(self) -> None:
         self._bytes.clear()
-        while self._parameters:  # layer by layer, so that no more than one layer stands twice in memory
+        while self._parameters:  # layer by layer, so that only one layer is in memory twice
             device = self._devices.pop()
             for parameter in self._parameters.pop().values():
                 parameter.data = parameter.data.to(device, copy=True, memory_format=torch.contiguous_format)

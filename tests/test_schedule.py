@@ -37,11 +37,12 @@ class Copies(Observer):
 class Lazy:
     """Transfers that are made when they are waited for, first come, first served, as those of a slow stream would be."""
 
-    observer = None
-
     def __init__(self, store: ExpertStore, memory: torch.Tensor, readers: int):  # noqa: ARG002
         self.slots, self._store = memory, store
         self._queue: deque[tuple[int, tuple[int, int]]] = deque()
+
+    def observe(self, observer: Observer | None) -> None:
+        pass
 
     def start(self, slot: int, key: tuple[int, int], urgent: bool) -> None:  # noqa: ARG002
         self.wait(slot)

@@ -1,4 +1,4 @@
-"""A fixed number of device slots, and who sits in them. Pure bookkeeping: no tensors, no copies."""
+"""Which expert is in which device slot. It has no tensors and makes no copies."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ Key = tuple[int, int]
 
 
 class Eviction(StrEnum):
-    """Which expert makes room for another. All layers share the slots."""
+    """Which expert leaves its slot for another one. All layers share the slots."""
 
     LRU = "lru"
-    """The least recently used one. It thrashes where the slots hold less than about a token's experts, since the layers
-    come round in a cycle."""
+    """The least recently used one. The layers run in a cycle, so with fewer slots than one token needs it evicts each expert
+    just before its next use."""
     LEAST_STALE = "least_stale"
-    """The least recently used one of the layer whose next use is farthest in layer order, which is the layer passed last.
-    Layers with more than an equal share of the slots give first: else a prompt, which fills the slots with the experts
-    of its last layers, would leave them there for good."""
+    """The least recently used one of the layer that runs again last, which is the layer that ran last. Layers with more than an
+    equal share of the slots come first. Else the slots would stay full of the last layers' experts after a prompt."""
 
 
 class SlotCache:
-    """Which expert sits in which slot. A pinned expert keeps its slot; of the others `eviction` says who goes first."""
+    """Which expert is in which slot. A pinned expert keeps its slot. `eviction` says which of the others leaves first."""
 
     def __init__(self, slots: int, layers: int, eviction: Eviction = Eviction.LEAST_STALE):
         self.slots, self.eviction = slots, eviction
         self.layer = 0
-        """The layer that computes, which the holder of the cache keeps up to date."""
+        """The layer that computes now. The owner of the cache sets it."""
         self._free = list(range(slots))[::-1]
         self._share = slots / layers
         self._slot_of: OrderedDict[Key, int] = OrderedDict()  # least recently used first
@@ -50,7 +49,7 @@ class SlotCache:
         return [expert for _, expert in self._by_layer[layer]]
 
     def pin(self, key: Key) -> None:
-        """Makes an expert that has a slot the most recently used, and keeps it there until `unpin`."""
+        """Makes an expert that has a slot the most recently used one. It keeps its slot until `unpin`."""
         self._slot_of.move_to_end(key)
         self._by_layer[key[0]].move_to_end(key)
         self._pinned.add(key)
@@ -62,9 +61,9 @@ class SlotCache:
         self._pinned.clear()
 
     def admit(self, key: Key, busy: Callable[[int], bool] = lambda _: False) -> int | None:
-        """Gives an expert that has no slot one, pinned, evicting where it must.
+        """Gives a slot to an expert that has none, pins it, and returns the slot. It may evict another expert.
 
-        Slots that are `busy` are left alone. None where every other one is pinned.
+        It takes no slot that is `busy`. Returns None where all others are pinned.
         """
         if self._free:
             slot = self._free.pop()
@@ -80,13 +79,13 @@ class SlotCache:
         return slot
 
     def forget(self, key: Key) -> None:
-        """Takes an expert's slot away, because what it holds can't be trusted: a copy that failed or never began."""
+        """Takes an expert's slot away. It is called where the slot does not hold the expert: its copy failed or was cancelled."""
         self._pinned.discard(key)
         self._free.append(self._slot_of.pop(key))
         del self._by_layer[key[0]][key]
 
     def _victims(self) -> Iterator[Key]:
-        """The experts in the order in which they should go; some may come twice."""
+        """The experts in the order in which they should leave. Some may come twice."""
         if self.eviction is Eviction.LRU:
             yield from self._slot_of
             return

@@ -1,25 +1,28 @@
 """Threads that make copies, the urgent ones first.
 
-The thread that asks may be interrupted (Ctrl-C) between any two steps, and may not leave a lock behind or a copy that
-nobody makes. So it takes no lock: what is shared is a step that the interpreter does as one (`deque.append`,
-`dict.setdefault`, `SimpleQueue.put`), and every reader that is woken takes all there is to do.
+Ctrl-C may interrupt the asking thread between any two steps. It must not leave a locked lock behind, or a copy that nobody
+makes. So it takes no lock. All that it does to shared objects is a single step of the interpreter (`deque.append`,
+`dict.setdefault`, `SimpleQueue.put`), and a reader that wakes makes all copies that are asked for.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 
 from ..errors import StoreError
+from ..observer import Observer
 from .cache import Key
 
 POLL_SECONDS = 1.0
 
 
 class Copy:
-    """One expert on its way into one slot. It belongs to the reader that makes it, or to nobody once it is cancelled."""
+    """The copy of one expert into one slot. Its owner is the reader that makes it, or None where it was cancelled."""
 
     def __init__(self, slot: int, key: Key):
         self.slot, self.key = slot, key
@@ -35,41 +38,41 @@ class Copy:
 
     @property
     def is_over(self) -> bool:
-        """Whether it was made, failed or was cancelled."""
+        """Whether it was made, has failed or was cancelled."""
         return self._is_made or self._owner.get("owner", self) is None
 
     def cancel(self) -> bool:
-        """Whether the copy had not begun; then it never will."""
+        """Cancels the copy if it has not begun, and returns whether it is cancelled."""
         return self._owner.setdefault("owner", None) is None
 
     def make(self, copy: Callable[[Copy], None]) -> None:
-        """Makes it, in a reader thread, unless it is cancelled or another makes it."""
-        if self.has_begun or self._owner.setdefault("owner", threading.current_thread()) is not (
-            threading.current_thread()
-        ):
+        """Makes it, in a reader thread, unless it is cancelled or another reader makes it."""
+        reader = threading.current_thread()
+        if self.has_begun or self._owner.setdefault("owner", reader) is not reader:
             return
         try:
             copy(self)
-        except BaseException as error:  # whoever waits for the copy is told
+        except BaseException as error:  # `wait` of the transfers raises it
             self.error = error
         self._is_made = True
         self._made.release()
 
     def wait(self) -> bool:
-        """Waits a moment, or until it is over, which it returns."""
-        return self.is_over or (self._made.acquire(timeout=POLL_SECONDS) or self.is_over)
+        """Waits until it is over, but no more than a moment; returns whether it is over."""
+        return self.is_over or self._made.acquire(timeout=POLL_SECONDS) or self.is_over
 
     def is_lost(self, readers: list[threading.Thread]) -> bool:
-        """Whether no thread is left that could end it: a fork, or an interpreter that ends, takes them without a word."""
+        """Whether no thread is left that could end it: a fork, or the end of the interpreter, ends threads silently."""
         alive = [thread for thread in readers if thread.is_alive()]
         owner = self._owner.get("owner")
         return not self.is_over and (not alive if owner is None else owner not in alive)
 
 
 class Readers:
-    """The threads, and what they are asked for."""
+    """The reader threads, and the copies that they are asked for."""
 
     def __init__(self, count: int, copy: Callable[[Copy], None]):
+        self.observer: Observer | None = None
         self._copy = copy
         self._urgent: deque[Copy] = deque()
         self._others: deque[Copy] = deque()
@@ -82,7 +85,7 @@ class Readers:
             thread.start()
 
     def ask(self, copy: Copy, urgent: bool) -> None:
-        """Asks for a copy; a second time to make it urgent."""
+        """Asks for a copy. To make it urgent later, ask for it again."""
         (self._urgent if urgent else self._others).append(copy)
         self._calls.put(None)
 
@@ -91,10 +94,10 @@ class Readers:
         while not copy.wait():
             if copy.is_lost(self._threads):
                 raise StoreError("a thread that reads experts is gone; detach the model and offload it again")
-            self._calls.put(None)  # whoever asked for it may have been interrupted before the call
+            self._calls.put(None)  # Ctrl-C may have come between the copy and its call
 
     def close(self) -> None:
-        """Begins no other copy; returns when those that have begun are over."""
+        """Begins no further copy, and returns when those that have begun are over."""
         self._closed = True
         for _ in self._threads:
             self._calls.put(None)
@@ -106,14 +109,18 @@ class Readers:
         while True:
             self._calls.get()
             while not self._closed and (copy := self._next()) is not None:
-                copy.make(self._copy)
+                copy.make(self._timed)
             if self._closed:
                 return
 
+    def _timed(self, copy: Copy) -> None:
+        begun = time.perf_counter()
+        self._copy(copy)
+        if (observer := self.observer) is not None:
+            observer.copy_over(copy.key, begun, time.perf_counter())
+
     def _next(self) -> Copy | None:
         for queue in (self._urgent, self._others):
-            try:
+            with suppress(IndexError):  # it is empty, or another reader was faster
                 return queue.popleft()
-            except IndexError:  # another reader may have been faster
-                continue
         return None

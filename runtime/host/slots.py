@@ -1,9 +1,10 @@
-"""The engine that the host decides for: a model's experts over device slots, each copied as early as it is known to be needed."""
+"""The engine of the host: it executes experts in device slots, and copies each as soon as it is known to be needed."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -18,9 +19,9 @@ from .transfer import make_transfers
 
 
 class Mailbox:
-    """Candidates on their way to the host: on CUDA the copy is under way while the host goes on enqueuing.
+    """Takes candidates to the host. On CUDA they are copied while the host goes on.
 
-    Each message has pinned memory of its own until it is taken, and the next message gets it then.
+    Each message has its own pinned memory until it is taken. Then another message uses this memory.
     """
 
     def __init__(self, device: torch.device):
@@ -42,8 +43,10 @@ class Mailbox:
         self._messages.append((number, host, copied))
 
     def take(self) -> Iterator[tuple[int, list[int]]]:
-        """The layers and their distinct candidates, every token's best guess before anyone's second, in the order in which
-        they were put. Waits for each until it has arrived."""
+        """The layers with their distinct candidates, in the order of `put`. It waits until each has arrived.
+
+        The best guess of every token comes before the second one of any token.
+        """
         while self._messages:
             number, host, copied = self._messages.popleft()
             if copied is not None:
@@ -58,12 +61,12 @@ class Mailbox:
 
 
 class ExpertSlots:
-    """The slots of one model and what is on the way to them; an `Engine`. `slots` are shared by all layers."""
+    """The `Engine` of the host for one model. All layers share the `slots`."""
 
     def __init__(self, store: ExpertStore, slots: int, device: torch.device, readers: int, eviction: Eviction):
         self._format = store.format
         layers, self._num_experts = store.extent
-        # Written once, since a system that hands out pages at their first use would do it in the midst of a token.
+        # Written once, since the system provides memory at its first use, which would else fall into a token.
         memory = empty_blocks(slots, self._format.bytes, device).zero_()
         self._tensors = [self._format.views(slot) for slot in memory]
         self.transfers = make_transfers(store, memory, readers)
@@ -77,16 +80,13 @@ class ExpertSlots:
         self.transfers.close()
 
     def observe(self, observer: Observer | None) -> None:
-        self._schedule.observer = self.transfers.observer = observer
+        self._schedule.observer = observer
+        self.transfers.observe(observer)
 
     def counters(self) -> Counters:
-        schedule = self._schedule
-        return Counters(
-            hits=schedule.hits,
-            misses=schedule.misses,
-            copies=schedule.copied,
-            cancelled=schedule.cancelled,
-            bytes_copied=schedule.copied * self._format.bytes,
+        return replace(
+            self._schedule.counters,
+            bytes_copied=self._schedule.counters.copies * self._format.bytes,
             tokens=self._tokens,
             stalled_seconds=self.transfers.stalled_seconds() - self._stalled_before,
         )
@@ -94,8 +94,7 @@ class ExpertSlots:
     def reset(self) -> None:
         self._stalled_before = self.transfers.stalled_seconds()
         self._tokens = 0
-        schedule = self._schedule
-        schedule.hits = schedule.misses = schedule.copied = schedule.cancelled = 0
+        self._schedule.counters = Counters()
 
     def begin_pass(self) -> None:
         if self._broke_off:
@@ -115,9 +114,10 @@ class ExpertSlots:
             self._broke_off = False
 
     def execute(self, layer: int, experts: nn.Module, x: torch.Tensor, decision: Decision) -> torch.Tensor:
-        """What is on the device is computed first, while the rest is being copied, one slot being filled as another becomes
-        free; so any number of experts passes through any number of slots. Each expert sees the rows that it would see with
-        everything resident, and their sum is taken in the order of the ids: the result is the same.
+        """See `Engine.execute`. Experts on the device are computed first, while the others are copied.
+
+        A slot that becomes free is filled at once, so any number of experts passes through any number of slots. Each expert gets
+        the same rows as with all experts resident, and the outputs are summed in the order of the ids. So the result is the same.
         """
         self._broke_off = True
         schedule, ids = self._schedule, decision.ids
@@ -125,7 +125,7 @@ class ExpertSlots:
         jobs = self._jobs(x, ids, None if guess is None else guess[: ids.shape[-1]])
         order = schedule.enter(layer, jobs.keys())
         self._tokens += len(x) if layer == 0 else 0
-        if guess is None or not x.is_cuda:  # opened later where the host has not waited for the device
+        if guess is None or not x.is_cuda:  # else the host would wait for the device here
             self._open_mail()
         outputs = x.new_empty(ids.numel(), x.shape[-1])
         for expert in order:
@@ -147,9 +147,9 @@ class ExpertSlots:
     def _jobs(
         self, x: torch.Tensor, ids: torch.Tensor, known: list[int] | None
     ) -> dict[int, tuple[torch.Tensor, slice | torch.Tensor]]:
-        """What each expert computes: its rows of `x`, and where its outputs stand among `[tokens * top_k]`.
+        """For each expert its rows of `x`, and the places of its outputs among `[tokens * top_k]`.
 
-        `known` are the ids of a single token, where the host has them already.
+        `known` are the ids of a single token, if the host has them already.
         """
         if len(x) == 1:
             executed = ids[0].tolist() if known is None else known

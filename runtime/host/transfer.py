@@ -1,4 +1,4 @@
-"""Copies from the store into slots: by reader threads, on a CUDA stream of their own, or by both, one after the other."""
+"""Copies from the store into slots: by reader threads, on a CUDA stream of their own, or first by threads and then on a stream."""
 
 from __future__ import annotations
 
@@ -20,40 +20,25 @@ from .schedule import Copies
 
 
 class Transfers(Copies, Protocol):
-    """Copies into `slots` `[slots, bytes]`, uint8, and their order beside what computes on them.
+    """Copies into `slots` `[slots, bytes]`, uint8, in the right order with the computation that reads them.
 
-    All but the copying itself happens in the thread that computes. After `wait`, computation begun from then on sees what was
-    last copied into the slot; after `computed`, a later copy does not overtake the computation that reads it.
+    Only the thread that computes calls these methods. After `wait`, new computation sees what was last copied into the slot.
+    After `computed`, a later copy into the slot waits for the computation that reads it.
     """
 
     slots: torch.Tensor
-    observer: Observer | None
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tells `observer` of the copies that threads make; None tells nobody."""
 
     def computed(self, slot: int) -> None:
-        """Says that the computation that reads the slot has been begun."""
+        """Says that the computation that reads the slot has begun."""
 
     def stalled_seconds(self) -> float:
-        """Time that computation has waited for copies so far."""
+        """Seconds that the computation has waited for copies so far."""
 
     def close(self) -> None:
-        """Ends all copies and whatever makes them."""
-
-
-class Reads:
-    """The reads of a store, as reader threads make them."""
-
-    def __init__(self, store: ExpertStore):
-        self.observer: Observer | None = None
-        self._read = store.read
-
-    def __call__(self, key: Key, into: Bytes) -> None:
-        observer = self.observer
-        if observer is None:
-            self._read(*key, into)
-            return
-        begun = time.perf_counter()
-        self._read(*key, into)
-        observer.copy_over(key, begun, time.perf_counter())
+        """Ends all copies, and the threads that make them."""
 
 
 class ThreadTransfers:
@@ -61,33 +46,23 @@ class ThreadTransfers:
 
     def __init__(self, store: ExpertStore, slots: torch.Tensor, readers: int):
         self.slots = slots
-        targets = list(slots.numpy())  # made once: a read allocates nothing
-        reads = Reads(store)
+        targets = list(slots.numpy())  # made once, so that a read allocates nothing
+        self._begin(readers, lambda copy: store.read(*copy.key, targets[copy.slot]))
 
-        def copy(job: Copy) -> None:
-            reads(job.key, targets[job.slot])
-
-        self._begin(readers, copy, reads)
-
-    def _begin(self, readers: int, copy: Callable[[Copy], None], reads: Reads) -> None:
-        self._readers, self._reads = Readers(readers, copy), reads
+    def _begin(self, readers: int, copy: Callable[[Copy], None]) -> None:
+        self._readers = Readers(readers, copy)
         self._copies: dict[int, Copy] = {}
         self._stalled = 0.0
-        # The threads know nothing of this object, so that it can go, and they with it, where nobody closes it.
+        # The threads do not refer to this object. So it can be collected, and ends them, where nobody closes it.
         self._close = weakref.finalize(self, self._readers.close)
 
-    @property
-    def observer(self) -> Observer | None:
-        return self._reads.observer
-
-    @observer.setter
-    def observer(self, observer: Observer | None) -> None:
-        self._reads.observer = observer
+    def observe(self, observer: Observer | None) -> None:
+        self._readers.observer = observer
 
     def start(self, slot: int, key: Key, urgent: bool) -> None:
         before = self._copies.get(slot)
         if before is not None and not before.cancel():
-            self._readers.wait(before)  # it must have left the slot, whatever became of it
+            self._readers.wait(before)  # even a copy that failed must have left the slot
         self._copies[slot] = copy = Copy(slot, key)
         self._readers.ask(copy, urgent)
 
@@ -116,12 +91,11 @@ class ThreadTransfers:
             self._readers.wait(copy)
             self._stalled += time.perf_counter() - begun
         del self._copies[slot]
-        if isinstance(copy.error, Exception):
+        if copy.error is not None and not isinstance(copy.error, Exception):  # SystemExit should not end the program
+            name = type(copy.error).__name__
+            raise StoreError(f"a read was broken off ({name}); run the model again") from copy.error
+        if copy.error is not None:
             raise copy.error
-        if copy.error is not None:  # what ends a thread should not end the program
-            raise StoreError(
-                f"a read was broken off ({type(copy.error).__name__}); run the model again"
-            ) from copy.error
 
     def computed(self, slot: int) -> None:
         pass  # computation on the CPU is over when its call returns
@@ -140,17 +114,18 @@ class ThreadTransfers:
 
 
 class CudaTransfers:
-    """One copy stream beside the compute stream, ordered by one pair of events a slot; the host never waits here.
+    """One copy stream beside the compute stream. A pair of events for each slot keeps their order; the host never waits.
 
-    Copies are enqueued as they are asked for, so none can be taken back. What a layer demands it asks for before the
-    guesses for the next, so of guesses only those for the layer itself can stand before it.
+    Copies are enqueued as they are asked for, so none can be taken back. A layer asks for what it is missing before it asks for
+    the guesses for the next layer. So only guesses for the layer itself can stand before a copy that it is missing.
     """
 
     def __init__(self, slots: torch.Tensor, block: Callable[[int, int], torch.Tensor]):
         self.slots, self._block = slots, block
-        self.observer: Observer | None = None  # of its copies the profiler of the device tells
         self.stream = torch.cuda.Stream(slots.device)
-        self.stream.wait_stream(torch.cuda.current_stream(slots.device))  # the slots' memory may have just been freed
+        self.stream.wait_stream(
+            torch.cuda.current_stream(slots.device)
+        )  # the computation before may still use the memory of the slots
         self.copied = [torch.cuda.Event() for _ in range(len(slots))]
         self._read = [torch.cuda.Event() for _ in range(len(slots))]
         self.pending: set[int] = set()
@@ -158,13 +133,16 @@ class CudaTransfers:
         self._spare: list[torch.cuda.Event] = []
         self._stalled = 0.0
 
+    def observe(self, observer: Observer | None) -> None:
+        pass  # no thread makes these copies; the profiler of the device shows them
+
     def start(self, slot: int, key: Key, urgent: bool) -> None:  # noqa: ARG002
         self.enqueue(slot, self._block(*key))
         self.pending.add(slot)
 
     def enqueue(self, slot: int, block: torch.Tensor) -> None:
         """Enqueues the copy of a pinned block."""
-        self.stream.wait_event(self._read[slot])  # of an event never recorded this is no wait
+        self.stream.wait_event(self._read[slot])  # returns at once where it was never recorded
         with torch.cuda.stream(self.stream):
             self.slots[slot].copy_(block, non_blocking=True)
             self.copied[slot].record(self.stream)
@@ -211,7 +189,7 @@ class CudaTransfers:
         return self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
 
     def _settle(self, synchronize: bool) -> None:
-        """Adds up the waits that are over, and keeps their events for the next ones."""
+        """Adds up the waits that are over. Their events are used again."""
         if synchronize and self._waits:
             self._waits[-1][1].synchronize()
         open_waits = []
@@ -225,23 +203,23 @@ class CudaTransfers:
 
 
 class StagedTransfers(ThreadTransfers):
-    """Reader threads that read into a ring of pinned buffers, from where the copy stream takes each block on."""
+    """Reader threads that read into a ring of pinned buffers. From there the copy stream copies each block to its slot."""
 
     def __init__(self, store: ExpertStore, slots: torch.Tensor, readers: int):
         self.slots = slots
         cuda = CudaTransfers(slots, block=lambda *_: slots[0])
-        count = 2 * readers  # one is read into while the other is copied from
+        count = 2 * readers  # a reader fills one while the other is copied to the device
         buffers = empty_blocks(count, store.format.bytes, torch.device("cpu"), pinned=True)
         ring: SimpleQueue[tuple[torch.Tensor, Bytes, torch.cuda.Event]] = SimpleQueue()
         for buffer, target in zip(buffers, buffers.numpy(), strict=True):
             ring.put((buffer, target, torch.cuda.Event()))
-        one_at_a_time, reads = threading.Lock(), Reads(store)
+        one_at_a_time = threading.Lock()
 
         def copy(job: Copy) -> None:
             buffer, target, left = ring.get()
             try:
-                left.synchronize()  # of an event never recorded this is no wait
-                reads(job.key, target)
+                left.synchronize()  # returns at once where it was never recorded
+                store.read(*job.key, target)
                 with one_at_a_time, torch.cuda.device(slots.device):
                     cuda.enqueue(job.slot, buffer)
                     left.record(cuda.stream)
@@ -249,7 +227,7 @@ class StagedTransfers(ThreadTransfers):
                 ring.put((buffer, target, left))
 
         self._cuda = cuda
-        self._begin(readers, copy, reads)
+        self._begin(readers, copy)
 
     def copying(self, slot: int) -> bool:
         return super().copying(slot) or not self._cuda.copied[slot].query()

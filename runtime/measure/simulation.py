@@ -220,8 +220,8 @@ class _Run:
         self.schedule = Schedule(self.link, config.slots, layers, config.eviction)
 
     def totals(self) -> tuple[float, ...]:
-        clock, schedule = self.clock, self.schedule
-        counts = self.link.made, schedule.cancelled, schedule.hits, schedule.misses
+        clock, counters = self.clock, self.schedule.counters
+        counts = self.link.made, counters.cancelled, counters.hits, counters.misses
         return clock.now, clock.computing, clock.stalled, self.link.busy, *counts
 
     def compute(self, seconds: float) -> None:
