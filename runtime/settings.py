@@ -1,4 +1,4 @@
-"""The settings of a model with its experts offloaded, each said once: Python's arguments, YAML's keys and flags are these."""
+"""The settings of a model with offloaded experts. Python's arguments, YAML's keys and the flags are made from these fields."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ PolicyName = Annotated[Policy | Literal["auto"], choice("policies", *Policy, AUT
 
 
 class Predicted(Settings):
-    """Of a job that speculates."""
+    """Settings of a job that speculates."""
 
     predictors: Name | None = None
-    """Folder or Hub name of predictors; without them speculation is training-free."""
+    """Folder or Hub name of predictors. Without them speculation is training-free."""
 
 
 class Slots(Settings):
     """Which experts are on the device, and which are fetched."""
 
     slots: Count | None = None
-    """Experts on the device at a time, over all layers, from the top k up; by default a quarter of them all."""
+    """Experts on the device at a time, of all layers together, at least the top k; by default a quarter of all experts."""
     expert_memory: Bytes | None = None
-    """In the place of `slots`: the memory of the device that experts may take, like `8GiB`."""
+    """In the place of `slots`: how much memory of the device experts may take, like `8GiB`."""
     candidates: Candidates | None = None
-    """Experts fetched for each speculated token: a number, or `auto`, which takes for each layer as many as its recall in
-    the predictors says are worth it; by default the top k, and 2 more under gating `resident`."""
+    """Experts to fetch for each speculated token: a number, or `auto`, which takes for each layer as many as the predictors'
+    recall justifies; by default the top k, and 2 more under gating `resident`."""
     horizon: Horizon | None = None
-    """How many MoE layers ahead is guessed, 1 or 2; by default what the predictors were trained for, or else 1. With 2 a copy
-    has two layers' time, and a training-free guess is right less often."""
+    """How many MoE layers ahead to guess, 1 or 2; by default what the predictors were trained for, or else 1. With 2 a copy has
+    the time of two layers, but a training-free guess is right less often."""
     eviction: Annotated[Eviction, choice("evictions", *Eviction)] = Eviction.LEAST_STALE
-    """Which expert makes room for another: `least_stale` (of the layer whose next use is farthest) or `lru`."""
+    """Which expert leaves its slot for another: `least_stale` (of the layer that runs again last) or `lru` (least recently used)."""
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -74,37 +74,37 @@ class Offloading(Slots):
     """How experts get to the device, whatever the policy."""
 
     speculated_tokens: Whole = 16
-    """A forward pass over more tokens than this is a prompt: it is executed exactly, streaming the experts through the slots,
-    since it needs nearly all of them and a guess saves nothing."""
+    """A forward pass over more tokens than this is a prompt. It is executed exactly, and all its experts pass through the slots:
+    it needs nearly all experts, so a guess would save nothing."""
     readers: Count = 2
-    """Threads that copy on the CPU or read a file."""
+    """Number of threads that copy experts on the CPU or read them from a file."""
     device: Device = "auto"
     """Where the model computes: `auto` (CUDA where there is one), `cpu` or `cuda`."""
 
 
 class OffloadConfig(Offloading):
-    """What `offload_experts` takes beside a model, its predictors and a store."""
+    """The settings of `offload_experts`."""
 
     policy: PolicyName = Policy.PREFETCH
-    """`on_demand` and `prefetch` are exact, and so is `auto`: it measures both on the first decoded tokens, by turns, and
-    goes on with the faster. `speculative` executes what is there, which changes tokens."""
+    """`on_demand` and `prefetch` are exact. So is `auto`, which tries both in turn on the first decoded tokens and then uses the
+    faster one. `speculative` executes the guessed experts, which changes tokens."""
     gating: Annotated[Gating, choice("gatings", *Gating)] = Gating.TRUE
-    """What weights experts under `speculative`: `speculated` (the paper's), `true` (the router's weights of the guess) or
-    `resident` (the router's choice among the experts on the device)."""
+    """Where the experts' weights come from under `speculative`: `speculated` (from the guess, as in the paper), `true` (from the
+    router, for the guessed experts) or `resident` (from the router, which chooses among the experts on the device)."""
 
 
 class Loading(Settings):
     """Where a model's weights come from, and where its experts stay."""
 
     dtype: Dtype = "auto"
-    """`auto` (the packed file's, if there is one, and else the checkpoint's own), `float32`, `bfloat16` or `float16`."""
+    """`auto` (the packed file's, if there is one, or else the checkpoint's), `float32`, `bfloat16` or `float16`."""
     store: Annotated[Literal["auto", "host", "file"], choice("stores", "auto", "host", "file")] = "auto"
-    """Where the experts are: `host` keeps them in host memory, `file` leaves them in the packed file; `auto` is `file` where
-    `pack` is given."""
+    """Where to keep the experts: `host` (in host memory), `file` (in the packed file) or `auto`, which is `file` if `pack` is
+    given."""
     pack: LocalPath | None = None
-    """Keeps the experts in this packed file, which is made where there is none."""
+    """Packed file to keep the experts in. It is made if it does not exist."""
     seed: int = 0
-    """Of whatever is drawn, random weights included."""
+    """Seed of everything that is drawn, random weights included."""
 
     @model_validator(mode="after")
     def _one_store(self) -> Self:
@@ -120,30 +120,30 @@ class Loading(Settings):
 
 
 class LoadConfig(OffloadConfig, Loading):
-    """What `load_offloaded` takes beside a model and its predictors."""
+    """The settings of `load_offloaded`."""
 
 
 class Named(Predicted, Loading):
-    """Of a command that runs a checkpoint and computes in float32 on a CPU, many of which crawl in bfloat16."""
+    """Settings of a command that runs a checkpoint. On a CPU it computes in float32, since many CPUs are slow in bfloat16."""
 
     argument: ClassVar[str | None] = "model"
 
     model: Name
     """Folder or Hub name of a mixture-of-experts model."""
     dtype: Dtype = "auto"
-    """`auto` (the packed file's, if there is one, and else the checkpoint's own on CUDA and float32 on a CPU), `float32`,
-    `bfloat16` or `float16`."""
+    """`auto` (the packed file's, if there is one, or else the checkpoint's on CUDA and float32 on a CPU), `float32`, `bfloat16`
+    or `float16`."""
 
 
 class GenerateConfig(Named, LoadConfig):
     """Settings of `generate`."""
 
     prompt: str
-    """Text to go on from."""
+    """Text to continue."""
     max_new_tokens: Count = 128
     """The most tokens to generate."""
     temperature: float = Field(0.0, ge=0)
-    """Of the sampling; 0 is greedy."""
+    """Temperature of the sampling; 0 is greedy."""
     policy: PolicyName = Policy.SPECULATIVE
 
     @model_validator(mode="after")
@@ -154,14 +154,14 @@ class GenerateConfig(Named, LoadConfig):
 
 
 class Made(Settings):
-    """Of a command that runs a checkpoint or a model that is made up."""
+    """Settings of a command that runs a checkpoint, or a model with random weights."""
 
     argument: ClassVar[str | None] = "model"
 
     model: Name | None = None
     """Folder or Hub name of a mixture-of-experts model."""
     random_weights: Name | None = None
-    """Instead of MODEL: the config (.json file, folder or Hub name) of a model to make up."""
+    """In the place of MODEL: the config (.json file, folder or Hub name) of a model with random weights."""
 
     @model_validator(mode="after")
     def _one_model(self) -> Self:
@@ -174,8 +174,8 @@ class PackConfig(Made):
     """Settings of `pack`."""
 
     out: LocalPath
-    """The packed file; it must be new."""
+    """The packed file to write. It must not exist yet."""
     dtype: Dtype = "auto"
-    """`auto` (the checkpoint's own), `float32`, `bfloat16` or `float16`."""
+    """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
     seed: int = 0
-    """Of random weights."""
+    """Seed of random weights."""

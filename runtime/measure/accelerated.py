@@ -1,4 +1,4 @@
-"""The model as accelerate offloads it, which is what one would use otherwise: whole layers on the CPU or the disk."""
+"""The model as accelerate offloads it, for comparison: whole layers are on the CPU or on the disk."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ...predictors.experts import expert_modules
 def accelerated(
     model: PreTrainedModel, checkpoint: str | Path | None, device: torch.device, expert_bytes: int
 ) -> Iterator[PreTrainedModel]:
-    """Another copy of `model` with `device_map="auto"` and the memory of everything but its experts and `expert_bytes`.
+    """Yields another copy of `model` with `device_map="auto"`, limited to its non-expert weights plus `expert_bytes`.
 
-    On CUDA the layers for which that is too little are on the CPU, on a CPU on the disk. `checkpoint` is the model's
-    folder or Hub name; without one it is saved to a temporary folder first.
+    Layers that do not fit are on the CPU where `device` is CUDA, and on the disk where it is a CPU. `checkpoint` is the model's
+    folder or Hub name. Without it the model is saved to a temporary folder first.
     """
     experts = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
     memory = expert_bytes + sum(p.nbytes for p in model.parameters() if id(p) not in experts)

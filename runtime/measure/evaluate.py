@@ -1,9 +1,10 @@
-"""What speculation costs: hit rates by layer, and the model's cross-entropy under every policy and gating."""
+"""Measures what speculation costs: hit rates by layer, and the cross-entropy under every policy and gating."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ def evaluate(
     config: Evaluating | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Runs `model` over `batches` of token ids `[sequences, length]` once for each way to execute it.
+    """Runs `model`, on its device, over `batches` of token ids `[sequences, length]`, once for each policy and gating.
 
-    It runs where it is. `on_demand` and `prefetch` go through the offload runtime, as `config` says. Gating `resident` sees the
-    candidates of `config` and no cache, which is its worst case.
+    `on_demand` and `prefetch` run through the offload runtime, with `config`. For gating `resident` only the candidates of
+    `config` are on the device, and nothing else, which is its worst case.
 
-    Returns `layers`: `layer`, `training_free`, `predictor` (None where there is none), `control` for each target, and
-    `cross_entropy` and `training_free_cross_entropy` (the same without predictors) in nats per token, and `tokens`.
+    Returns `layers` (for each target layer `layer` and the hit rates `training_free`, `predictor` (None without one) and
+    `control`), `cross_entropy` in nats per token, `training_free_cross_entropy` (without predictors), and `tokens`.
     Raises `UserError` where there is no token to predict.
     """
     batches = [batch for batch in batches if batch.shape[-1] > 1]
@@ -59,29 +60,23 @@ def evaluate(
     bar = tqdm(total=passes * sum(batch.numel() for batch in batches), unit=" tokens", desc="evaluate", leave=False,
                disable=None if progress else True)  # fmt: skip
 
-    def cross_entropy() -> float:
-        return _cross_entropy(model, batches, bar)
-
-    # Its candidates are those of gating resident; those that are prefetched change no loss.
+    cross_entropy = partial(_cross_entropy, model, batches, bar)
+    # The candidates of `config` are meant for gating resident. Prefetched ones do not change the loss.
     settings = config.values_of(OffloadConfig) | {"device": model.device, "candidates": None}
     full = cross_entropy()
-    rates = {kind: _hit_rates(model, batches, targets, chosen, bar) for kind, chosen in speculators.items()}
+    rates = {kind: _hit_rates(cross_entropy, targets, chosen) for kind, chosen in speculators.items()}
     table: dict[str, dict[str, float]] = {}
     for kind, chosen in speculators.items():
         if kind == "predictor" and not trained:
             continue
         entropies = {"full": full}
         for policy in (Policy.ON_DEMAND, Policy.PREFETCH):
-            chosen_predictors = predictors if kind == "predictor" else without
-            with offloaded(model, chosen_predictors, **settings | {"policy": policy}):
+            with offloaded(model, predictors if kind == "predictor" else without, **settings | {"policy": policy}):
                 entropies[policy] = cross_entropy()
         for gating in Gating:
-            chosen_targets = wide if gating is Gating.RESIDENT else targets
-            control = RoutingControl(chosen_targets, chosen, Policy.SPECULATIVE, gating)
-            try:
-                entropies[f"{Policy.SPECULATIVE}/{gating}"] = cross_entropy()
-            finally:
-                control.detach()
+            seen = wide if gating is Gating.RESIDENT else targets
+            _, entropy = _controlled(cross_entropy, seen, chosen, Policy.SPECULATIVE, gating)
+            entropies[f"{Policy.SPECULATIVE}/{gating}"] = entropy
         table[kind] = entropies
     bar.close()
     return {
@@ -102,7 +97,7 @@ def evaluate(
 
 @torch.inference_mode()
 def _cross_entropy(model: PreTrainedModel, batches: list[torch.Tensor], bar: tqdm) -> float:
-    """Mean next-token cross-entropy in nats over all tokens of `batches` but each sequence's first."""
+    """Mean cross-entropy of the next token, in nats, over all tokens of `batches` but the first of each sequence."""
     total, count = 0.0, 0
     for batch in batches:
         ids = batch.to(model.device)
@@ -113,31 +108,35 @@ def _cross_entropy(model: PreTrainedModel, batches: list[torch.Tensor], bar: tqd
     return total / count
 
 
+def _controlled(cross_entropy: Callable[[], float], *control: Any) -> tuple[RoutingControl, float]:
+    """The cross-entropy under a `RoutingControl` with these arguments, and that control, detached again."""
+    made = RoutingControl(*control)
+    try:
+        return made, cross_entropy()
+    finally:
+        made.detach()
+
+
 def _hit_rates(
-    model: PreTrainedModel,
-    batches: list[torch.Tensor],
-    targets: list[Target],
-    speculators: dict[int, Speculator],
-    bar: tqdm,
+    cross_entropy: Callable[[], float], targets: list[Target], speculators: dict[int, Speculator]
 ) -> tuple[dict[int, float], dict[int, float]]:
-    """Hit rate and control hit rate by target layer, over a full and exact run of the model."""
+    """Hit rates and control hit rates by target layer, from an exact run of the model."""
     with _control_hit_rates([target.layer for target in targets]) as exact:
-        control = RoutingControl(targets, speculators, Policy.PREFETCH, Gating.TRUE)
-        try:
-            _cross_entropy(model, batches, bar)
-        finally:
-            control.detach()
+        control, _ = _controlled(cross_entropy, targets, speculators, Policy.PREFETCH, Gating.TRUE)
     return control.hit_rates(), {index: hits / total for index, (hits, total) in exact.items()}
 
 
 @contextmanager
 def _control_hit_rates(layers: list[MoELayer]) -> Iterator[dict[int, tuple[int, int]]]:
-    """Counts, by layer, how many of the router's experts are found again by norm and router on its true input."""
+    """Counts for each layer how many of the router's experts norm and router find again in the layer's true input, of how many.
+
+    It must be all of them. If not, the hooks do not see what the router reads.
+    """
     counts = {layer.index: (0, 0) for layer in layers}
 
     def watch(layer: MoELayer, stack: ExitStack) -> None:
         stream: list[torch.Tensor] = []
-        route = layer.router.forward  # as it is before any policy overrides it
+        route = layer.router.forward  # before a policy overrides it
 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream[:] = [first_tensor((*args, *kwargs.values()))]

@@ -1,4 +1,4 @@
-"""What `bench` and `plan` print and draw."""
+"""The tables and the chart of `bench` and `plan`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.table import Table
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """`speculative/true` of a row with policy and gating."""
+    """The name of a row's policy and gating, like `speculative/true`."""
     return row["policy"] if row["gating"] is None else f"{row['policy']}/{row['gating']}"
 
 
 def print_bench(console: Console, result: dict[str, Any]) -> None:
-    """The table of what `bench` measured, and what was not measured and why."""
+    """Prints what `bench` measured, and what it could not measure and why."""
     table = _table("first", "token", "from-to", "limit", "reach", "hits", "cached", "MB", "stall")
     for row in result["results"]:
         time = row["time_per_output_token_ms"]
@@ -44,7 +44,7 @@ def print_bench(console: Console, result: dict[str, Any]) -> None:
 
 
 def print_plan(console: Console, result: dict[str, Any]) -> None:
-    """The table of what `plan` expects."""
+    """Prints what `plan` expects."""
     table = _table("token", "gain", "limit", "compute", "copy", "copies", "stall", "MB", "bound")
     for row in result["results"]:
         table.add_row(
@@ -69,7 +69,7 @@ def print_plan(console: Console, result: dict[str, Any]) -> None:
 
 
 def draw_bench(result: dict[str, Any], file: Path) -> None:
-    """A bar a way: its time per token with its spread, and the limit it is held against."""
+    """Draws a bar for each way: its time per token with its spread, and its limit."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -95,7 +95,7 @@ def draw_bench(result: dict[str, Any], file: Path) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """A table that fits 80 columns."""
+    """An empty table whose columns fit in 80 characters."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("policy / gating", no_wrap=True)
     for name in columns:
@@ -108,7 +108,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _peaks(rows: list[dict[str, Any]]) -> str:
-    """The most memory of any row, of the host and of the device."""
+    """The highest memory peaks of all rows, on the host and on the device."""
     told = []
     for where in ("host", "device"):
         known = [row[f"peak_{where}_bytes"] for row in rows if row[f"peak_{where}_bytes"] is not None]

@@ -1,4 +1,4 @@
-"""How fast the way from the store to the device is."""
+"""Measures how fast the link from the store to the device is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..store import ExpertStore, empty_blocks
 
 
 def measure_link(store: ExpertStore, device: torch.device, readers: int, seconds: float = 0.5) -> float:
-    """Bytes per second that the runtime's own transfers reach from `store` to `device`, while nothing computes.
+    """Bytes per second from `store` to `device` with the runtime's own transfers, while nothing computes.
 
-    They copy for about `seconds`, through a few slots, experts from all over the store.
+    They copy for about `seconds`, through a few slots. The experts come from all parts of the store.
     """
     count = 4 * readers
     transfers = make_transfers(store, empty_blocks(count, store.format.bytes, device), readers)
@@ -27,7 +27,7 @@ def measure_link(store: ExpertStore, device: torch.device, readers: int, seconds
                 transfers.wait(slot)
                 transfers.computed(slot)
                 made += 1
-            if n == 2 * count:  # the first ones verify checksums and warm up
+            if n == 2 * count:  # the first ones warm up
                 begun, made = time.perf_counter(), 0
             if begun and time.perf_counter() - begun > seconds:
                 break

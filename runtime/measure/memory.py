@@ -1,4 +1,4 @@
-"""The most memory that was in use, of the host and of the device."""
+"""Peaks of memory use, on the host and on the device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peaks(device: torch.device) -> None:
-    """What `peaks` tells is counted from now on."""
+    """Begins the measurement that `peaks` returns."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     if _CLEAR.exists():
-        _CLEAR.write_text("5")  # sets the peak of the resident memory back to what it is now
+        _CLEAR.write_text("5")  # resets the peak of the resident memory to its present size
 
 
 def peaks(device: torch.device) -> tuple[int | None, int | None]:
-    """Most bytes of resident host memory (Linux) and of device memory since `reset_peaks`."""
+    """The peaks since `reset_peaks`, in bytes: of resident host memory (None where not on Linux) and of CUDA memory (or None)."""
     host = None
     if _STATUS.exists():
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))

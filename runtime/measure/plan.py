@@ -1,7 +1,8 @@
-"""What a model would take on some hardware: its shape from a config, the cost of each step, and the simulation over both."""
+"""Predicts how long a token takes on some hardware: from a model's shape, the cost of each step, and a simulation."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,60 +19,60 @@ from ..policy import Gating, Policy
 from ..settings import OffloadConfig, Slots
 from ..targets import sources_read
 from .routing import ReplayedRouting
-from .simulation import Costs, Simulated, nearest, simulate
+from .simulation import Costs, nearest, simulate
 
 KERNELS = {"layer": 30, "expert": 5, "speculation": 12, "rest": 10}
-"""Operations that are started one by one for each of these in a decode step, counted on Qwen3-MoE (a speculation: 9 without
-a predictor and 20 with one, of which a few of the first layers have one); they cost
-their `launch`: on CUDA wherever they are too small to cost more, on the CPU always, since it starts none while it computes."""
+"""How many operations each of these starts in a decode step, one by one, counted on Qwen3-MoE. A speculation starts 9 without
+a predictor and 20 with one, which only some layers have. On CUDA an operation costs its `launch` if it takes no longer by
+itself. On a CPU it always costs it, since a CPU does not start one operation while it computes another."""
 
 
 class PlanError(UserError):
-    """Hardware that a model can't be planned on; the message says why and what to do."""
+    """A model can't be planned on this hardware. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides its speed at batch size 1. Bytes are of weights."""
+    """The facts of a model that decide its speed at batch size 1. Bytes are bytes of weights."""
 
     layers: int
     """MoE layers."""
     places: tuple[int, ...]
-    """Their numbers among all layers."""
+    """The numbers of the MoE layers among all layers."""
     num_experts: int
     top_k: int
     expert_bytes: int
     layer_bytes: int
-    """Of an MoE layer without its routed experts, in the mean."""
+    """Mean bytes of an MoE layer without its routed experts."""
     rest_bytes: int
-    """Of all else that a token reads: dense layers, norm and head. An embedding is looked up, not read."""
+    """Everything else that a token reads: dense layers, norm and head. Of an embedding it reads one row, which does not count."""
     resident_bytes: int
-    """Of everything but the routed experts."""
+    """Everything but the routed experts."""
     router_bytes: int
-    """Of one layer's router, which a speculation reads again."""
+    """One layer's router, which a speculation reads again."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a device does. Bytes, bytes per second, and seconds."""
+    """The speeds of a device, in bytes per second and seconds."""
 
     memory_bandwidth: float
-    """Of the device's own memory: at batch size 1 a computation takes what reading its weights takes."""
+    """Bandwidth of the device's memory. At batch size 1 a computation takes as long as reading its weights."""
     link: float
-    """From where the experts are to the device."""
+    """Bandwidth from the store of the experts to the device."""
     latency: float = 10e-6
-    """Of one copy, beside its bytes."""
+    """Time of one copy in addition to its bytes."""
     launch: float = 10e-6
-    """Of one operation, from Python through torch to the device."""
+    """Time to start one operation, from Python through torch to the device."""
     is_cuda: bool = True
-    """Copies are enqueued on a stream and can't be taken back."""
+    """Whether copies are enqueued on a stream, and so can't be cancelled."""
 
 
 def read_shape(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Shape:
-    """The shape of a model of any mixture-of-experts type, from its config, without memory for its weights.
+    """The shape of a mixture-of-experts model, from its config. It needs no memory for the weights.
 
-    `dtype` is by default the config's own, or else bfloat16. Raises `UnsupportedModelError` for a model without experts
-    that are stacked in one module.
+    `dtype` is by default the config's own, or else bfloat16. Raises `UnsupportedModelError` for a model whose experts are not
+    stacked in one module.
     """
     model = skeleton(config).eval()
     dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
@@ -123,14 +124,13 @@ def read_shape(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Sh
 
 
 def _decoder(name: str) -> str:
-    """The decoder layer that something of this dotted name is in: the name up to its first number."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[: number + 1])
+    """The decoder layer that contains something of this dotted name: the name up to its first number, or an empty one."""
+    found = re.match(r"(.*?\.)?\d+(?=\.|$)", name)
+    return found[0] if found else ""
 
 
 def costs_of(shape: Shape, hardware: Hardware, predictor_bytes: int = 0) -> Costs:
-    """What each part of a decode step takes; `predictor_bytes` are those of one layer's predictor."""
+    """The costs of a decode step. `predictor_bytes` is the size of one layer's predictor."""
 
     def reading(size: int, kernels: int) -> float:
         read, started = size / hardware.memory_bandwidth, kernels * hardware.launch
@@ -142,15 +142,16 @@ def costs_of(shape: Shape, hardware: Hardware, predictor_bytes: int = 0) -> Cost
         copy=hardware.latency + shape.expert_bytes / hardware.link,
         rest=reading(shape.rest_bytes, KERNELS["rest"]),
         speculation=reading(shape.router_bytes + predictor_bytes, KERNELS["speculation"]),
-        # A block is read and written where the weights are read; beside the memory of a GPU, its link is nothing.
+        # On a CPU a copy reads and writes a block in the memory of the weights. A GPU's memory is so fast that its link
+        # does not matter.
         beside=0.0 if hardware.is_cuda else 2 * shape.expert_bytes / hardware.memory_bandwidth,
     )
 
 
 def slots_that_fit(shape: Shape, memory: int, reserve: int) -> int:
-    """How many experts fit a device beside all else and `reserve` bytes (activations, cache of keys and values).
+    """How many experts fit on a device beside all other weights and `reserve` bytes (activations, keys and values).
 
-    Raises `PlanError` where those of one layer don't.
+    Raises `PlanError` where not even one layer's top k fit.
     """
     slots = min((memory - shape.resident_bytes - reserve) // shape.expert_bytes, shape.layers * shape.num_experts)
     if slots < shape.top_k:
@@ -163,9 +164,9 @@ def slots_that_fit(shape: Shape, memory: int, reserve: int) -> int:
 
 
 def sources_of(shape: Shape, predictors: Predictors | None, horizon: int | None) -> dict[int, int | None]:
-    """The source of each MoE layer, both counted from 0, for `predictors` or a `horizon` without them.
+    """The source of each MoE layer, both counted from 0 among the MoE layers; see `sources_read`.
 
-    Raises `PlanError` where the predictors are of another shape, and what `sources_read` does.
+    Raises `PlanError` where the predictors belong to a model of another shape, and what `sources_read` raises.
     """
     shown = list(shape.places), shape.num_experts, shape.top_k
     own = None if predictors is None else predictors.model
@@ -188,9 +189,10 @@ def plan(
     is_cuda: bool = True,
     sources: Mapping[int, int | None] | None = None,
 ) -> list[dict[str, Any]]:
-    """A row of plain values for each policy and gating: what a token takes there, and what bounds it.
+    """One row of plain values for each policy and gating: how long a token takes, and what limits it.
 
-    `config` says the slots, candidates and eviction. Half of the steps of `routing` fill the slots and do not count. Raises `PlanError` for a routing of another model.
+    `config` gives the slots, candidates and eviction. The first half of the steps of `routing` fill the slots and do not count.
+    Raises `PlanError` for a routing of another model.
     """
     if routing.ids.shape[1:] != (shape.layers, shape.top_k):
         layers, top_k = routing.ids.shape[1:]
@@ -201,18 +203,12 @@ def plan(
     ways: list[tuple[Policy, Gating | None]] = [(Policy.ON_DEMAND, None), (Policy.PREFETCH, None)]
     ways += [(Policy.SPECULATIVE, gating) for gating in (Gating.TRUE, Gating.RESIDENT)]
     rows: list[dict[str, Any]] = []
-    first: Simulated | None = None
+    on_demand: float | None = None
     known = config.values_of(OffloadConfig)
     for policy, gating in ways:
-        result = simulate(
-            costs,
-            routing,
-            OffloadConfig(**known | {"policy": policy, "gating": gating or Gating.TRUE}),
-            sources=sources,
-            queue=is_cuda,
-            warmup=routing.steps // 2,
-        )
-        first = first or result
+        settled = OffloadConfig(**known | {"policy": policy, "gating": gating or Gating.TRUE})
+        result = simulate(costs, routing, settled, sources, is_cuda, warmup=routing.steps // 2)
+        on_demand = on_demand or result.seconds
         rows.append(
             {
                 "policy": str(policy),
@@ -225,7 +221,7 @@ def plan(
                 "copies_share": result.copying / result.seconds,
                 "bytes_per_token": result.copies * shape.expert_bytes,
                 "cache_hit_rate": result.cache_hit_rate,
-                "gain_over_on_demand": 1 - result.seconds / first.seconds,
+                "gain_over_on_demand": 1 - result.seconds / on_demand,
                 "bound": result.bound,
             }
         )

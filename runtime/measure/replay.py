@@ -1,4 +1,4 @@
-"""The routing of a recorded trace: what its routers decided, and what is speculated from its residuals."""
+"""Reads a routing from a trace: what the routers decided, and what is speculated from the recorded residuals."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .routing import ReplayedRouting, RoutingError
 def replay(
     trace: Any, steps: int, m: int, predictors: Predictors | str | Path | None, horizon: int | None = None
 ) -> ReplayedRouting:
-    """The longest run of consecutive tokens in a trace, `steps` at the most, with the `m` candidates for each of them.
+    """The routing of the longest run of consecutive tokens in a trace, at most `steps`, with `m` candidates for each layer.
 
-    `trace` is a `data_collection.trace.Trace`. Speculation reads what `predictors` were trained to read; without them it
-    is training-free, `horizon` layers ahead, by default 1. Raises `RoutingError` for a trace that lacks layers, or what is
-    to be read, and what `sources_read` does.
+    `trace` is a `data_collection.trace.Trace`. Speculation reads the layers that `predictors` were trained on. Without
+    predictors it is training-free, `horizon` (by default 1) layers ahead. Raises `RoutingError` for a trace that lacks layers
+    or inputs that are needed, and what `sources_read` raises.
     """
     if sorted(trace.sources) != trace.manifest.model.moe_layers:
         raise RoutingError(f"{trace.path} does not have all layers as targets; collect it with --layers all")
@@ -48,7 +48,7 @@ def replay(
 
 
 def _longest_run(trace: Any, shard: int) -> tuple[int, int]:
-    """First row and length of the longest run of consecutive tokens of one sequence in a shard."""
+    """The first row and the length of the longest run of consecutive tokens of one sequence in a shard."""
     sequence, position = (numbers.numpy() for numbers in trace.places(shard))
     breaks = np.flatnonzero((np.diff(sequence) != 0) | (np.diff(position) != 1)) + 1
     borders = np.array([0, *breaks, len(sequence)])

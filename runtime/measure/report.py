@@ -1,4 +1,4 @@
-"""The tables that a person reads of what `evaluate` measured."""
+"""The tables of `evaluate`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...predictors.metrics import gap_closed
 
 
 def print_hit_rates(console: Console, result: dict[str, Any]) -> None:
-    """Hit rates by target layer, of what `evaluate` returned."""
+    """Prints the hit rates by target layer from a result of `evaluate`."""
     table = Table("layer", "training-free", "predictor", "gap closed", "control", title="hit rate by target layer")
     for row in result["layers"]:
         before, after = row["training_free"], row["predictor"]
@@ -23,7 +23,7 @@ def print_hit_rates(console: Console, result: dict[str, Any]) -> None:
 
 
 def print_losses(console: Console, result: dict[str, Any], milliseconds: dict[str, float]) -> None:
-    """Cross-entropies, and beside them the time per token of those policies it was measured for."""
+    """Prints the cross-entropies, and beside them the milliseconds per token of the policies for which they are known."""
     title = f"cross-entropy over {result['tokens']:,} tokens, nats per token"
     timed = ["ms per token"] if milliseconds else []
     table = Table("policy / gating", "training-free", "with predictors", *timed, title=title)

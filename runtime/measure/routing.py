@@ -1,9 +1,8 @@
-"""A routing from elsewhere: drawn from statistics or replayed from a trace, and put in the place of a model's own.
+"""A routing that replaces a model's own: drawn from statistics, or replayed from a trace.
 
-A model with random weights soon decodes one token over and over and routes it the same way each time, so that its cache
-hits say nothing. Under `replaying` every decode step goes to the experts that the routing names, whatever the model would
-have chosen, and the speculation names the candidates of the routing; router, norm and predictor still run and cost
-what they cost.
+A model with random weights soon decodes the same token again and again, and routes it the same way each time. So its cache
+hits say nothing. Under `replaying`, every decode step executes the experts of the routing, and the speculation gives the
+candidates of the routing. Router, norm and predictor still run and take their time.
 """
 
 from __future__ import annotations
@@ -27,41 +26,41 @@ Numbers = NDArray[np.float64]
 
 
 class RoutingError(UserError):
-    """A routing that can't be drawn or does not fit the model; the message says why and what to do."""
+    """A routing can't be drawn, or does not fit the model. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a synthetic routing is drawn from; shares are between 0 and 1."""
+    """A synthetic routing is drawn from these. Shares are between 0 and 1."""
 
     kept: float
-    """Share of a layer's experts that the previous token used there too."""
+    """Share of a layer's experts that the previous token used in the same layer."""
     hit_rate: float
     """Share of the router's experts among the top k of the speculation."""
     skew: float = 0.0
-    """Exponent of Zipf's law of how popular a layer's experts are; 0 makes them equally popular."""
+    """How unequally popular a layer's experts are: the exponent of Zipf's law. With 0 they are equally popular."""
     beyond: float = 0.6
-    """Probability with which a candidate beyond the top k is an expert that the candidates before it missed."""
+    """Probability that a candidate beyond the top k is an expert that the candidates before it missed."""
 
 
 PRESETS = {
     "qwen3-30b-a3b": Statistics(kept=0.43, hit_rate=0.89),
     "moe-1b": Statistics(kept=0.38, hit_rate=0.93),
 }
-"""`qwen3-30b-a3b` is as others measured it. `beyond` is what raised the embedded model's recall@4 of .957 to recall@8 of
+"""`qwen3-30b-a3b` is what others measured. With this `beyond`, the embedded model's recall@4 of .957 becomes its recall@8 of
 .999."""
 
 
 @dataclass(frozen=True)
 class ReplayedRouting:
-    """What the routers decide and what is speculated, step by step. After the last step comes the first again."""
+    """What the routers decide and what is speculated, in each step. After the last step comes the first one again."""
 
     ids: Ids
-    """`[steps, layers, top_k]`: the experts, the router's first choice first. Layers are the MoE layers in their order."""
+    """`[steps, layers, top_k]`: the experts, the router's first choice first. Layers are the MoE layers, in the model's order."""
     candidates: Ids
-    """`[steps, layers, m]` with `m >= top_k`: the speculation's experts, its best guess first."""
+    """`[steps, layers, m]` with `m >= top_k`: the speculated experts, the best guess first."""
     source: dict[str, Any]
-    """Where it is from, as plain JSON values."""
+    """Where the routing comes from, as plain JSON values."""
 
     @property
     def steps(self) -> int:
@@ -90,13 +89,12 @@ def draw_routing(
     candidates: int | None = None,
     seed: int = 0,
 ) -> ReplayedRouting:
-    """Draws `steps` steps; `candidates` (by default `top_k`) are drawn for each layer.
+    """Draws `steps` steps, with `candidates` (by default `top_k`) for each layer.
 
-    How many experts are kept, and how many are guessed, is binomial, layer by layer and step by step. Which ones are
-    kept or missed does not depend on how popular they are; the others are drawn by popularity. Wrong guesses stand
-    behind the right ones.
+    For each layer and step, the number of kept experts is binomial, and so is the number of guessed ones. Which experts are
+    kept or missed does not depend on their popularity. The others are drawn by popularity. Wrong guesses come after right ones.
 
-    Raises `RoutingError` for statistics that so few experts can't have.
+    Raises `RoutingError` for statistics that are not possible with so few experts.
     """
     m = top_k if candidates is None else candidates
     _check(statistics, num_experts, top_k, m)
@@ -137,7 +135,7 @@ def _check(statistics: Statistics, num_experts: int, top_k: int, m: int) -> None
 
 
 def _least(num_experts: int, top_k: int) -> int:
-    """How many experts any two choices of `top_k` have in common."""
+    """How many experts any two choices of `top_k` have in common at least."""
     return max(0, 2 * top_k - num_experts)
 
 
@@ -147,20 +145,20 @@ def _ranked(popularity: Numbers, generator: np.random.Generator) -> Ids:
 
 
 def _binomial(generator: np.random.Generator, layers: int, top_k: int, share: float, num_experts: int) -> Ids:
-    """For each layer a number of experts whose mean is `share * top_k`."""
+    """A number of experts for each layer, `[layers]`, with the mean `share * top_k`."""
     least = _least(num_experts, top_k)
     probability = (share * top_k - least) / (top_k - least) if top_k > least else 1.0
     return least + generator.binomial(top_k - least, min(max(probability, 0.0), 1.0), layers)
 
 
 def _without(ranked: Ids, taken: Ids) -> Ids:
-    """`ranked` `[layers, experts]` without those `taken` `[layers, k]`, the order kept."""
+    """`ranked` `[layers, experts]` without `taken` `[layers, k]`, in the same order."""
     free = ~(ranked[:, :, None] == taken[:, None, :]).any(-1)
     return ranked[free].reshape(len(ranked), -1)
 
 
 def _joined(first: Ids, then: Ids, number: Ids, length: int) -> Ids:
-    """By row, `number` of `first` and after them those of `then`, `length` in all."""
+    """For each row the first `number` of `first`, then those of `then`: `length` in all."""
     if then.shape[1] == 0:  # every expert is in `first`
         return first[:, :length]
     columns = np.arange(length)[None, :]
@@ -171,12 +169,12 @@ def _joined(first: Ids, then: Ids, number: Ids, length: int) -> Ids:
 
 
 def _candidates(ids: Ids, wrong: Ids, hits: Ids, found: NDArray[np.bool_]) -> Ids:
-    """By row, `hits` of `ids`, wrong ones up to the top k, and then a missed one wherever `found` says so."""
+    """For each row `hits` of `ids`, then wrong ones up to the top k. Beyond it come missed ones where `found`, else wrong ones."""
     layers, top_k = ids.shape
     guesses = [_joined(ids, wrong, hits, top_k)]
     right, used = hits.copy(), top_k - hits
     for column in found.T:
-        # With every wrong expert used up only missed ones are left, and the other way round.
+        # When all wrong experts are used, only missed ones are left, and the other way round.
         take = (column | (used >= wrong.shape[1])) & (right < top_k)
         missed = ids[np.arange(layers), np.minimum(right, top_k - 1)]
         other = wrong[np.arange(layers), np.minimum(used, wrong.shape[1] - 1)] if wrong.shape[1] else missed
@@ -186,31 +184,25 @@ def _candidates(ids: Ids, wrong: Ids, hits: Ids, found: NDArray[np.bool_]) -> Id
 
 
 class Replayed:
-    """A routing and the step of it that a model is at."""
+    """A routing, and the step of it at which a model is."""
 
     def __init__(self, layers: list[MoELayer], routing: ReplayedRouting, device: torch.device):
         self.step = -1
         """Of the routing; -1 in a prompt."""
-        number = {layer.index: place for place, layer in enumerate(layers)}
-        values = _ranks(routing, layers[0].num_experts).to(device).unsqueeze(2)
         candidates = torch.from_numpy(routing.candidates).to(device).unsqueeze(2)
-        self._ranks = {index: values[:, place].unbind() for index, place in number.items()}
-        self._candidates = {index: candidates[:, place].unbind() for index, place in number.items()}
+        ranks = _ranks(routing, layers[0].num_experts).to(device).unsqueeze(2)
+        self._steps = {
+            layer.index: list(zip(candidates[:, place].unbind(), ranks[:, place].unbind(), strict=True))
+            for place, layer in enumerate(layers)
+        }
 
-    def candidates(self, target: int, guessed: torch.Tensor) -> torch.Tensor:
-        """What takes the place of the candidates `[tokens, m]` that were guessed for a layer."""
-        if self.step < 0 or len(guessed) != 1:
-            return guessed
-        steps = self._candidates[target]
-        return steps[self.step % len(steps)][:, : guessed.shape[1]]
-
-    def ranks(self, target: int, tokens: int) -> torch.Tensor | None:
-        """What a layer's router is to choose by, `[tokens, experts]`, in place of its logits; None where it chooses itself."""
-        steps = self._ranks[target]
+    def now(self, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A layer's candidates `[1, m]` and the values `[1, experts]` that its router is to choose by; None in a prompt."""
+        steps = self._steps[layer]
         return None if self.step < 0 or tokens != 1 else steps[self.step % len(steps)]
 
     def guesser(self, target: int, guesser: Guesser) -> Guesser:
-        """For `ExpertOffload.guess_by`: the layer's own guesser guesses, and the routing's candidates are what it says."""
+        """For `ExpertOffload.guess_by`: the layer's own guesser still runs, but the candidates are those of the routing."""
         return _ReplayedGuesser(self, target, guesser)
 
 
@@ -221,31 +213,30 @@ class _ReplayedGuesser:
 
     def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:
         found, speculation = self._guesser.guess(residual, source, inner)
-        chosen = self._replayed.candidates(self._target, found)
+        now = self._replayed.now(self._target, len(found))
+        chosen = found if now is None else now[0][:, : found.shape[1]]
         return Guess(chosen, speculation and speculation._replace(ids=chosen[:, : speculation.ids.shape[-1]]))
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
-        replayed = self._replayed.ranks(self._target, len(logits))
-        return logits if replayed is None else replayed
+        now = self._replayed.now(self._target, len(logits))
+        return logits if now is None else now[1]
 
 
 @contextmanager
 def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Replayed]:
-    """Puts `routing` into the model of `layers` for the length of a `with`, which offloading must lie within.
+    """Replaces the routing of the model of `layers` by `routing`, for the length of a `with`. Offload the model inside it.
 
-    A forward pass over one token is the next step of the routing. One over more is a prompt: it is routed by the model,
-    and the step after it is the first of the routing again. Weights are those of the model's router. What is yielded is
-    for `ExpertOffload.guess_by(replayed.guesser)`, which has the routing's candidates guessed.
+    A forward pass over one token is the next step of the routing. A pass over more tokens is a prompt: the model routes it,
+    and the step after it is the first of the routing again. Weights are those of the model's router. Give the yielded value's
+    `guesser` to `ExpertOffload.guess_by`, so that the routing's candidates are guessed.
 
-    Raises `RoutingError` where the routing is one of another shape.
+    Raises `RoutingError` where the routing has another shape than the model.
     """
-    first = layers[0]
-    shape = len(layers), first.top_k
-    if routing.ids.shape[1:] != shape or int(max(routing.ids.max(), routing.candidates.max())) >= first.num_experts:
+    first, most = layers[0], max(routing.ids.max(), routing.candidates.max())
+    if routing.ids.shape[1:] != (len(layers), first.top_k) or most >= first.num_experts:
         raise RoutingError(
-            f"the routing has {routing.ids.shape[1]} layers, top {routing.ids.shape[2]}, and experts up to "
-            f"{max(routing.ids.max(), routing.candidates.max())}, but the model has {len(layers)} layers, top "
-            f"{first.top_k}, and {first.num_experts} experts; give a routing of this model"
+            f"the routing has {routing.ids.shape[1]} layers, top {routing.ids.shape[2]}, and experts up to {most}, but the "
+            f"model has {len(layers)} layers, top {first.top_k}, and {first.num_experts} experts; give a routing of this model"
         )
     replayed = Replayed(layers, routing, next(first.router.parameters()).device)
     with ExitStack() as stack:
@@ -254,37 +245,36 @@ def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Repl
             is_decoding = first_tensor((*args, *kwargs.values())).numel() == first.hidden_size
             replayed.step = replayed.step + 1 if is_decoding else -1
 
-        # The speculation for the first layer is made when its decoder layer is entered, and the step begins before it.
-        handle = first.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
-        stack.callback(handle.remove)
+        # The first layer is guessed by a hook on the same decoder layer. The step must begin before that.
+        stack.callback(first.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
         for layer in layers:
             _attach(stack, layer, replayed)
         yield replayed
 
 
 def _attach(stack: ExitStack, layer: MoELayer, replayed: Replayed) -> None:
-    """Overrides one router."""
+    """Has the routing decide for one router."""
 
     def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Routing:
         logits, weights, ids = original(x, *args, **kwargs)
-        values = replayed.ranks(layer.index, x.numel() // layer.hidden_size)
-        if values is None:
+        now = replayed.now(layer.index, x.numel() // layer.hidden_size)
+        if now is None:
             return Routing(logits, weights, ids)
-        # Chosen by topk, as a router chooses: a policy that restricts the router's choice restricts this one too.
-        chosen = torch.topk(values, layer.top_k, dim=-1).indices
-        return Routing(values.view_as(logits), weights, chosen.to(ids.dtype).view_as(ids))
+        # By topk, as a router chooses, so that a policy which restricts the router restricts this choice too.
+        chosen = torch.topk(now[1], layer.top_k, dim=-1).indices
+        return Routing(now[1].view_as(logits), weights, chosen.to(ids.dtype).view_as(ids))
 
     original = stack.enter_context(override_forward(layer.router, route))
 
 
 def _ranks(routing: ReplayedRouting, num_experts: int) -> torch.Tensor:
-    """Values `[steps, layers, experts]` by which a topk gives the ids, and then the candidates behind them.
+    """Values `[steps, layers, experts]`, float32. Their largest are the ids, in order, and then the other candidates.
 
-    They are small integers, which are exact in every dtype, and fall by one from expert to expert.
+    They are small integers, which are exact in every dtype.
     """
     values = np.zeros((*routing.ids.shape[:2], num_experts), dtype=np.float32)
     base = 0
-    for part in (routing.candidates, routing.ids):  # an expert of both keeps what the ids give it
+    for part in (routing.candidates, routing.ids):  # an expert of both gets its value from the ids
         falling = base + np.arange(part.shape[-1], 0, -1, dtype=np.float32)
         np.put_along_axis(values, part, np.broadcast_to(falling, part.shape), axis=-1)
         base += part.shape[-1]

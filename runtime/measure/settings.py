@@ -1,4 +1,4 @@
-"""The settings of `evaluate`, `bench` and `plan`. No torch is imported here: the command line's help needs none of it."""
+"""The settings of `evaluate`, `bench` and `plan`. The help of the command line imports this, so it does not import torch."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ class Evaluating(Offloading):
     """How `evaluate` offloads a model."""
 
     candidates: Candidates | None = None
-    """Of gating `resident`: a number, or `auto`, which takes for each layer as many as its recall in the predictors says are
-    worth it; by default the top k + 2."""
+    """Candidates under gating `resident`: a number, or `auto`, which takes for each layer as many as the predictors' recall
+    justifies; by default the top k + 2."""
     speculated_tokens: Whole = 10**12
-    """A forward pass over more tokens than this is a prompt, which is executed exactly; by default every token is
-    speculated, as if it were being decoded."""
+    """A forward pass over more tokens than this is a prompt and is executed exactly. By default every token is speculated, as
+    in decoding."""
 
 
 class Measuring(Offloading):
     """How `bench` measures a model."""
 
     policies: str = "resident,on_demand,prefetch,speculative"
-    """Ways to run it: of resident, on_demand, prefetch, auto, speculative (or speculative/true ...), accelerate."""
+    """Ways to run the model: some of resident, on_demand, prefetch, auto, speculative (or speculative/true ...), accelerate."""
     tokens: Count = 64
-    """Tokens that are counted in each round."""
+    """Tokens that are measured in each round."""
     warmup: Whole = 8
-    """Tokens before them."""
+    """Tokens before the measured ones."""
     rounds: Count = 3
-    """How often each way has its turn."""
+    """How often each way is measured."""
     timeline: Output | None = None
-    """Writes a trace of a few more tokens of each policy, for Perfetto, to this .json file; on CUDA there is one a policy, with
-    its name in the file's."""
+    """Writes a timeline of a few more tokens of each policy to this .json file, for Perfetto. On CUDA each policy has its own
+    file, with the policy in its name."""
 
 
 class Drawn(Settings):
-    """A routing that is drawn."""
+    """How a synthetic routing is drawn."""
 
     preset: str = "qwen3-30b-a3b"
     """Statistics of a synthetic routing: qwen3-30b-a3b (0.43 kept, hit rate 0.89) or moe-1b."""
     kept: float | None = None
-    """Share of experts kept from the previous token, over the preset's."""
+    """Share of experts that a token keeps from the previous one, in the place of the preset's."""
     hit_rate: float | None = None
-    """Hit rate of the speculation, over the preset's."""
+    """Hit rate of the speculation, in the place of the preset's."""
     skew: float | None = None
-    """Zipf exponent of how popular experts are, over the preset's, which is 0."""
+    """How unequally popular experts are: a Zipf exponent, in the place of the preset's, which is 0."""
 
 
 class BenchConfig(Made, Predicted, Measuring, Loading, Drawn, Figures):
     """Settings of `bench`."""
 
     routing: str | None = None
-    """`model` (its own), `synthetic`, or the folder of a trace to replay; by default the model's own, and synthetic with
-    random weights."""
+    """`model` (the model's own), `synthetic`, or the folder of a trace to replay; by default `model`, or `synthetic` with random
+    weights."""
     prompt: str = PROMPT
-    """Text to go on from; a model that is made up has random tokens."""
+    """Text to continue. A model with random weights gets random tokens instead."""
     plot: Picture | None = None
-    """Draws the times to this .png, .pdf or .svg."""
+    """Draws the times into this .png, .pdf or .svg file."""
 
 
 class PlanConfig(Predicted, Slots, Drawn, Figures):
@@ -72,28 +72,28 @@ class PlanConfig(Predicted, Slots, Drawn, Figures):
     model: Name
     """Config (.json file, folder or Hub name) of a mixture-of-experts model."""
     device_memory: Bytes
-    """Of the device, like `24GiB`."""
+    """Memory of the device, like `24GiB`."""
     link: Rate
-    """From host memory (or the file) to the device, like `25GB/s`."""
+    """Bandwidth from host memory (or the file) to the device, like `25GB/s`."""
     memory_bandwidth: Rate
-    """Of the device's own memory, like `768GB/s`."""
+    """Bandwidth of the device's own memory, like `768GB/s`."""
     reserve: Bytes = 1 << 30
-    """Device memory for activations and the keys and values."""
+    """Device memory to leave for activations and for keys and values."""
     launch: float = Field(10.0, ge=0)
     """Microseconds that starting one operation takes."""
     latency: float = Field(10.0, ge=0)
-    """Microseconds of one copy beside its bytes."""
+    """Microseconds that one copy takes in addition to its bytes."""
     slots: Count | None = None
     """Experts on the device at a time, over all layers, from the top k up; by default as many as fit."""
     candidates: Count | None = None
-    """Experts fetched for each speculated token; by default the top k, and 2 more under gating `resident`."""
+    """Experts to fetch for each speculated token; by default the top k, and 2 more under gating `resident`."""
     routing: str = "synthetic"
     """`synthetic`, or the folder of a trace to replay."""
     tokens: Count = 100
-    """Tokens that count, behind as many that fill the slots."""
+    """Tokens that count. As many tokens before them fill the slots."""
     cuda: bool = True
     """Whether copies go through a CUDA stream, or threads read them."""
     seed: int = 0
-    """Of whatever is drawn."""
+    """Seed of everything that is drawn."""
     dtype: Dtype = "auto"
     """`auto` (the config's own), `float32`, `bfloat16` or `float16`."""

@@ -1,9 +1,9 @@
-"""A decode step after another as the runtime would run it, with times in the place of work: what `plan` tells.
+"""Simulates decode steps of the runtime, with times in the place of work. `plan` shows the result.
 
-Computing and copying are two machines beside each other. Computing goes through the layers in order and waits for an
-expert that is not there; copying does one expert at a time, first what a layer demands and then what is guessed. A reader
-that has taken a copy up goes through with it, though another may be on the link before it. Which copies begin, and who makes
-room for them, is decided by the runtime's own `Schedule`.
+Computing and copying run beside each other. Computing goes through the layers in order, and waits for experts that are not
+there. Copying takes one expert at a time: first those that a layer needs, then the guesses. A reader that has taken a copy
+finishes it, even if it has to wait for the link. The runtime's own `Schedule` decides which copies begin, and which experts
+make room for them.
 
     computing   attention l | router l | speculate t | experts l (present first) | attention t ...
     copying                            | misses of l | candidates of t that have no slot
@@ -27,25 +27,25 @@ from .routing import ReplayedRouting
 
 @dataclass(frozen=True)
 class Costs:
-    """What the work of a decode step takes, in seconds."""
+    """How long the parts of a decode step take, in seconds."""
 
     layer: float
-    """All of an MoE layer but its routed experts: attention, norms, router, a shared expert, and dense layers about it."""
+    """An MoE layer without its routed experts: attention, norms, router and shared expert."""
     expert: float
     """One routed expert."""
     copy: float
-    """One expert on its way to the device, while the link does nothing else."""
+    """The copy of one expert to the device, while the link does nothing else."""
     rest: float = 0.0
-    """Once a token: embedding, head, sampling, dense layers."""
+    """Once for each token: embedding, head, sampling, dense layers."""
     speculation: float = 0.0
-    """One layer's speculation: norm, predictor and router."""
+    """The speculation for one layer: norm, predictor and router."""
     beside: float = 0.0
-    """What one copy takes from what is computed while it is made, where both go through the same memory."""
+    """How much one copy delays the computation beside it, where both use the same memory."""
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What a token costs in the mean. Seconds, bytes and counts are per token."""
+    """The mean costs of a token. Seconds and counts are per token."""
 
     seconds: float
     computing: float
@@ -59,16 +59,16 @@ class Simulated:
     cancelled: float
     """Guesses that proved wrong before their copy began."""
     cache_hit_rate: float
-    """Share of the executed experts that were on the device, or on their way, when their layer came to execute them."""
+    """Share of the executed experts that were on the device or on their way to it when their layer was entered."""
 
     @property
     def limit(self) -> float:
-        """Seconds that these copies and this computation take at least."""
+        """The least seconds for these copies and this computation."""
         return max(self.computing, self.copying)
 
     @property
     def bound(self) -> str:
-        """What keeps a token from being faster: `link`, `compute`, or `waiting`, where each waits for the other."""
+        """What limits the speed: `link`, `compute`, or `waiting`, where each waits for the other."""
         if self.copying >= 0.95 * self.seconds and self.copying >= self.computing:
             return "link"
         return "compute" if self.computing >= 0.95 * self.seconds else "waiting"
@@ -112,15 +112,15 @@ def simulate(
 
 
 def nearest(places: Sequence[int]) -> dict[int, int | None]:
-    """The nearest source of each MoE layer, which are the model's layers `places`: the layer before, if it is one of them.
+    """The nearest source of each MoE layer (see `predictors.architecture.sources`): the layer before, if it is an MoE layer.
 
-    See `predictors.architecture.sources`.
+    `places` are the numbers of the MoE layers among all layers.
     """
     return {place: place - 1 if place - 1 in places else None for place in places}
 
 
 class _Clock:
-    """How late it is in the simulated run, in seconds, and what the time went into."""
+    """The time of the simulated run, in seconds, and what it was spent on."""
 
     def __init__(self) -> None:
         self.now = self.computing = self.stalled = 0.0
@@ -135,25 +135,27 @@ class _Clock:
 
 
 class _Link:
-    """The `Copies` of a simulated link. One copy at a time: the urgent before the others, and else in order of their asking.
+    """The `Copies` of a simulated link. It makes one copy at a time: urgent ones first, and else in the order of asking.
 
-    Each of `readers` takes up one copy, which then can't be overtaken or taken back, and waits for the link with it. As a
-    `queue` it is a CUDA stream: copies go in the order of their asking, and none can be taken back.
+    Each of the `readers` takes one copy and waits for the link with it. A copy that is taken can't be cancelled or overtaken.
+    With `queue` the link is a CUDA stream: copies are made in the order of asking, and none can be cancelled.
     """
 
     def __init__(self, clock: _Clock, seconds: float, queue: bool, readers: int):
         self.clock, self.seconds, self.queue = clock, seconds, queue
         self.busy = 0.0
         self.made = 0
-        self._ends = deque([0.0] * readers, readers)  # of the copies that were taken up last
+        self._ends = deque([0.0] * readers, readers)  # of the copies that were taken last
         self._order = itertools.count()
-        self._heap: list[tuple[bool, int, int, int]] = []  # whether it can wait, its order, number of the asking, slot
+        self._heap: list[
+            tuple[bool, int, int, int]
+        ] = []  # whether it is not urgent, its place in the order, number of the asking, slot
         self._asked: dict[int, tuple[int, float]] = {}  # by slot: number and time of those that have not begun
-        self._over: dict[int, float] = {}  # by slot: when the copy that was taken up last is over
+        self._over: dict[int, float] = {}  # by slot: when the copy that was taken last is over
 
     def start(self, slot: int, key: Key, urgent: bool) -> None:  # noqa: ARG002
         if not self.cancel(slot):
-            self.wait(slot)  # what is on its way must have left the slot
+            self.wait(slot)  # the copy before must be over
         self._over.pop(slot, None)
         order = next(self._order)
         self._asked[slot] = order, self.clock.now
@@ -173,15 +175,15 @@ class _Link:
         return slot in self._asked or self._over.get(slot, 0.0) > self.clock.now
 
     def wait(self, slot: int) -> None:
-        while slot in self._asked:  # nothing is asked for in the meantime, since who asks waits
+        while slot in self._asked:  # nothing else is asked for meanwhile, since the asking side waits here
             self._begin_next()
         self.clock.stall(self._over.get(slot, 0.0))
 
     def abandon(self) -> None:
-        raise AssertionError("no simulated forward pass breaks off")
+        raise AssertionError("a simulated forward pass never breaks off")
 
     def busy_before(self, now: float) -> float:
-        """Seconds that the link was busy before `now`, until when nothing more is asked for."""
+        """Seconds that the link is busy before `now`, if nothing more is asked for until then."""
         self._begin_until(now)
         return self.busy - max(0.0, self._ends[-1] - now)
 
@@ -207,7 +209,7 @@ class _Link:
 
 
 class _Run:
-    """The runtime's steps (`runtime.control`, `runtime.host.slots`), with a clock in the place of tensors."""
+    """The steps of the runtime (`runtime.control`, `runtime.host.slots`), with a clock in the place of tensors."""
 
     def __init__(self, costs: Costs, config: OffloadConfig, sources: Mapping[int, int | None], queue: bool):
         assert config.slots is not None
@@ -232,11 +234,11 @@ class _Run:
         self.clock.compute(seconds)
 
     def token(self, ids: list[list[int]], guesses: list[list[int]]) -> None:
-        """One decode step: `ids` and `guesses` by layer."""
+        """One decode step. `ids` and `guesses` are lists by layer."""
         speculates = self.policy is not Policy.ON_DEMAND
         self.schedule.begin_pass()
         for layer, targets in enumerate(self.targets):
-            if speculates and layer in self.without_source:  # it overlaps its attention only
+            if speculates and layer in self.without_source:  # its copies overlap its own attention only
                 self.compute(self.costs.speculation)
                 self.announce([layer], guesses)
             self.compute(self.costs.layer)
