@@ -1,8 +1,8 @@
-"""Policy `auto`: prefetching where it pays, and only there, found out by trying.
+"""Policy `auto`: it tries whether prefetching is faster, and prefetches only then.
 
-Whether it pays depends on the link, on how long a layer computes, on how many guesses are right and on what the slots hold
-already; others saw it lose where the link is busy all the time. All of that is in the time that a token takes, and
-`on_demand` and `prefetch` give the same tokens, so the first tokens are run under each of them by turns.
+This depends on the link, on how long a layer computes, on how many guesses are right and on what the slots hold already.
+The time of a token includes all of that. `on_demand` and `prefetch` give the same tokens, so the first tokens are run under
+both of them in turn.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import statistics
 
 AUTO = "auto"
 BLOCK = 4
-"""Tokens that are run under one policy before the other has its turn; the first of them is not counted."""
+"""Tokens of a turn. The first of them does not count."""
 BLOCKS = 9
-"""Turns of a trial, of both together. The first is not counted: what follows a prompt waits for most of its experts."""
+"""Turns of a trial, of both policies together. The first does not count: after a prompt most experts are missing."""
 TRIED_AGAIN_AFTER = 2048
-"""Tokens until the next trial: the text, and with it the routing, may have changed."""
+"""Tokens until the next trial, since the text and with it the routing may have changed."""
 CLOSE, CLOSE_TRIED_AGAIN_AFTER = 0.1, 256
-"""Where the two are closer than this share, chance may have picked, and the next trial comes so many tokens later."""
+"""Where the times differ by less than this share, the choice may be chance. Then the next trial comes so many tokens later."""
 
 
 class Trial:
-    """Which of the two policies the next decoded tokens are run under, from the times of those before."""
+    """Chooses the policy of the next decoded tokens, from the times of those before."""
 
     def __init__(self) -> None:
         self.prefetches = True
@@ -34,13 +34,13 @@ class Trial:
         return self._token >= BLOCK * BLOCKS
 
     def took(self, seconds: float) -> None:
-        """Takes note of how long the forward pass over a decoded token took."""
+        """Notes how long the forward pass over a decoded token took."""
         if not self.is_over and self._token > BLOCK and self._token % BLOCK:
             self._times[self.prefetches].append(seconds)
         self._token += 1
         if not self.is_over:
             turn = self._token // BLOCK
-            if turn:  # there and back, so that what drifts meets both alike
+            if turn:  # in the order 1 2 2 1 1 2 2 1, so that a steady change of speed favours neither
                 self.prefetches = turn % 4 in (2, 3)
         elif self._token == BLOCK * BLOCKS:
             demand, prefetch = (statistics.median(self._times[kind]) for kind in (False, True))

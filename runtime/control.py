@@ -1,7 +1,7 @@
-"""The hooks that guess ahead on a running model, and have its layers execute what the policy decides.
+"""The hooks that guess experts ahead on a running model, and have its layers execute what the policy decides.
 
-At source layer l the router has just decided, and the residual is known. From these the experts of each target layer t are
-guessed, and whoever copies them is told. When router t is called, `runtime.gating` decides what it returns to the model.
+When the router of source layer l has decided, the residual is known. From both, the experts of each target layer t are guessed
+and announced. When the router of t is called, `runtime.gating` decides what the router returns to the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COUNTED_AT_ONCE = 256
 
 
 class HitCount:
-    """How many of a router's own choices were among the candidates."""
+    """Counts how many of a router's own choices were among the candidates."""
 
     def __init__(self, top_k: int):
         self._top_k = top_k
@@ -37,8 +37,8 @@ class HitCount:
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def add(self, chosen: torch.Tensor, own: torch.Tensor) -> None:
-        """Counts the candidates `[tokens, m]` against ids `[tokens, top_k]`, or logits of which the largest are meant."""
-        # Compared by the hundred: one token at a time it would cost as much as a router.
+        """Counts candidates `[tokens, m]` against the choice: ids `[tokens, top_k]`, or logits `[tokens, experts]`."""
+        # Many tokens are compared at once: one by one this would cost as much as a router.
         self._waiting.append((chosen, own))
         if len(self._waiting) >= COUNTED_AT_ONCE:
             self._settle()
@@ -59,7 +59,7 @@ class HitCount:
 
 
 class LayerControl:
-    """One MoE layer under control: what was guessed for it, and what the guesses that are made at it read."""
+    """One MoE layer under control: the guess for it as a target, and the residual for guesses that it is the source of."""
 
     def __init__(self, target: Target, guesser: Guesser):
         self.target, self.guesser = target, guesser
@@ -67,22 +67,22 @@ class LayerControl:
         """The layers whose source it is, the nearest first."""
         self.count = HitCount(target.layer.top_k)
         self.guess: Guess | None = None
-        """What was guessed for it in this forward pass, until its router is called."""
+        """The guess for it in this forward pass, until its router is called."""
         self.known = False
-        """Of its last decision: see `engine.Decision`."""
+        """`known` of its last decision; see `engine.Decision`."""
         self.is_guessing = False
-        """While it is, a call of its router is the speculation's."""
+        """Whether its guess is being made. Meanwhile it is the speculation that calls its router."""
         self._stream = torch.empty(0)
         self._beside = [torch.empty(0) for _ in target.layer.join.beside]
         self._shared: torch.Tensor | None = None
 
     def forget(self) -> None:
-        """Forgets the counts, and what a forward pass that broke off has left."""
+        """Forgets the counts, and what is left of a forward pass that broke off."""
         self.count.clear()
         self.guess, self._shared = None, None
 
     def watch_residual(self, attached: ExitStack) -> None:
-        """Keeps what the residual is made of, for `residual`."""
+        """Hooks the parts of the residual and keeps them for `residual`."""
         layer = self.target.layer
 
         def keep_stream(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,8 +97,8 @@ class LayerControl:
 
             attached.callback(module.register_forward_hook(keep_beside).remove)
         if layer.join.shared is not None:
-            # The shared expert belongs to the residual. It is asked for twice, by its block and by the guess, in either
-            # order: the first computes it, the second takes what was kept.
+            # The shared expert belongs to the residual. Its block and the guess both call it, in either order. The first call
+            # computes the output and keeps it, the second takes it.
             def shared(x: torch.Tensor) -> torch.Tensor:
                 kept, self._shared = self._shared, None
                 if kept is None:
@@ -108,17 +108,17 @@ class LayerControl:
             original = attached.enter_context(override_forward(layer.join.shared, shared))
 
     def residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The residual of this pass, and `inner`, for `x` `[tokens, hidden]` that the router reads; see `Join.residual`."""
+        """The residual of this pass and `inner`, from the router's input `x` `[tokens, hidden]`; see `Join.residual`."""
         join = self.target.layer.join
         return join.residual(self._stream, x, self._beside, join.shared_term(x))
 
 
 class RoutingControl:
-    """Guesses for every MoE layer of a model, and carries out a policy, until it is detached.
+    """Guesses for every MoE layer of a model and applies a policy, until it is detached.
 
-    It copies nothing itself: `fetch(target, candidates [tokens, m])` is called as soon as the candidates of a target layer
-    are known, and `resident(target)` names the experts that are on the device besides them. A forward pass over more than
-    `max_tokens` tokens is neither guessed nor restricted.
+    It copies nothing itself. It calls `fetch(target, candidates [tokens, m])` as soon as the candidates of a target layer are
+    known. `resident(target)` returns the other experts that are on the device. In a forward pass over more than `max_tokens`
+    tokens nothing is guessed, and the routers decide alone.
     """
 
     def __init__(
@@ -132,19 +132,18 @@ class RoutingControl:
         resident: Callable[[Target], list[int]] = lambda _: [],
     ):
         self.is_on = True
-        """While it is off, a forward pass that begins is executed as `on_demand` would."""
+        """While it is off, new forward passes are executed as under `on_demand`."""
         self.observer: Observer | None = None
         self._decide = decider(policy, gating)
         self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
         self._attached = ExitStack()
         self.layers: list[LayerControl] = []
-        """In the model's order; none where nothing is guessed."""
+        """In the model's order. Empty where nothing is guessed."""
         if self._decide is None:
             return
         weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
         for target in targets:
-            guesser = make_guesser(speculators[target.layer.index], target, weighs)
-            self.layers.append(LayerControl(target, guesser))
+            self.layers.append(LayerControl(target, make_guesser(speculators[target.layer.index], target, weighs)))
         by_index = {layer.target.layer.index: layer for layer in self.layers}
         for layer in self.layers:
             if layer.target.source is not None:
@@ -157,25 +156,25 @@ class RoutingControl:
             self._attach_router(layer)
 
     def detach(self) -> None:
-        """Takes every hook away; the model is as it was."""
+        """Removes all hooks. The model is then as it was."""
         self._attached.close()
-        # The hooks and this object name one another, and what waits for the garbage collector fills memory meanwhile.
+        # The hooks and this object refer to each other. Until they are collected, the guessers' weights would stay in memory.
         for layer in self.layers:
             del layer.guesser
 
     def hit_rates(self) -> dict[int, float]:
-        """Recall of the candidates against the router's own choice since the last `reset`, by the model's number of the layer."""
+        """Recall of the candidates against the router's own choice since the last `reset`, by the model's number of each layer."""
         found = {layer.target.layer.index: layer.count for layer in self.layers}
         return {index: count.hits / count.seen for index, count in found.items() if count.hits or count.seen}
 
     def hit_rate(self) -> float | None:
-        """The same over all layers; None where nothing was guessed."""
+        """The same over all layers. None where nothing was guessed."""
         hits = sum(layer.count.hits for layer in self.layers)
         seen = sum(layer.count.seen for layer in self.layers)
         return hits / seen if seen else None
 
     def reset(self) -> None:
-        """Forgets the counts, and whatever a forward pass that broke off has left."""
+        """Forgets the counts, and what is left of a forward pass that broke off."""
         for layer in self.layers:
             layer.forget()
 
@@ -197,7 +196,7 @@ class RoutingControl:
         original = self._attached.enter_context(override_forward(layer.target.layer.router, route))
 
     def _attach_entry(self, layer: LayerControl) -> None:
-        """Has a layer without a source guessed from its own input."""
+        """Guesses a layer without a source from its own input."""
 
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if layer is self.layers[0]:
@@ -216,11 +215,7 @@ class RoutingControl:
         return self.is_on and (self._max_tokens is None or tokens <= self._max_tokens)
 
     def _guess(
-        self,
-        targets: list[LayerControl],
-        residual: torch.Tensor,
-        source: Routing | None,
-        inner: torch.Tensor | None,
+        self, targets: list[LayerControl], residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None
     ) -> None:
         for target in targets:
             begun = time.perf_counter()

@@ -1,7 +1,6 @@
-"""What an engine is: it executes experts over slots, and copies into these what was announced or is missing.
+"""The interface of an engine: it executes experts in slots, and copies experts into slots.
 
-Engines carry out what the policy decided and decide nothing of it themselves. `runtime.host` is the one whose bookkeeping the
-host does.
+The policy decides what is executed, and the engine does it. `runtime.host` is the engine in which the host decides what to copy.
 """
 
 from __future__ import annotations
@@ -16,66 +15,66 @@ from .observer import Observer
 
 
 class Decision(NamedTuple):
-    """What a layer executes: all that passes from the policy to the engine."""
+    """What a layer is to execute. Nothing else passes from the policy to the engine."""
 
     ids: torch.Tensor
     """`[tokens, top_k]`, int64."""
     weights: torch.Tensor
     """`[tokens, top_k]`."""
     known: bool
-    """The ids are the first of the candidates that were announced for the layer, in their order: nobody waits for them."""
+    """Whether the ids are the first of the candidates that were announced for the layer, in order. The host knows them then."""
 
 
 @dataclass
 class Counters:
-    """What the runtime has done since it was attached or `reset`."""
+    """What the runtime has done since it was attached or reset."""
 
     hits: int = 0
-    """Experts that were on the device, or on their way to it, when a layer came to execute them."""
+    """Executed experts that were on the device or on their way to it when their layer was entered."""
     misses: int = 0
-    """Experts that a layer had to wait for from the start of their copy."""
+    """Executed experts whose copy began only when their layer was entered."""
     copies: int = 0
     """Experts copied to the device, needed or not."""
     cancelled: int = 0
-    """Copies of guesses that proved wrong before they began; they count to no other field."""
+    """Copies of wrong guesses that were cancelled before they began. No other field counts them."""
     bytes_copied: int = 0
     tokens: int = 0
     """Tokens that passed through the model."""
     stalled_seconds: float = 0.0
-    """Time that computing waited for copies."""
+    """Seconds that the computation waited for copies."""
     speculation_hit_rate: float | None = None
-    """Share of the router's own choice that was among the candidates; None where nothing was speculated."""
+    """Share of the router's own choice that was among the candidates. None where nothing was speculated."""
 
 
 class Engine(Protocol):
-    """What the offload asks of it. Layers are numbered from 0 among the MoE layers."""
+    """Executes experts for an offload. Layers are counted from 0 among the MoE layers."""
 
     def begin_pass(self) -> None:
-        """Says that a forward pass begins. The one before may have broken off (Ctrl-C, an error, a callback)."""
+        """Says that a forward pass begins. The pass before may have broken off (Ctrl-C, an error, a callback)."""
 
     def resident(self, layer: int) -> list[int]:
-        """The experts of a layer that are on the device or on their way there."""
+        """The experts of a layer that are on the device or on their way to it."""
 
     def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:
-        """Takes note of the candidates `[tokens, m]` of a layer; `now` begins their copies, if there are slots for them.
+        """Takes the candidates `[tokens, m]` of a layer. With `now`, their copies begin at once, if there are slots for them.
 
-        Else they begin with the next layer that is executed, after the copies of what that one is missing.
+        Else they begin when the next layer is executed, after the copies of the experts that this layer is missing.
         """
 
     def execute(self, layer: int, experts: nn.Module, x: torch.Tensor, decision: Decision) -> torch.Tensor:
-        """The sum `[tokens, hidden]` of the experts that were decided on, for `x` `[tokens, hidden]`.
+        """The weighted sum `[tokens, hidden]` of the experts of `decision`, for `x` `[tokens, hidden]`.
 
-        It is what `experts` would give with all of them resident. Raises `StoreError` where an expert can't be had.
+        It equals what `experts` returns with all experts resident. Raises `StoreError` where an expert can't be read.
         """
 
     def observe(self, observer: Observer | None) -> None:
-        """Tells `observer` what happens from now on; None tells nobody."""
+        """Tells `observer` what happens from now on. None ends this."""
 
     def counters(self) -> Counters:
-        """What has happened since the last `reset`. On CUDA it waits for the device."""
+        """What has happened since the last `reset`. On CUDA this waits for the device."""
 
     def reset(self) -> None:
-        """Counts from zero again."""
+        """Sets the counters to zero."""
 
     def close(self) -> None:
-        """Ends all copies and gives the slots back."""
+        """Ends all copies and frees the slots."""

@@ -1,4 +1,4 @@
-"""What goes wrong in the runtime through no fault of its code."""
+"""Errors of the runtime that its user can correct."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from ..predictors.errors import UserError
 
 
 class OffloadError(UserError):
-    """The model can't be offloaded as asked; the message says why and what to do."""
+    """The model can't be offloaded as asked. The message says why and what to do."""
 
 
 class StoreError(UserError):
-    """Experts that can't be stored, read or held; the message says why and what to do."""
+    """Experts can't be stored, read or held in memory. The message says why and what to do."""

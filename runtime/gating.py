@@ -1,6 +1,6 @@
-"""How a layer decides whose experts were guessed. Each policy and gating is one function of the call of the layer's router.
+"""How a guessed layer decides what it executes. Each policy and gating is one function, called in the place of the router.
 
-A new one is a function here, its name in `runtime.policy`, and a line in `decider`.
+A new one is a function here, its name in `runtime.policy`, and an entry in `GATINGS` or `decider`.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ from .targets import Target
 
 
 class Decided(NamedTuple):
-    """What a layer executes, and what its router would have chosen."""
+    """What a layer executes, and what its router would have chosen by itself."""
 
     routing: Routing
     own: torch.Tensor
-    """The router's own choice: ids `[tokens, top_k]`, or logits `[tokens, experts]` of which the largest are its choice."""
+    """The router's own choice: ids `[tokens, top_k]`, or logits `[tokens, experts]`, of which it chooses the largest."""
     known: bool = False
-    """The ids are the first candidates of the guess, in their order."""
+    """Whether the ids are the first candidates of the guess, in order."""
 
 
 @dataclass(slots=True)
 class RouterCall:
-    """One call of the router of a layer whose experts were guessed."""
+    """One call of the router of a guessed layer."""
 
     target: Target
     guesser: Guesser
     guess: Guess
     state: torch.Tensor
-    """What the router reads, `[tokens, hidden]`."""
+    """The router's input, `[tokens, hidden]`."""
     route: Callable[[], Routing]
-    """The model's own call of the router, which a pass on demand makes too."""
+    """Calls the model's own router."""
     resident: Callable[[], list[int]]
-    """The layer's experts that are on the device, or on their way there."""
+    """Returns the layer's experts that are on the device or on their way to it."""
     routed: Callable[[float], None]
-    """Is told when what stands in the place of `route` was begun, after it is done."""
+    """Is called after something else has done the work of `route`, with the time when that began."""
 
 
 Decide = Callable[[RouterCall], Decided]
 
 
 def prefetch(call: RouterCall) -> Decided:
-    """The router's own decision."""
+    """Executes the router's own decision."""
     routing = call.route()
     return Decided(routing, routing.ids)
 
 
 def speculated(call: RouterCall) -> Decided:
-    """The speculation's ids and weights (the paper's form); what the router says is only counted."""
+    """Executes the ids and weights of the speculation (the paper's form). The router's choice is only counted."""
     assert call.guess.speculation is not None
     return Decided(call.guess.speculation, call.route().ids, known=True)
 
 
 def true(call: RouterCall) -> Decided:
-    """The speculation's ids, weighted by the router as if it had chosen among them."""
+    """Executes the guessed ids, with the weights that the router would give them if it had chosen them."""
     ids = call.guess.candidates[:, : call.target.layer.top_k]
     routing, own, _ = _restricted(call, fixed(ids))
-    if call.guesser.plain is None:  # a router may return what it chose in another order than that of the guess
+    if call.guesser.plain is None:  # a router may return its choice in another order than the guess
         ids = ids.to(routing.ids.dtype)
         places = (routing.ids.unsqueeze(-1) == ids.unsqueeze(-2)).int().argmax(1)
         routing = Routing(routing.logits, routing.weights.gather(-1, places), ids)
@@ -74,9 +74,9 @@ def true(call: RouterCall) -> Decided:
 
 
 def resident(call: RouterCall) -> Decided:
-    """The router's choice among the candidates and the experts now on the device."""
+    """Executes the router's choice among the candidates and the experts that are on the device."""
     layer, chosen = call.target.layer, call.guess.candidates
-    absent = bytearray(b"\1" * layer.num_experts)  # a write costs a hundredth of one to a tensor
+    absent = bytearray(b"\1" * layer.num_experts)  # a hundred times as fast to write to as a tensor
     for expert in call.resident():
         absent[expert] = False
     barred = torch.frombuffer(absent, dtype=torch.bool).to(chosen.device)
@@ -88,14 +88,14 @@ GATINGS: dict[Gating, Decide] = {Gating.SPECULATED: speculated, Gating.TRUE: tru
 
 
 def decider(policy: Policy, gating: Gating) -> Decide | None:
-    """How layers decide under a policy and gating; None where nothing is guessed."""
+    """The function for a policy and gating. None where nothing is guessed."""
     return {Policy.ON_DEMAND: None, Policy.PREFETCH: prefetch, Policy.SPECULATIVE: GATINGS[gating]}[policy]
 
 
 def _restricted(call: RouterCall, choose: Choose) -> Decided:
-    """The router's decision where it takes what `choose` names."""
+    """The router's decision if it takes the experts that `choose` returns."""
     layer, plain = call.target.layer, call.guesser.plain
-    if plain is not None:  # its weights follow from its logits, so that it need not be asked
+    if plain is not None:  # its weights follow from its logits, so it need not be called
         begun = time.perf_counter()
         logits = plain.logits(call.state)
         ranks = call.guesser.ranks(logits)

@@ -1,4 +1,4 @@
-"""Text from an offloaded model, token by token, with what each token cost."""
+"""Generates text with an offloaded model, and measures what each token costs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -17,7 +18,7 @@ from .offload import ExpertOffload
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated, and how it went. Times are wall-clock seconds; rates count the tokens after the first."""
+    """Generated text and its figures. Times are wall-clock seconds. Figures per token are of the tokens after the first."""
 
     text: str
     """The generated text, without the prompt."""
@@ -25,15 +26,15 @@ class Generation:
     """The generated tokens."""
     seconds_to_first_token: float
     seconds_per_output_token: float | None
-    """Median over the tokens after the first; None where there are none."""
+    """The median. None where only one token was generated."""
     bytes_per_token: float | None
-    """Bytes of experts copied to the device per token after the first."""
+    """Bytes of experts copied to the device."""
     stalled_seconds_per_token: float | None
     counters: Counters
-    """Of the tokens after the first, which is the prompt's."""
+    """Of the tokens after the first one, which comes from the prompt."""
 
     def figures(self) -> dict[str, str]:
-        """What a person reads of it."""
+        """The figures as text for a person, by name."""
         told = {
             "time to first token": (self.seconds_to_first_token, lambda x: f"{x * 1000:.1f} ms"),
             "time per output token": (self.seconds_per_output_token, lambda x: f"{x * 1000:.1f} ms (median)"),
@@ -48,7 +49,7 @@ class Generation:
 
 
 class _Streamer(TextStreamer):
-    """Passes finished words on and notes when each token came."""
+    """Passes on each finished word, and notes when each token came."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], offload: ExpertOffload | None
@@ -61,7 +62,7 @@ class _Streamer(TextStreamer):
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
             if not self.times and self._offload is not None:
-                self._offload.reset()  # what the prompt cost is told by the time to first token
+                self._offload.reset()  # the prompt is measured by the time to first token
             self.times.append(time.perf_counter())
             self.token_ids += value.flatten().tolist()
         super().put(value)
@@ -79,7 +80,7 @@ def generate(
     seed: int = 0,
     on_text: Callable[[str], None] = lambda _: None,
 ) -> Generation:
-    """Generates from `prompt` with a model that may be offloaded; greedy at temperature 0.
+    """Continues `prompt` with a model, offloaded or not. Temperature 0 is greedy.
 
     `on_text` gets the text as it comes. Raises `UserError` for an empty prompt.
     """
@@ -99,7 +100,7 @@ def generate(
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **sampling,
     )
-    steps = [after - before for before, after in zip(streamer.times, streamer.times[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(streamer.times)]
     counters = offload.counters if offload is not None else Counters()
     return Generation(
         text=str(tokenizer.decode(streamer.token_ids, skip_special_tokens=True)),

@@ -1,4 +1,4 @@
-"""Who guesses the experts of one target layer, as fast as its architecture allows."""
+"""Guessers: each guesses the experts of one target layer, as fast as its architecture allows."""
 
 from __future__ import annotations
 
@@ -12,32 +12,33 @@ from .targets import Target
 
 
 class Guess(NamedTuple):
-    """What is guessed for some tokens of a target layer."""
+    """A guess for some tokens of a target layer."""
 
     candidates: torch.Tensor
     """`[tokens, m]`, the best guess first."""
     speculation: Routing | None
-    """The guessed routing, where its weights are to be executed."""
+    """The guessed routing; it may be None where its weights are not executed."""
 
 
 class Guesser(Protocol):
     """Guesses for one target layer."""
 
     plain: PlainRouter | None
-    """The target's router, where its decision follows from its logits alone."""
+    """The target's router, if its decision follows from its logits alone."""
 
     def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:
-        """The guess for `residual` `[tokens, hidden]` and the routing of the source layer, or None for the target's own input.
+        """Guesses from `residual` `[tokens, hidden]` and the routing of the source layer.
 
-        `inner` is what the source layer norms together with its experts, where it does.
+        Without a source layer `residual` is the target's own input, and `source` is None. `inner` is what the source layer
+        norms together with its experts, or None.
         """
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
-        """The values `[tokens, experts]` by which the plain router chooses, from its `logits`."""
+        """The values `[tokens, experts]` by which the plain router is to choose, from its `logits` of the same shape."""
 
 
 class FoldedGuesser:
-    """Of a target whose norm and router are plain: a few operations, without the model's own modules."""
+    """Guesses where norm and router are plain: with few operations, and without the model's own modules."""
 
     def __init__(self, speculator: FoldedSpeculator, m: int, weighs: bool):
         self.plain: PlainRouter | None = speculator.router if speculator.router.weigh is not None else None
@@ -56,7 +57,7 @@ class FoldedGuesser:
 
 
 class ModelGuesser:
-    """Of any target: the speculator itself, which asks the model's own norm and router."""
+    """Guesses for any target with the speculator, which calls the model's own norm and router."""
 
     plain: PlainRouter | None = None
 
@@ -73,7 +74,7 @@ class ModelGuesser:
 
 
 def make_guesser(speculator: Speculator, target: Target, weighs: bool) -> Guesser:
-    """The fastest guesser of a target; `weighs` says that the weights of the guess will be executed."""
+    """The fastest possible guesser of a target. `weighs` says that the weights of the guess will be executed."""
     folded = FoldedSpeculator.of(speculator, target.layer, to_scale=weighs)
     if folded is None:
         return ModelGuesser(speculator, target.candidates)

@@ -1,4 +1,4 @@
-"""Loading a model with its experts where they are to be: in host memory, or in a packed file."""
+"""Loads a model with its experts in host memory or in a packed file."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def load_offloaded(
     config: LoadConfig | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Loads a model with its experts offloaded, so that the whole of it is never on the device, nor twice in memory.
+    """Loads a model with its experts offloaded. The whole model is never on the device, and no part is in memory twice.
 
     Args:
         model: folder or Hub name; or a config, for a model with random weights.
-        predictors: what `load_predictors` returned or loads; without them speculation is training-free.
-        config, settings: the fields of `LoadConfig`, as one value or by name, the named ones before those of `config`.
+        predictors: what `load_predictors` returned, or a path or name for it; without them speculation is training-free.
+        config, settings: the fields of `LoadConfig`, as one object or by name. Those given by name win.
 
-    After `model.expert_offload.detach()` a model with its experts in host memory is an ordinary model. One with a packed
-    file has no experts then: it can be offloaded again or be given them by `load_experts`, and says so when it is run.
+    After `model.expert_offload.detach()`, a model with its experts in host memory is an ordinary model. A model with a packed
+    file then has no experts. It can be offloaded again, or `load_experts` loads them; when it is run, it says so.
 
     Raises `SettingsError`, `OffloadError`, `StoreError`, `LoadingError`, `UnsupportedModelError` or `PredictorsError`.
     """
@@ -48,37 +48,27 @@ def load_offloaded(
 
 
 def load_to_host(model: str | Path | PretrainedConfig, config: Loading) -> PreTrainedModel:
-    """A model in host memory that is not offloaded yet, its experts left in the packed file where there is one."""
-    dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # which leaves auto to the checkpoint
+    """Loads a model into host memory, not offloaded yet. Its experts stay in the packed file, if `config` names one."""
+    dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # for CUDA, auto leaves the dtype to the checkpoint
     if config.pack is None:
-        return _load_host(model, dtype, config.seed)
-    return _load_file(model, config.pack, dtype, config.seed)
-
-
-def _load_host(model: str | Path | PretrainedConfig, dtype: torch.dtype | str, seed: int) -> PreTrainedModel:
-    if not isinstance(model, PretrainedConfig):
-        return load_model(model, torch.device("cpu"), dtype)
-    loaded = random_without_experts(model, dtype, seed)
-    draw_experts(loaded, lambda module, name, values: setattr(module, name, nn.Parameter(values)), seed)
-    return loaded
-
-
-def _load_file(
-    model: str | Path | PretrainedConfig, pack: Path, dtype: torch.dtype | str, seed: int
-) -> PreTrainedModel:
-    if not pack.exists():
-        loaded, _ = load_and_pack(model, pack, dtype, seed)
+        if not isinstance(model, PretrainedConfig):
+            return load_model(model, torch.device("cpu"), dtype)
+        loaded = random_without_experts(model, dtype, config.seed)
+        draw_experts(loaded, lambda module, name, values: setattr(module, name, nn.Parameter(values)), config.seed)
+        return loaded
+    if not config.pack.exists():
+        loaded, _ = load_and_pack(model, config.pack, dtype, config.seed)
     else:
         if dtype == "auto":
-            dtype = read_header(pack).format().dtype
+            dtype = read_header(config.pack).format().dtype
         if isinstance(model, PretrainedConfig):
-            loaded = random_without_experts(model, dtype, seed)
+            loaded = random_without_experts(model, dtype, config.seed)
         else:
             with experts_ignored():
                 loaded = load_model(model, torch.device("cpu"), dtype)
-    vars(loaded)["expert_pack"] = pack
+    vars(loaded)["expert_pack"] = config.pack
     for experts in expert_modules(loaded).values():
-        experts.forward = _refuse(pack)
+        experts.forward = _refuse(config.pack)
     return loaded
 
 
@@ -92,10 +82,10 @@ def _refuse(pack: Path) -> Any:
 
 
 def load_experts(model: PreTrainedModel) -> None:
-    """Reads the experts of a detached model from its packed file into memory, after which it is an ordinary model.
+    """Reads the experts of a detached model from its packed file into memory. It is then an ordinary model.
 
-    They go where their router is. Raises `OffloadError` for a model that is offloaded or has no packed file, and
-    `StoreError` where the file can't be read; the model is then as it was.
+    Each layer's experts go to the device of its router. Raises `OffloadError` for a model that is offloaded or has no packed
+    file, and `StoreError` where the file can't be read. The model is then as it was.
     """
     if getattr(model, "expert_offload", None) is not None:
         raise OffloadError("the model's experts are offloaded; detach it first: model.expert_offload.detach()")

@@ -1,8 +1,7 @@
-"""Packing: a model's experts go into a file one layer at a time, so that the model is never whole in memory.
+"""Packs a model's experts into a file, one layer at a time. So the whole model is never in memory.
 
-Transformers' own loading code reads the checkpoint, whatever form it has. While it runs, each stacked expert parameter is
-taken over at the moment at which it is given to its module, and a parameter without memory (on the meta device) put in
-its place.
+Transformers' own code reads the checkpoint, whatever form it has. When it gives a stacked expert parameter to its module, a
+hook takes the parameter and puts one without memory (on the meta device) in its place.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from .errors import StoreError
 from .packfile import PackWriter
 
 Take = Callable[[nn.Module, str, torch.Tensor], None]
-"""Takes over one stacked parameter of an experts module: `(module, name, values [num_experts, ...])`."""
+"""Takes one stacked parameter of an experts module: `(module, name, values [num_experts, ...])`."""
 
 
 def pack(name: str | Path, out: str | Path, dtype: torch.dtype | str = "auto") -> Path:
-    """Packs the experts of a model folder or Hub repository into the file `out`, in `dtype` (`auto`: its own).
+    """Packs the experts of a model folder or Hub repository into the file `out`, in `dtype` (`auto`: the checkpoint's).
 
-    In memory at a time are what is not an expert and two to three times the experts of one layer. Raises `StoreError`,
-    `LoadingError` or `UnsupportedModelError`, and then leaves nothing behind.
+    In memory are only the other weights and two to three times the experts of one layer. Raises `StoreError`, `LoadingError`
+    or `UnsupportedModelError`, and then leaves no file behind.
     """
     return load_and_pack(name, out, dtype)[1]
 
@@ -43,7 +42,7 @@ def pack(name: str | Path, out: str | Path, dtype: torch.dtype | str = "auto") -
 def load_and_pack(
     source: str | Path | PretrainedConfig, out: str | Path, dtype: torch.dtype | str, seed: int = 0
 ) -> tuple[PreTrainedModel, Path]:
-    """The model with its experts on the meta device, and the file that they were packed into."""
+    """Returns the model with its experts on the meta device, and the file that they were packed into."""
     writer = PackWriter(out)
     try:
         if isinstance(source, PretrainedConfig):
@@ -60,25 +59,25 @@ def load_and_pack(
 
 
 def pack_random(config: PretrainedConfig, out: str | Path, dtype: torch.dtype | str = "auto", seed: int = 0) -> Path:
-    """Packs experts with random weights of a model of `config`, layer by layer, in `dtype` (`auto`: the config's).
+    """Packs random experts for a model of `config`, layer by layer, in `dtype` (`auto`: the config's).
 
-    `load_offloaded(config, pack=out, dtype=dtype, seed=seed)` makes the model that they belong to.
+    `load_offloaded(config, pack=out, dtype=dtype, seed=seed)` makes the model to which they belong.
     """
     return load_and_pack(config, out, dtype, seed)[1]
 
 
 @contextmanager
 def experts_taken(take: Take) -> Iterator[None]:
-    """Within it, a model that this thread loads keeps no experts: `take` gets them, and they stay on the meta device.
+    """Within it, `take` gets the experts of a model that this thread loads. In the model they stay on the meta device.
 
-    Raises `StoreError` where a checkpoint lacks experts.
+    Raises `StoreError` where the checkpoint lacks experts.
     """
     owner = threading.get_ident()
 
     def divert(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if threading.get_ident() != owner or parameter is None or parameter.is_meta or not is_experts(module):
             return None
-        if not getattr(parameter, "_is_hf_initialized", False):  # transformers marks so what it has read
+        if not getattr(parameter, "_is_hf_initialized", False):  # by which transformers marks what it has read
             raise StoreError(f"the checkpoint lacks experts' weights ({name}); give a whole one")
         take(module, name, parameter.data)
         absent: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
@@ -86,7 +85,7 @@ def experts_taken(take: Take) -> Iterator[None]:
         return absent
 
     with ExitStack() as stack:
-        # Else transformers' loading threads read ahead of the conversion, up to the whole model.
+        # Else transformers' loading threads read ahead, up to the whole model.
         stack.enter_context(_environment("HF_DEACTIVATE_ASYNC_LOAD", "1"))
         stack.callback(_hook_parameters(divert).remove)
         yield
@@ -94,9 +93,9 @@ def experts_taken(take: Take) -> Iterator[None]:
 
 @contextmanager
 def experts_ignored() -> Iterator[None]:
-    """Within it, a model that this thread loads has its experts on the meta device, and they are not even read.
+    """Within it, a model that this thread loads has its experts on the meta device. They are not even read.
 
-    A state dict without them is what transformers sees of the model while it loads.
+    Hooks remove the experts from the model's state dict, so transformers does not know that it has any.
     """
     owner = threading.get_ident()
 
@@ -109,13 +108,13 @@ def experts_ignored() -> Iterator[None]:
         hooked: set[nn.Module] = set()
 
         def watch(module: nn.Module, _: str, parameter: nn.Parameter) -> None:
-            # What makes a module one of experts is set when all its parameters are, so that is asked later.
+            # `is_experts` can't tell before the module has all its parameters, so `hide` asks later.
             is_new = parameter is not None and parameter.ndim == 3 and module not in hooked
             if threading.get_ident() == owner and is_new:
                 hooked.add(module)
                 stack.callback(module.register_state_dict_post_hook(hide).remove)
 
-        # Transformers reports what it did not load, or what it made up, as a fault.
+        # Transformers would warn that weights are missing.
         stack.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
         transformers_logging.set_verbosity_error()
         stack.callback(_hook_parameters(watch).remove)
@@ -123,7 +122,7 @@ def experts_ignored() -> Iterator[None]:
 
 
 def random_without_experts(config: PretrainedConfig, dtype: torch.dtype | str, seed: int) -> PreTrainedModel:
-    """A model of `config` with random weights, on the CPU, and experts on the meta device."""
+    """A model of `config` with random weights on the CPU, and its experts on the meta device."""
     kind: Any = type(skeleton(config))
     if dtype == "auto":
         dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
@@ -134,7 +133,7 @@ def random_without_experts(config: PretrainedConfig, dtype: torch.dtype | str, s
 
 
 def draw_experts(model: PreTrainedModel, take: Take, seed: int) -> None:
-    """Draws the weights of a model's experts, one parameter at a time."""
+    """Draws random weights for a model's experts, one parameter at a time, and gives them to `take`."""
     generator = torch.Generator().manual_seed(seed)
     spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     for module in expert_modules(model).values():
@@ -143,7 +142,7 @@ def draw_experts(model: PreTrainedModel, take: Take, seed: int) -> None:
             take(module, name, values)
 
 
-# Torch documents that such a hook may return another parameter, and annotates that it returns None.
+# Torch's documentation lets such a hook return another parameter; its annotation does not.
 _hook_parameters: Callable[[Callable[[nn.Module, str, nn.Parameter], nn.Parameter | None]], Any]
 _hook_parameters = register_module_parameter_registration_hook  # type: ignore[assignment]
 

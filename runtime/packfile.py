@@ -1,10 +1,10 @@
-"""The packed file: every expert of a model as one block at a multiple of 4096 bytes, read where it lies.
+"""The packed file: each expert of a model is one block. Blocks begin at multiples of 4096 bytes, for direct reads.
 
     page 0      magic, format version, offset and length of the header
     blocks      layer by layer, expert by expert
-    header      JSON: the model they belong to, the layout of a block, the layers, a checksum (xxh3_64) of every block
+    header      JSON: the model, the layout of a block, the layers, a checksum (xxh3_64) of every block
 
-The file is written aside and renamed when it is whole. Every way in which one can be wrong ends in one `StoreError`.
+The file is written under another name and renamed when it is whole. A file that is wrong in any way ends in a `StoreError`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MAGIC = b"EXPERTS\n"
 
 
 class TensorPlace(BaseModel):
-    """One tensor of an expert within its block."""
+    """The place of one tensor of an expert in its block."""
 
     model_config = ConfigDict(strict=True)
 
@@ -47,7 +47,7 @@ class TensorPlace(BaseModel):
 
 
 class Header(BaseModel):
-    """What a packed file says about itself."""
+    """The header of a packed file."""
 
     model_config = ConfigDict(strict=True)
 
@@ -57,13 +57,13 @@ class Header(BaseModel):
     tensors: dict[str, TensorPlace]
     block_bytes: int = Field(gt=0, multiple_of=PAGE)
     layers: list[str] = Field(min_length=1)
-    """The experts modules by their names in the model, in the order of their blocks."""
+    """The names of the experts modules in the model, in the order of their blocks."""
     num_experts: int = Field(gt=0)
     checksums: list[list[int]]
     """xxh3_64 of each block, by layer and expert."""
 
     def format(self) -> FullFormat:
-        """Raises `ValueError` where the parts contradict one another."""
+        """The format of the blocks. Raises `ValueError` where parts of the header contradict each other."""
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{self.dtype} is no dtype")
@@ -79,7 +79,7 @@ class Header(BaseModel):
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Tells models of one shape apart: a hash of the beginning of every weight that is not an expert's, and its dtype."""
+    """A hash of the names, dtypes and first values of all weights but the experts'. It tells models of one shape apart."""
     digest = xxhash.xxh3_64()
     experts = {id(p) for module in expert_modules(model).values() for p in module.parameters(recurse=False)}
     for name, parameter in sorted(model.named_parameters()):
@@ -90,7 +90,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 class PackWriter:
-    """Writes a packed file layer by layer. It is not there until `finish`; `abort` leaves nothing behind."""
+    """Writes a packed file layer by layer. The file appears at `finish`; `abort` removes what was written."""
 
     def __init__(self, out: str | Path):
         self.out = Path(out)
@@ -108,7 +108,7 @@ class PackWriter:
         self._file.write(bytes(PAGE))
 
     def take(self, experts: nn.Module, name: str, values: torch.Tensor) -> None:
-        """Takes one stacked parameter `[num_experts, ...]` of an experts module; writes it out with the module's last."""
+        """Takes one stacked parameter `[num_experts, ...]` of an experts module. With the last one, the module is written."""
         if experts not in self._open:
             self._format = self._format or FullFormat.of(experts)
             self._format.expect(experts)
@@ -136,14 +136,14 @@ class PackWriter:
             raise StoreError(f"{self.out} can't be written ({error.strerror}); make room for it") from error
 
     def _drop_pages(self) -> None:
-        """Writes what the system has kept back: what is packed need not be in memory as well."""
+        """Has the system write its page cache to the disk and drop it, since packed experts are not needed in memory."""
         self._file.flush()
         os.fdatasync(self._file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def finish(self, model: PreTrainedModel, layers: list[MoELayer], name: str) -> Path:
-        """Gives the file its header and its name. Raises `StoreError` where not every expert of `layers` was taken."""
+        """Writes the header and gives the file its name. Raises `StoreError` where experts of `layers` are missing."""
         experts = {layer.experts for layer in layers}
         if self._open or self._format is None or set(self._modules) != experts:
             raise StoreError(
@@ -151,13 +151,12 @@ class PackWriter:
                 f"{len(experts)} that are routed to; it can't be packed"
             )
         names = {module: path for path, module in model.named_modules()}
-        facts = {"name": name} | moe_shape(model.config, layers) | {"weights": weights_fingerprint(model)}
         tensors = {
             part: TensorPlace(shape=list(place.shape), offset=place.offset // place.dtype.itemsize)
             for part, place in self._format.places.items()
         }
         header = Header(
-            model=facts,
+            model={"name": name} | moe_shape(model.config, layers) | {"weights": weights_fingerprint(model)},
             dtype=str(self._format.dtype).removeprefix("torch."),
             tensors=tensors,
             block_bytes=self._format.bytes,
@@ -180,17 +179,17 @@ class PackWriter:
         return self.out
 
     def abort(self) -> None:
-        """Removes what was written, unless it was finished."""
+        """Removes what was written, unless the file is finished."""
         with suppress(OSError):
             self._file.close()
         self._aside.unlink(missing_ok=True)
 
 
 class PackedStore:
-    """The experts of a model in a packed file, read directly where the file system allows it.
+    """The experts of a model in a packed file. They are read past the page cache where the file system allows it.
 
-    Each block is compared with its checksum when it is read for the first time. The model's own expert parameters are
-    left alone. Raises `StoreError` for a file that is no packed file, or none that is whole.
+    The first read of each block compares it with its checksum. The model's own expert parameters are not touched. Raises
+    `StoreError` for a file that is not a packed file, or not whole.
     """
 
     def __init__(self, path: str | Path):
@@ -199,7 +198,7 @@ class PackedStore:
         self.format: ExpertFormat = self.header.format()
         self.extent = len(self.header.layers), self.header.num_experts
         self._verified = np.zeros(self.extent, dtype=bool)
-        self._position = list(range(len(self.header.layers)))  # of a layer of the model among those of the file
+        self._position = list(range(len(self.header.layers)))  # in the file, of each layer of the model
         self.direct = False
         self._file = -1
         try:
@@ -216,12 +215,12 @@ class PackedStore:
                         os.preadv(file, [page], 0)
                     self.direct = True
                     return file
-                except OSError:  # opened, and yet not read: some file systems find out only then
+                except OSError:  # some file systems refuse only at the first read
                     os.close(file)
         return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
     def check(self, model: PreTrainedModel, layers: list[MoELayer]) -> None:
-        """Finds the model's layers in the file. Raises `StoreError` unless the file belongs to `model`."""
+        """Finds the model's layers in the file. Raises `StoreError` where the file does not belong to `model`."""
         theirs, shape = self.header.model, moe_shape(model.config, layers)
         if theirs.get("fingerprint") != shape["fingerprint"]:
             raise StoreError(
@@ -251,13 +250,11 @@ class PackedStore:
         offset = PAGE + (position * self.header.num_experts + expert) * size
         try:
             count = os.preadv(self._file, [into.data], offset)
-            while 0 < count < size:  # a read may be cut short, by a signal for one
-                more = os.preadv(self._file, [into[count:].data], offset + count)
-                if more == 0:
-                    break
+            # A signal may cut a read short. At the end of the file a read gives nothing.
+            while 0 < count < size and (more := os.preadv(self._file, [into[count:].data], offset + count)):
                 count += more
             if not self.direct and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._file, offset, size, os.POSIX_FADV_DONTNEED)  # the slots are the cache
+                os.posix_fadvise(self._file, offset, size, os.POSIX_FADV_DONTNEED)  # the slots are the only cache
         except OSError as error:
             raise StoreError(
                 f"expert {expert} of {self.header.layers[position]} can't be read from {self.path} ({error.strerror}); "
@@ -284,7 +281,7 @@ class PackedStore:
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of a packed file. Raises `StoreError` where the file is missing, no packed file, or not whole."""
+    """Reads the header of a packed file. Raises `StoreError` where the file is missing, not a packed file, or not whole."""
     path = Path(path)
     try:
         with path.open("rb") as file:

@@ -1,13 +1,13 @@
-"""What happens to experts, and what weights them: the names of policies and gatings.
+"""The policies and gatings by name. A policy says what is copied, and together with a gating what is executed.
 
     policy        gating       copies                             what a layer executes
-    on_demand                  after its router decided           what its router decided: exact
-    prefetch                   candidates early, then misses      what its router decided: exact
+    on_demand                  after its router decided           the router's choice: exact
+    prefetch                   candidates early, then misses      the router's choice: exact
     speculative   speculated   candidates early, no others        the guess, with the weights of the guess (the paper's form)
-    speculative   true         candidates early, no others        the guess, weighted by the router as if it had chosen so
-    speculative   resident     candidates early, no others        what the router chooses of the experts that are there
+    speculative   true         candidates early, no others        the guess, weighted by the router as if it had chosen it
+    speculative   resident     candidates early, no others        the router's choice among the experts on the device
 
-How each of them decides stands in `runtime.gating`.
+`runtime.gating` has the code of each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import pairwise
 
 
 class Policy(StrEnum):
-    """What happens to experts; see the module's text."""
+    """Which experts are copied, and when; see the table above."""
 
     ON_DEMAND = "on_demand"
     PREFETCH = "prefetch"
@@ -25,7 +25,7 @@ class Policy(StrEnum):
 
 
 class Gating(StrEnum):
-    """What weights experts under `speculative`; see the module's text."""
+    """Where the weights come from under `speculative`; see the table above."""
 
     SPECULATED = "speculated"
     TRUE = "true"
@@ -36,11 +36,11 @@ RECALL_ENOUGH = 0.99
 
 
 def candidates_from_recall(recall: list[float], top_k: int, policy: Policy, gating: Gating) -> int:
-    """How many candidates of a target layer to fetch, of `top_k` to twice that; `recall` is that of as many candidates.
+    """How many candidates of a target layer to fetch. `recall` holds the recall of `top_k`, `top_k + 1`, ... candidates.
 
-    Under gating `resident` the router chooses among them, so they buy quality: the fewest are taken that hold
-    `RECALL_ENOUGH` of its choice. Under `prefetch` they only buy time: one more is worth its copy while it is more often
-    right than wrong. Under the other gatings more than `top_k` are never executed.
+    Under gating `resident` the router chooses among them, so more of them mean better quality. The fewest are fetched that
+    contain `RECALL_ENOUGH` of its choice. Under `prefetch` they only save time: one more is fetched while it is right more
+    often than wrong. The other gatings execute no more than `top_k`.
     """
     if policy is Policy.PREFETCH:
         gains = [top_k * (after - before) for before, after in pairwise(recall)]

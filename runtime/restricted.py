@@ -1,4 +1,4 @@
-"""A router of any architecture, made to choose among some experts only."""
+"""Restricts the choice of a router, of any architecture."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 Choose = Callable[[torch.Tensor], torch.Tensor]
-"""From the values `[tokens, experts]` that a router would choose by to the ids `[tokens, top_k]` that it is to take."""
+"""Returns the ids `[tokens, top_k]` that a router is to take, from the values `[tokens, experts]` by which it would choose."""
 
 
 def fixed(ids: torch.Tensor) -> Choose:
-    """A choice of `ids` `[tokens, top_k]`, in their order."""
+    """Always chooses `ids` `[tokens, top_k]`, in their order."""
     return lambda _: ids
 
 
 def allowed(barred: torch.Tensor, top_k: int) -> Choose:
-    """The best that are not `barred`, a mask `[tokens, experts]`."""
+    """Chooses the best experts that are not `barred`, a mask `[tokens, experts]`."""
     return lambda values: values.masked_fill(barred, float("-inf")).topk(top_k, dim=-1).indices
 
 
 class RestrictedChoice(TorchFunctionMode):
-    """Within it, the router of `[tokens, experts]` takes what `choose` names of the values that it would choose by.
+    """Within it, a router with values of `shape` `(tokens, experts)` takes the experts that `choose` returns.
 
-    A router of any architecture ends in one `topk` over its experts. Answering that call leaves everything around it
-    (sigmoid or softmax, correction biases, groups, normalising, scaling) to the router itself. `free_ids` are the ids that
+    A router of any architecture ends in one `topk` over its experts. This answers that call. Everything around the call
+    (sigmoid or softmax, correction biases, groups, normalising, scaling) stays the router's own. `free_ids` are the ids that
     the router would have chosen without the restriction.
 
-    An expert that the router ruled out (its group was not chosen) is ranked last, not excluded, so that there are always
-    enough.
+    An expert that the router has excluded (its group was not chosen) is ranked last, so that there are always enough experts.
     """
 
     def __init__(self, shape: tuple[int, int], top_k: int, choose: Choose):
@@ -45,7 +44,7 @@ class RestrictedChoice(TorchFunctionMode):
             values, *rest = args
             if values.shape == self.shape and (rest[0] if rest else kwargs["k"]) == self.top_k:
                 self.free_ids = result.indices
-                # What is ruled out is minus infinity, of which no router could make weights.
+                # Excluded experts have minus infinity, from which no router could compute weights.
                 ranked = values.clamp(min=torch.finfo(values.dtype).min)
                 ids = self._choose(ranked).long()
                 result = torch.return_types.topk((ranked.gather(-1, ids), ids))

@@ -1,4 +1,4 @@
-"""What is guessed: for each MoE layer its source, and how many candidates are fetched for it."""
+"""The targets of guesses: for each MoE layer its source, and how many candidates are fetched."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Target(NamedTuple):
     number: int
     """Counted from 0 among the MoE layers."""
     source: int | None
-    """The model's number of the layer whose residual is read; None for the target's own input."""
+    """The model's number of the layer whose residual is read. None where the target's own input is read."""
     candidates: int
-    """How many experts are fetched for each speculated token, `top_k` at least."""
+    """How many experts are fetched for each speculated token; at least `top_k`."""
 
 
 def targets_of(
@@ -32,9 +32,9 @@ def targets_of(
 ) -> list[Target]:
     """Every MoE layer as a target, in the model's order.
 
-    `horizon` is as in `sources_read`. `candidates` is their number, or `auto`: as many as the recall in `predictors` says are
-    worth it. By default it is `top_k`, and two more under gating `resident`. Raises `OffloadError` for a number that the model
-    can't have, and what `sources_read` does.
+    For `horizon` see `sources_read`. `candidates` is their number, or `auto`, which takes for each layer as many as the recall
+    in `predictors` justifies. By default it is `top_k`, and two more under gating `resident`. Raises `OffloadError` for a number
+    that the model can't have, and what `sources_read` raises.
     """
     top_k, experts = layers[0].top_k, layers[0].num_experts
     if candidates not in (None, "auto") and (not isinstance(candidates, int) or not top_k <= candidates <= experts):
@@ -45,7 +45,7 @@ def targets_of(
     source_of = sources_read(sources(layers), predictors, horizon)
     targets = []
     for number, layer in enumerate(layers):
-        # Exports of before recall was written have none, and neither has speculation without predictors.
+        # Old exports have no recall, and neither has speculation without predictors.
         recall = predictors.of(layer.index).recall if predictors is not None and candidates == "auto" else []
         count = min(candidates_from_recall(recall, top_k, policy, gating), experts) if recall else usual
         targets.append(Target(layer, number, source_of[layer.index], count))
@@ -55,10 +55,10 @@ def targets_of(
 def sources_read(
     nearest: dict[int, int | None], predictors: Predictors | None, horizon: int | None
 ) -> dict[int, int | None]:
-    """The source of each target layer, where `nearest` names its nearest one: what `predictors` read, or without them what
-    is `horizon` layers before, by default 1.
+    """The source of each target layer: the layer that `predictors` read, or without them the one `horizon` layers before.
 
-    Raises `OffloadError` for a horizon that `predictors` were not trained for, or sources that the model does not have.
+    `nearest` gives the nearest source of each target. `horizon` is by default 1. Raises `OffloadError` for a horizon that
+    `predictors` were not trained for, or for sources that the model does not have.
     """
     if horizon not in (None, 1, 2):
         raise OffloadError(f"a horizon of {horizon} is asked for; guess 1 or 2 layers ahead")

@@ -1,4 +1,4 @@
-"""Experts as the model holds them: its own tensors in its own dtype, one after another."""
+"""The format of unchanged experts: the model's own tensors in its own dtype, one after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import ALIGNMENT, PAGE, ExpertFormat, Place
 
 
 class FullFormat(ExpertFormat):
-    """The stacked parameters of an experts module, cut into experts. All have one dtype."""
+    """The stacked parameters of an experts module, split into experts. All have one dtype."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -35,7 +35,7 @@ class FullFormat(ExpertFormat):
 
     @classmethod
     def common(cls, modules: list[nn.Module]) -> Self:
-        """The format that all experts modules of a model share. Raises `StoreError` where they differ."""
+        """The common format of all experts modules of a model. Raises `StoreError` where they differ."""
         found = cls.of(modules[0])
         for experts in modules[1:]:
             found.expect(experts)
