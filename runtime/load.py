@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,15 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading) -> PreTr
                 loaded = load_model(model, torch.device("cpu"), dtype)
     vars(loaded)["expert_pack"] = config.pack
     for experts in expert_modules(loaded).values():
-        experts.forward = _refuse(config.pack)
+        experts.forward = partial(_refuse, config.pack)
     return loaded
 
 
-def _refuse(pack: Path) -> Any:
-    def forward(*_: Any, **__: Any) -> torch.Tensor:
-        raise OffloadError(
-            f"the experts of this model are in {pack}; offload it again (offload_experts) or load them (load_experts)"
-        )
-
-    return forward
+def _refuse(pack: Path, *_: Any, **__: Any) -> torch.Tensor:
+    """The forward of experts that are not in memory."""
+    raise OffloadError(
+        f"the experts of this model are in {pack}; offload it again (offload_experts) or load them (load_experts)"
+    )
 
 
 def load_experts(model: PreTrainedModel) -> None:

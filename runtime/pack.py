@@ -26,6 +26,7 @@ from ..predictors.loading import load_model
 from .errors import StoreError
 from .packfile import PackWriter
 
+ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"
 Take = Callable[[nn.Module, str, torch.Tensor], None]
 """Takes one stacked parameter of an experts module: `(module, name, values [num_experts, ...])`."""
 
@@ -86,7 +87,10 @@ def experts_taken(take: Take) -> Iterator[None]:
 
     with ExitStack() as stack:
         # Else transformers' loading threads read ahead, up to the whole model.
-        stack.enter_context(_environment("HF_DEACTIVATE_ASYNC_LOAD", "1"))
+        if ASYNC_OFF in os.environ:
+            stack.callback(os.environ.__setitem__, ASYNC_OFF, os.environ[ASYNC_OFF])
+        stack.callback(os.environ.pop, ASYNC_OFF)  # at the end this comes first
+        os.environ[ASYNC_OFF] = "1"
         stack.callback(_hook_parameters(divert).remove)
         yield
 
@@ -145,16 +149,3 @@ def draw_experts(model: PreTrainedModel, take: Take, seed: int) -> None:
 # Torch's documentation lets such a hook return another parameter; its annotation does not.
 _hook_parameters: Callable[[Callable[[nn.Module, str, nn.Parameter], nn.Parameter | None]], Any]
 _hook_parameters = register_module_parameter_registration_hook  # type: ignore[assignment]
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
