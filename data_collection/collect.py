@@ -7,6 +7,7 @@ writes the manifest.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -31,9 +32,9 @@ from .pilot import make_plan, speculation_state
 from .processes import Group, joined
 from .progress import (
     LOCK,
-    Digest,
     Progress,
     Snapshot,
+    add_tokens,
     check_settings,
     is_finished,
     load_progress,
@@ -130,7 +131,8 @@ def _record(run: Run, group: Group, before: Snapshot) -> tuple[Progress, bool]:
     remove_unfinished(config.out, prefix, start)
     rows = sum(shard.rows for shard in start.shards)
     most = None if config.max_bytes is None else plan.most_rows(config.max_bytes, config.shard_bytes, group.count)
-    recorder, digest, done, stopped = Recorder(layers, plan.targets, config.inputs), Digest(), start, False
+    digest, done, stopped = hashlib.blake2b(digest_size=16), start, False
+    recorder = Recorder(layers, plan.targets, config.inputs)
     recorder.add_state(before.sums)
     hidden = None if group.is_first else True
     progress = tqdm(total=config.tokens, unit=" tokens", desc="collect", leave=False, disable=hidden)
@@ -141,10 +143,10 @@ def _record(run: Run, group: Group, before: Snapshot) -> tuple[Progress, bool]:
 
     with recorder, closing(progress), writer:
         for batch in read_batches(config, tokenizer, config.tokens):
-            digest.update(batch.token_ids)
+            add_tokens(digest, batch.token_ids)
             progress.update(_work(batch, config))
             if batch.number < start.batches:
-                if batch.number + 1 == start.batches and str(digest) != start.digest:
+                if batch.number + 1 == start.batches and digest.hexdigest() != start.digest:
                     break
                 continue
             is_own = batch.number % group.count == group.rank
@@ -152,18 +154,13 @@ def _record(run: Run, group: Group, before: Snapshot) -> tuple[Progress, bool]:
                 stopped = True
                 break
             columns = run_batch(model, recorder, batch, config) if is_own else None
-            done = start.model_copy(
-                update={
-                    "batches": batch.number + 1,
-                    "sequences": batch.first + len(batch.token_ids),
-                    "tokens": done.tokens + _work(batch, config),
-                    "digest": str(digest),
-                }
-            )
+            reach: dict[str, Any] = {"batches": batch.number + 1, "sequences": batch.first + len(batch.token_ids)}
+            reach |= {"tokens": done.tokens + _work(batch, config), "digest": digest.hexdigest()}
+            done = start.model_copy(update=reach)
             if columns is not None:
                 rows += len(columns[TOKEN_IDS])
                 writer.append(columns, snapshot)
-        if start.batches and done is start and not stopped and str(digest) != start.digest:
+        if start.batches and done is start and not stopped and digest.hexdigest() != start.digest:
             raise CollectError(
                 f"the corpus {', '.join(config.corpora)} is not what it was when {config.out} was started; "
                 "give it back as it was, or collect into another folder"
@@ -242,11 +239,8 @@ def _manifest(
             for target, source in recorder.sources.items()
         ],
         dtype=str(model.dtype).removeprefix("torch."),
-        phase=config.phase,
         corpus=", ".join(config.corpora),
-        split=config.split,
-        seed=config.seed,
-        sequence_length=config.sequence_length,
+        **config.model_dump(include={"phase", "split", "seed", "sequence_length"}),
         sequences=sequences,
         tokens=sum(shard.rows for shard in shards),
         speculation_xxh3=speculation_xxh3,

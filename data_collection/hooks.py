@@ -46,16 +46,13 @@ class Recorder:
         before = sources(layers)
         self.sources: dict[int, int | None] = {target: before[target] for target in sorted(targets)}
         """The source layer of each target."""
-        used_as_source = {source for source in self.sources.values() if source is not None}
-        self._taps = {
-            layer.index: _Tap(
-                layer,
-                is_source=layer.index in used_as_source,
-                keeps_input=layer.index in self.sources and (inputs or self.sources[layer.index] is None),
-            )
-            for layer in layers
-            if layer.index in used_as_source or layer.index in self.sources
-        }
+        used_as_source = set(self.sources.values())
+        self._taps: dict[int, _Tap] = {}
+        for layer in layers:
+            index = layer.index
+            if index in used_as_source or index in self.sources:
+                keeps_input = index in self.sources and (inputs or self.sources[index] is None)
+                self._taps[index] = _Tap(layer, index in used_as_source, keeps_input)
         self._control = HitRate(len(self.sources))
         self._stack = ExitStack()
 
@@ -157,10 +154,9 @@ class _Tap:
                 keep_input("block_input", layer.block)
             for number, (module, _) in enumerate(join.beside):
                 keep_output(f"beside.{number}", module)
-            if join.shared is not None:
-                keep_output("shared", join.shared)
-            if join.shared_gate is not None:
-                keep_output("shared_gate", join.shared_gate)
+            for name, part in (("shared", join.shared), ("shared_gate", join.shared_gate)):
+                if part is not None:
+                    keep_output(name, part)
             expert_parameters(layer.experts)  # raises before the first pass if experts can't be run one by one
             stack.enter_context(override_forward(layer.experts, self.run_experts))
 

@@ -24,7 +24,7 @@ from .statistics import hit_rates
 from .wiring import wiring_state
 
 RATES_TOKENS = 4096
-# The estimate takes at most one part in so many of the tokens, and no more than a few batches.
+# The estimate runs at most a sixteenth of the tokens, and no more than a few batches.
 ESTIMATE_SHARE = 16
 ESTIMATE_BATCHES = 3
 ESTIMATE_NEW_TOKENS = 16
@@ -71,10 +71,7 @@ def _estimate(run: Run, targets: list[int]) -> tuple[Plan, float]:
             times.append(time.perf_counter() - started)
             rows.append(len(columns[TOKEN_IDS]))
             size += sum(tensor.nbytes for tensor in columns.values())
-    if len(times) > 1:  # the first also warms up
-        times, timed = times[1:], sum(rows[1:])
-    else:
-        timed = sum(rows)
+    first = 1 if len(times) > 1 else 0  # the first batch also warms up
     fixed = sum(tensor.nbytes for tensor in speculation_state(layers, recorder).values())
     plan = Plan(
         targets=targets,
@@ -84,7 +81,7 @@ def _estimate(run: Run, targets: list[int]) -> tuple[Plan, float]:
         fixed_bytes=fixed + len(model.config.to_json_string()) + 500 * len(targets) + 10_000,
         state_bytes=sum(tensor.nbytes for tensor in recorder.state().values()),
     )
-    return plan, sum(times) / max(1, timed)
+    return plan, sum(times[first:]) / max(1, sum(rows[first:]))
 
 
 def speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:

@@ -151,18 +151,10 @@ def remove_progress(folder: Path) -> None:
         file.unlink()
 
 
-class Digest:
-    """A running checksum of all token ids that a collection has read."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-
-    def update(self, token_ids: torch.Tensor) -> None:
-        self._hash.update(repr(tuple(token_ids.shape)).encode())
-        self._hash.update(token_ids.numpy().tobytes())
-
-    def __str__(self) -> str:
-        return self._hash.hexdigest()
+def add_tokens(digest: hashlib.blake2b, token_ids: torch.Tensor) -> None:
+    """Adds a batch to the running checksum of all token ids that a collection has read."""
+    digest.update(repr(tuple(token_ids.shape)).encode())
+    digest.update(token_ids.numpy().tobytes())
 
 
 @contextmanager

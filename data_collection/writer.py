@@ -77,12 +77,7 @@ class TraceWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        shard_bytes: int,
-        rank: int = 0,
-        prefix: str = "shard",
-        shards: list[ShardEntry] | None = None,
+        self, path: Path, shard_bytes: int, rank: int = 0, prefix: str = "shard", shards: list[ShardEntry] | None = None
     ):
         self.path, self.shard_bytes, self.rank, self.prefix = path, shard_bytes, rank, prefix
         self.shards: list[ShardEntry] = list(shards or [])

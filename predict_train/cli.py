@@ -119,15 +119,8 @@ def generate(config: GenerateConfig) -> None:
     settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, config)}
     tokenizer = load_tokenizer(config.model)
     model = load_offloaded(config.model, config.predictors, **settings)
-    result = job(
-        model,
-        tokenizer,
-        config.prompt,
-        config.max_new_tokens,
-        config.temperature,
-        config.seed,
-        on_text=lambda text: print(text, end="", flush=True),
-    )
+    sampling = (config.prompt, config.max_new_tokens, config.temperature, config.seed)
+    result = job(model, tokenizer, *sampling, on_text=lambda text: print(text, end="", flush=True))
     for name, value in result.figures().items():
         typer.echo(f"{name:>22}: {value}", err=True)
 

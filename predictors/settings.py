@@ -76,7 +76,8 @@ def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         if name in given:
-            sentence = f"{flag(kind, name)} can't be {_plain(given[name])}; {_message(first)}"
+            message = first["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+            sentence = f"{flag(kind, name)} can't be {_plain(given[name])}; {message[:1].lower()}{message[1:]}"
         else:
             sentence = describe(error) + ("; give it as a flag or in the file" if first["type"] == "missing" else "")
         raise SettingsError(sentence) from error
@@ -116,12 +117,6 @@ def describe(error: ValidationError) -> str:
     if first["type"] == "value_error" and isinstance(first["input"], dict):
         return f"{field}: {message}" if field else message
     return f"{field or 'value'}: {message[:1].lower()}{message[1:]}, but it is {shown(first['input'])}"
-
-
-def _message(error: Any) -> str:
-    """What is wrong with a flag, as the end of a sentence."""
-    message = str(error["msg"]).removeprefix("Value error, ").replace("Input should be", "it should be")
-    return message[:1].lower() + message[1:]
 
 
 def _plain(value: Any) -> str:

@@ -140,12 +140,11 @@ def wire(
 ) -> dict[int, Wiring]:
     """The wiring of each target layer in `source_of`, which names its source; `default_vectors` are by source layer."""
     by_index: dict[int | None, MoELayer] = {layer.index: layer for layer in layers}
-    return {
-        target: Wiring.of(
-            by_index[target], by_index.get(source), None if source is None else default_vectors.get(source)
-        )
-        for target, source in source_of.items()
-    }
+    wirings = {}
+    for target, source in source_of.items():
+        vectors = None if source is None else default_vectors.get(source)
+        wirings[target] = Wiring.of(by_index[target], by_index.get(source), vectors)
+    return wirings
 
 
 class Speculator(nn.Module):

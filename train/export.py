@@ -77,13 +77,8 @@ def _layer(entry: dict[str, Any], mlp: ResidualMLP) -> TargetLayer:
     kinds = ["training_free"]
     if entry["predictor"]["recall@k"] > entry["training_free"]["recall@k"]:
         kinds.append("predictor")
-    return TargetLayer(
-        entry["layer"],
-        entry["source"],
-        mlp if "predictor" in kinds else None,
-        {kind: entry[kind]["recall@k"] for kind in kinds},
-        entry[kinds[-1]]["recall"],
-    )
+    rates, recall = {kind: entry[kind]["recall@k"] for kind in kinds}, entry[kinds[-1]]["recall"]
+    return TargetLayer(entry["layer"], entry["source"], mlp if "predictor" in kinds else None, rates, recall)
 
 
 def _trained(checkpoint: Path, widths: dict[int, int], trace: Trace) -> dict[int, ResidualMLP]:
