@@ -13,7 +13,8 @@ import json
 import mmap
 import os
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,15 @@ class Header(BaseModel):
         return FullFormat(places, self.block_bytes)
 
 
+@contextmanager
+def _told(path: Path, done: str, advice: str) -> Iterator[None]:
+    """Turns an error of the disk into a `StoreError`: `path` can't be `done`, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{path} can't be {done} ({error.strerror}); {advice}") from error
+
+
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """A hash of the names, dtypes and first values of all weights but the experts'. It tells models of one shape apart."""
     digest = xxhash.xxh3_64()
@@ -97,10 +107,8 @@ class PackWriter:
         if self.out.exists():
             raise StoreError(f"{self.out} exists already; name a new file or remove it")
         self._aside = self.out.with_name(f"{self.out.name}.{os.getpid()}.partial")
-        try:
+        with _told(self.out, "written", "name a file in a folder"):
             self._file = self._aside.open("wb")
-        except OSError as error:
-            raise StoreError(f"{self.out} can't be written ({error.strerror}); name a file in a folder") from error
         self._format: FullFormat | None = None
         self._modules: list[nn.Module] = []
         self._checksums: list[list[int]] = []
@@ -129,18 +137,13 @@ class PackWriter:
     def _write(self, experts: nn.Module, blocks: Bytes) -> None:
         self._checksums.append([xxhash.xxh3_64_intdigest(block.data) for block in blocks])
         self._modules.append(experts)
-        try:
+        with _told(self.out, "written", "make room for it"):
             self._file.write(blocks.data)
-            self._drop_pages()
-        except OSError as error:
-            raise StoreError(f"{self.out} can't be written ({error.strerror}); make room for it") from error
-
-    def _drop_pages(self) -> None:
-        """Has the system write its page cache to the disk and drop it, since packed experts are not needed in memory."""
-        self._file.flush()
-        os.fdatasync(self._file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            # What is on the disk is dropped from the page cache, since packed experts are not needed in memory.
+            self._file.flush()
+            os.fdatasync(self._file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def finish(self, model: PreTrainedModel, layers: list[MoELayer], name: str) -> Path:
         """Writes the header and gives the file its name. Raises `StoreError` where experts of `layers` are missing."""
@@ -165,7 +168,7 @@ class PackWriter:
             checksums=self._checksums,
         )
         text = header.model_dump_json().encode()
-        try:
+        with _told(self.out, "written", "make room for it"):
             offset = self._file.tell()
             self._file.write(text)
             self._file.seek(0)
@@ -174,8 +177,6 @@ class PackWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.replace(self._aside, self.out)
-        except OSError as error:
-            raise StoreError(f"{self.out} can't be written ({error.strerror}); make room for it") from error
         return self.out
 
     def abort(self) -> None:
@@ -201,10 +202,8 @@ class PackedStore:
         self._position = list(range(len(self.header.layers)))  # in the file, of each layer of the model
         self.direct = False
         self._file = -1
-        try:
+        with _told(self.path, "read", "check its disk and its rights"):
             self._file = self._open()
-        except OSError as error:
-            raise StoreError(f"{self.path} can't be read ({error.strerror}); check its disk and its rights") from error
 
     def _open(self) -> int:
         if hasattr(os, "O_DIRECT"):
@@ -283,25 +282,20 @@ class PackedStore:
 def read_header(path: str | Path) -> Header:
     """Reads the header of a packed file. Raises `StoreError` where the file is missing, not a packed file, or not whole."""
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(_START.size)
-            size = os.fstat(file.fileno()).st_size
-            if len(start) < _START.size or not start.startswith(_MAGIC):
-                raise StoreError(f"{path} is no packed file; make one with predict-train pack")
-            _, version, offset, length = _START.unpack(start)
-            if version != FORMAT_VERSION:
-                raise StoreError(
-                    f"{path} has format version {version}, and this release reads {FORMAT_VERSION}; pack the model again"
-                )
-            if offset + length != size:
-                raise StoreError(f"{path} is cut short or was added to; pack the model again")
-            file.seek(offset)
-            text = file.read(length)
-    except OSError as error:
-        raise StoreError(
-            f"{path} can't be read ({error.strerror}); give the file that predict-train pack wrote"
-        ) from error
+    with _told(path, "read", "give the file that predict-train pack wrote"), path.open("rb") as file:
+        start = file.read(_START.size)
+        size = os.fstat(file.fileno()).st_size
+        if len(start) < _START.size or not start.startswith(_MAGIC):
+            raise StoreError(f"{path} is no packed file; make one with predict-train pack")
+        _, version, offset, length = _START.unpack(start)
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{path} has format version {version}, and this release reads {FORMAT_VERSION}; pack the model again"
+            )
+        if offset + length != size:
+            raise StoreError(f"{path} is cut short or was added to; pack the model again")
+        file.seek(offset)
+        text = file.read(length)
     try:
         header = Header.model_validate(json.loads(text))
         header.format()
