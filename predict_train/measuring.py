@@ -136,5 +136,6 @@ def _routing(
             raise UserError(f"there is no preset {config.preset}; give {' or '.join(PRESETS)}")
         given = {name: getattr(config, name) for name in ("kept", "hit_rate", "skew")}
         given = {name: value for name, value in given.items() if value is not None}
+        given |= {} if config.kept is None else {"curve": None}
         return draw_routing(replace(PRESETS[config.preset], **given), steps=steps, seed=config.seed, **sizes)
     return replay(Trace.open(kind), steps, sizes["candidates"], predictors, config.horizon)

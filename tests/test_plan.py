@@ -79,6 +79,20 @@ def test_the_papers_case(tmp_path: Path) -> None:
     assert found["speculative/true"]["bound"] == "link"
 
 
+def test_how_the_routing_is_drawn_is_asked_for_and_told(tmp_path: Path) -> None:
+    out, told, copies = tmp_path / "plan.json", [], []
+    for options in ([], ["--hit-rate", 0.95], ["--kept", 0.43], ["--kept", 0.43, "--skew", 1], ["--preset", "moe-1b"]):
+        plan(QWEN, "--device-memory", "24GB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s", "--tokens", 20,
+             *options, "--json", out)  # fmt: skip
+        source = json.loads(out.read_text())["routing"]
+        told.append((source["drawn_by"], source.get("kept"), source["hit_rate"], source["skew"]))
+        copies.append(rows(out)["on_demand/None"]["bytes_per_token"])
+    assert told[:2] == [("curve", None, 0.89, 0), ("curve", None, 0.95, 0)]
+    assert told[2:] == [("kept", 0.43, 0.89, 0), ("kept", 0.43, 0.89, 1), ("kept", 0.38, 0.93, 0)]
+    assert copies[0] == copies[1]
+    assert 2 * copies[0] < copies[2], "what is not kept comes again sooner than by chance"
+
+
 def test_the_command_on_a_recorded_trace(tiny_moe_folder: Path, collected: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     plan(tiny_moe_folder, "--device-memory", "2MB", "--reserve", "1MB", "--link", "1GB/s", "--memory-bandwidth", "9GB/s",
@@ -125,6 +139,7 @@ def test_a_trace_of_another_model_is_refused(collected: Path) -> None:
         ({"--device-memory": "1GiB"}, "larger device"),
         ({"--slots": 7}, "7 slots are asked for"),
         ({"--preset": "mine"}, "no preset"),
+        ({"--skew": 1}, "give kept with the skew"),
         ({"--dtype": "int3"}, "dtype"),
     ],
 )

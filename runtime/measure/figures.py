@@ -117,4 +117,5 @@ def _peaks(rows: list[dict[str, Any]]) -> str:
 
 
 def _words(source: dict[str, Any]) -> str:
-    return ", ".join(str(value) if key == "routing" else f"{key} {value}" for key, value in source.items())
+    told = {key: value for key, value in source.items() if not isinstance(value, dict)}
+    return ", ".join(str(value) if key == "routing" else f"{key} {value}" for key, value in told.items())

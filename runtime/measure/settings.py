@@ -43,13 +43,15 @@ class Drawn(Settings):
     """How a synthetic routing is drawn."""
 
     preset: str = "qwen3-30b-a3b"
-    """Statistics of a synthetic routing: qwen3-30b-a3b (0.43 kept, hit rate 0.89) or moe-1b."""
+    """Statistics of a synthetic routing: qwen3-30b-a3b (hit rate 0.89, caches hit as often as with the real model's routing) or
+    moe-1b (hit rate 0.93, 0.38 kept and all other experts equally likely)."""
     kept: float | None = None
-    """Share of experts that a token keeps from the previous one, in the place of the preset's."""
+    """Share of experts that a token keeps from the previous one, all others being equally likely, in the place of how the preset
+    draws. Caches then hit less often than with real routing."""
     hit_rate: float | None = None
     """Hit rate of the speculation, in the place of the preset's."""
     skew: float | None = None
-    """How unequally popular experts are: a Zipf exponent, in the place of the preset's, which is 0."""
+    """How unequally popular the experts are that are not kept: a Zipf exponent, by default 0. Goes with `kept` or moe-1b."""
 
 
 class BenchConfig(Made, Predicted, Measuring, Loading, Drawn, Figures):
@@ -88,7 +90,7 @@ class PlanConfig(Predicted, Slots, Drawn, Figures):
     candidates: Count | None = None
     """Experts to fetch for each speculated token; by default the top k, and 2 more under gating `resident`."""
     routing: str = "synthetic"
-    """`synthetic`, or the folder of a trace to replay."""
+    """`synthetic`, or the folder of a trace, whose own routing then counts."""
     tokens: Count = 100
     """Tokens that count. As many tokens before them fill the slots."""
     cuda: bool = True
