@@ -159,6 +159,7 @@ def measured(arguments: argparse.Namespace, pack: Path) -> dict[str, Any]:
         planned(cell["results"], here, cell["slots"], routing, config, predictor)
         report(cell)
     return {
+        "routing": routing.source,
         "warmup": WARMUP,
         "rounds": arguments.rounds,
         "tokens": arguments.tokens,

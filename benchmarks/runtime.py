@@ -116,6 +116,7 @@ def ours(scratch: Path, tokens: int, rounds: int, slots: int, predictors: int) -
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta)
     return {
         "slots": slots,
+        "routing": routing.source,
         "results": rows,
         "link_bytes_per_second": measured.link,
         "link_by_round": measured.links,
