@@ -1,13 +1,14 @@
-"""Statistics of a trace: how well each layer's experts can be guessed, and how evenly they are used.
+"""Statistics of a trace: how well each layer's experts can be guessed, how soon they come again, and how evenly they are used.
 
 At most a few thousand rows are in memory, however large the trace is. Guesses are expensive and are measured on a
-sample of rows; loads and previous tokens need the expert ids only, and are exact over all rows.
+sample of rows, and so is how soon experts come again. Loads and previous tokens need the expert ids only, and are exact over
+all rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,18 +19,20 @@ from ..predictors.speculation import candidates
 from ..predictors.stacked import StackedSpeculators
 from .columns import Column, Columns
 from .examples import make_batch
-from .trace import Trace
+from .trace import Piece, Trace
 
 CHUNK_ROWS = 2048
 """Rows in memory at a time: about 3 GB of fp32 states at 48 layers of hidden size 4096."""
 SAMPLE_ROWS = 32_768
+SLOT_SHARES = (0.0625, 0.1875, 0.375, 0.6328)
+"""Of a layer's experts: with 128 experts 8, 24, 48 and 81 slots."""
 
 
 def trace_statistics(trace: Trace, sample_rows: int = SAMPLE_ROWS) -> dict[str, Any]:
     """Hit rates and expert loads of every target layer, as plain JSON values.
 
     `rows` says how many rows each figure uses: `training_free` about `sample_rows` evenly spaced ones, `load` all,
-    `previous_token` all whose previous token is in the same shard. For each target, `hit_rate` holds `k`, `k+2`, `2k`
+    `reuse` whole sequences (see `reuse`), `previous_token` all whose previous token is in the same shard. For each target, `hit_rate` holds `k`, `k+2`, `2k`
     (training-free, with so many candidates) and `previous_token` (None if no row has one), `load` the tokens of each
     expert, and `balance` their summary (see `balance`). Raises `TraceError` if the trace can't be read.
     """
@@ -49,8 +52,9 @@ def trace_statistics(trace: Trace, sample_rows: int = SAMPLE_ROWS) -> dict[str, 
                 "load": loads[number].tolist(),
             }
         )
-    rows = {"training_free": sampled, "previous_token": pairs, "load": trace.rows}
-    return {"top_k": trace.manifest.model.top_k, "rows": rows, "layers": layers}
+    curve = reuse(trace, sample_rows)
+    rows = {"training_free": sampled, "previous_token": pairs, "load": trace.rows, "reuse": curve.pop("rows")}
+    return {"top_k": trace.manifest.model.top_k, "rows": rows, "reuse": curve, "layers": layers}
 
 
 def balance(load: torch.Tensor) -> dict[str, float]:
@@ -109,20 +113,85 @@ def hit_rates(
 def _previous_token(trace: Trace) -> tuple[list[float], int]:
     """Each target's hit rate with the previous token's experts as the guess; and how many rows have a previous token."""
     metric, pairs = HitRate(len(trace.sources)), 0
-    for shard, entry in enumerate(trace.manifest.shards):
-        # Found by number, not by neighbouring rows: rows may be sampled, and sequences may be interleaved.
-        sequence, position = trace.places(shard)
-        token = (sequence.long() << 32) + position.long()
-        ordered, order = token.sort()
-        place = torch.searchsorted(ordered, token - 1).clamp(max=entry.rows - 1)
-        present = (ordered[place] == token - 1).nonzero().flatten()
-        before = order[place[present]]
+    for shard in range(len(trace.manifest.shards)):
+        token, order = _tokens(trace, shard)
+        follows = (token.diff() == 1).nonzero().flatten()
+        present, before = order[follows + 1], order[follows]
         for now, then in zip(present.split(CHUNK_ROWS), before.split(CHUNK_ROWS), strict=True):
             ids = [trace.column(shard, Column.EXPERT_IDS.of(target)) for target in trace.sources]
             guess = torch.stack([column[then] for column in ids])
             metric.update(guess, torch.stack([column[now] for column in ids]))
             pairs += len(now)
     return metric.rates() if pairs else [], pairs
+
+
+def reuse(trace: Trace, most_rows: int) -> dict[str, Any]:
+    """How often slots of one layer hit that hold the experts used last: the mean over all targets and tokens.
+
+    `slots` are numbers of slots, `SLOT_SHARES` of the experts, and `hit_rates` theirs. Each sequence begins with empty slots, and
+    each expert of a token counts. `rows` and `sequences` say of what: runs of consecutive tokens that are at least half as long
+    as the longest, evenly spaced, in all about `most_rows` rows.
+    """
+    experts, names = trace.manifest.model.num_experts, [Column.EXPERT_IDS.of(target) for target in trace.sources]
+    slots = [max(1, round(share * experts)) for share in SLOT_SHARES]
+    hits, accesses, rows, sequences = torch.zeros(len(slots), dtype=torch.int64), 0, 0, 0
+    for run in _long_runs(trace, most_rows):
+        distances = stack_distances(trace.expert_ids(trace.gather([run], names)), experts)
+        hits += torch.stack([(distances <= size).sum() for size in slots])
+        accesses, rows, sequences = accesses + distances.numel(), rows + len(distances), sequences + 1
+    rates = (hits.double() / accesses).tolist()
+    return {"slots": slots, "hit_rates": rates, "rows": rows, "sequences": sequences}
+
+
+def _long_runs(trace: Trace, most_rows: int) -> Iterator[Piece]:
+    """Runs of consecutive tokens, at least half as long as the longest, evenly spaced, in all about `most_rows` rows."""
+    lengths = [_runs(trace, shard)[1] for shard in range(len(trace.manifest.shards))]
+    half = max(int(found.max()) for found in lengths) / 2
+    step = max(1, round(sum(int(found[found >= half].sum()) for found in lengths) / most_rows))
+    passed = 0
+    for shard, found in enumerate(lengths):
+        chosen = (found >= half).nonzero().flatten()
+        first, passed = -passed % step, passed + len(chosen)
+        if first < len(chosen):
+            runs = _runs(trace, shard)[0].split(found.tolist())
+            yield from ((shard, runs[number]) for number in chosen[first::step].tolist())
+
+
+def _runs(trace: Trace, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of a shard by sequence and position, and the lengths of the runs of consecutive tokens among them."""
+    token, order = _tokens(trace, shard)
+    starts = torch.cat([torch.tensor([0]), (token.diff() != 1).nonzero().flatten() + 1, torch.tensor([len(token)])])
+    return order, starts.diff()
+
+
+def _tokens(trace: Trace, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A shard's tokens as rising numbers, which differ by 1 from one token of a sequence to the next, and their rows.
+
+    Neighbouring rows say nothing: rows may be sampled, and sequences may be interleaved.
+    """
+    sequence, position = trace.places(shard)
+    token, order = ((sequence.long() << 32) + position.long()).sort()
+    return token, order
+
+
+def stack_distances(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """How many slots each access needs to hit, if slots hold the experts used last: as `ids` `[tokens, layers, top_k]`, int64.
+
+    That is how many different experts its layer used since it used this one, and one more; at a first use it is more than
+    `num_experts`. A layer uses a token's experts in their order.
+    """
+    tokens, layers, top_k = ids.shape
+    last = torch.full((layers, num_experts), -1)
+    earlier = torch.ones(top_k, top_k, dtype=torch.bool).tril(-1)
+    found = torch.empty_like(ids)
+    for token in range(tokens):
+        before = last.gather(1, ids[token])
+        after_it = (last.unsqueeze(1) > before.unsqueeze(2)).sum(-1)
+        # Of the same token: those that were last used before it, and so are not counted yet.
+        after_it += ((before.unsqueeze(1) < before.unsqueeze(2)) & earlier).sum(-1)
+        found[token] = torch.where(before < 0, num_experts, after_it) + 1
+        last.scatter_(1, ids[token], (token * top_k + torch.arange(top_k)).expand(layers, -1))
+    return found
 
 
 def _loads(trace: Trace) -> torch.Tensor:

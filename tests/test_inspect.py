@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from predict_train.data_collection import statistics
-from predict_train.data_collection.statistics import balance, trace_statistics
+from predict_train.data_collection.statistics import balance, reuse, stack_distances, trace_statistics
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.errors import UserError
 from predict_train.train.inspection import InspectError, inspect, plot, report
@@ -107,6 +109,53 @@ def test_rows_in_any_order_and_thinned_out_have_the_right_previous_token(collect
     rates, pairs = statistics._previous_token(trace)
     assert pairs == 2  # 7:1 after 7:0 shares one expert of two, 9:1 after 9:0 both; 9:3 has lost its previous token
     assert rates == [0.75] * 4
+    # The runs are 1, 2, 2, 5 and 3, 4, 3, 4 and 3, 4: one slot hits once, two and more hit three times.
+    found = statistics.reuse(trace, 100)
+    assert (found["rows"], found["sequences"]) == (5, 3)
+    assert found["hit_rates"] == pytest.approx([0.1, 0.3, 0.3, 0.3])
+
+
+def hits(tokens: list[list[int]], slots: int) -> int:
+    """How often one layer's slots hit that keep the experts used last and are empty at first."""
+    found, kept = 0, []
+    for expert in (expert for ids in tokens for expert in ids):
+        found += expert in kept
+        kept = [expert, *(other for other in kept if other != expert)][:slots]
+    return found
+
+
+@given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 3), st.integers(1, 12), st.data())
+def test_stack_distances_are_the_slots_that_it_takes_to_hit(seed, tokens, layers, experts, data):
+    top_k = data.draw(st.integers(1, experts))
+    scores = torch.rand(tokens, layers, experts, generator=torch.Generator().manual_seed(seed))
+    ids = scores.argsort(-1)[..., :top_k]
+    distances = stack_distances(ids, experts)
+    for layer in range(layers):
+        for slots in range(1, experts + 1):
+            assert (distances[:, layer] <= slots).sum() == hits(ids[:, layer].tolist(), slots)
+
+
+def test_the_curve_of_a_trace_is_that_of_its_sequences(collected):
+    trace = Trace.open(collected)
+    found = trace_statistics(trace)
+    assert found["reuse"]["slots"] == [1, 2, 3, 5]  # of 8 experts
+    assert found["reuse"]["hit_rates"] == sorted(found["reuse"]["hit_rates"])
+    expected, rows, sequences = [0, 0, 0, 0], 0, 0
+    for shard in range(len(trace.manifest.shards)):
+        sequence, _ = trace.places(shard)
+        for number in sequence.unique():
+            own = (sequence == number).nonzero().flatten()
+            if len(own) < 50:  # of 100
+                continue
+            rows, sequences = rows + len(own), sequences + 1
+            for layer in range(4):
+                tokens = trace.column(shard, f"layers.{layer}.expert_ids")[own].tolist()
+                expected = [before + hits(tokens, n) for before, n in zip(expected, (1, 2, 3, 5), strict=True)]
+    assert (found["rows"]["reuse"], found["reuse"]["sequences"]) == (rows, sequences)
+    assert found["reuse"]["hit_rates"] == pytest.approx([count / (rows * 4 * 2) for count in expected])
+    some = reuse(trace, 1000)
+    assert 700 <= some["rows"] <= 1300
+    assert some["hit_rates"] == pytest.approx(found["reuse"]["hit_rates"], abs=0.05)
 
 
 def test_balance_of_known_loads():
@@ -119,6 +168,8 @@ def test_balance_of_known_loads():
 def test_a_trace_is_told(collected):
     found = inspect(collected, verify=True)
     text = told(found)
+    for rate in found["reuse"]["hit_rates"]:
+        assert f"{rate:.3f}" in text
     for part in ("prefill", "its input", "8,000", "right, all of them", "previous", "qwen3_moe with 4 layers", "idle"):
         assert part in text
     for entry in found["layers"]:

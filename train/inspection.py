@@ -204,6 +204,14 @@ def _report_trace(found: dict[str, Any], console: Console) -> None:
         caption=f"on {rows['training_free']:,} rows, evenly spaced; previous: the previous token's experts as the guess, "
         f"on {rows['previous_token']:,} rows; control: on every eighth",
     )
+    curve = found["reuse"]
+    _print(
+        console,
+        ("slots of a layer", *map(str, curve["slots"])),
+        [["hit rate", *map(_rate, curve["hit_rates"])]],
+        title="slots that hold the experts used last",
+        caption=f"mean over layers, on {rows['reuse']:,} rows of {curve['sequences']:,} sequences; each begins with empty slots",
+    )
     balances = {entry["layer"]: entry["balance"] for entry in found["layers"]}
     _print(
         console,
