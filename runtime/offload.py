@@ -122,7 +122,7 @@ def open_store(
     if store is None:
         if any(p.is_meta for layer in layers for p in layer.experts.parameters(recurse=False)):
             raise OffloadError("the experts of this model are not in memory; name their packed file: store=PATH")
-        store = HostStore(layers, pinned=device.type == "cuda")
+        store = HostStore(layers, device)
         attached.callback(store.close)
     elif isinstance(store, str | Path):
         store = PackedStore(store)
@@ -175,8 +175,9 @@ class ExpertOffload:
         """Tokens of the current forward pass."""
         self._observer: Observer | None = None
         self._move_rest(attached)
-        self._engine: Engine = ExpertSlots(store, self.slots, self.device, config.readers, Eviction(config.eviction))
-        attached.callback(self._engine.close)
+        engine: Engine = ExpertSlots(store, self.slots, self.device, config.readers, Eviction(config.eviction))
+        attached.callback(engine.close)
+        self._engine = engine
         self._take_turns(attached)
         for target in targets:
             self._attach(target, attached)
@@ -187,8 +188,10 @@ class ExpertOffload:
             self.policy,
             self.gating,
             max_tokens=config.speculated_tokens,
-            fetch=self._announce,
-            resident=lambda target: self._engine.resident(target.number),
+            # These don't refer to `self`. Else a detached model's memory would stay until the next garbage collection.
+            # For a target without a source no layer computes before it. So its copies begin at once.
+            fetch=lambda target, guessed: engine.announce(target.number, guessed, now=target.source is None),
+            resident=lambda target: engine.resident(target.number),
         )
         attached.callback(self._control.detach)
         self._known = {layer.target.number: layer for layer in self._control.layers}
@@ -294,10 +297,6 @@ class ExpertOffload:
             begin = layer.decoder.register_forward_pre_hook(lambda *_: self._engine.begin_pass(), prepend=True)
             attached.callback(begin.remove)
         attached.enter_context(override_forward(layer.experts, forward))
-
-    def _announce(self, target: Target, candidates: torch.Tensor) -> None:
-        # For a target without a source no layer computes before it. So its copies begin at once.
-        self._engine.announce(target.number, candidates, now=target.source is None)
 
     def _observe(self, observer: Observer | None) -> None:
         self._observer = self._control.observer = observer

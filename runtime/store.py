@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import mmap
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from ..predictors.architecture import MoELayer
 from .errors import StoreError
-from .formats import PAGE, ExpertFormat
+from .formats import ExpertFormat
 from .formats.full import FullFormat
+from .registered import Registration, register
 
 Bytes = NDArray[np.uint8]
 
 
-def empty_blocks(count: int, size: int, device: torch.device, pinned: bool = False) -> torch.Tensor:
+def empty_blocks(count: int, size: int, device: torch.device) -> torch.Tensor:
     """Memory for blocks of `size` bytes, uint8 `[count, size]`. In host memory it begins at a multiple of `PAGE`.
 
     Raises `StoreError` where the device has too little memory.
@@ -27,18 +29,11 @@ def empty_blocks(count: int, size: int, device: torch.device, pinned: bool = Fal
     try:
         if device.type != "cpu":
             return torch.empty(count, size, dtype=torch.uint8, device=device)
-        if pinned:
-            memory = torch.empty(count * size + PAGE, dtype=torch.uint8, pin_memory=True)
-            begin = -memory.data_ptr() % PAGE
-            memory = memory[begin : begin + count * size]
-        else:
-            memory = torch.frombuffer(_pages(count * size), dtype=torch.uint8)
+        return torch.frombuffer(_pages(count * size), dtype=torch.uint8).view(count, size)
     except (RuntimeError, OSError, OverflowError) as error:  # on CUDA torch raises a RuntimeError, `mmap` the others
-        kind = "pinned memory" if pinned else str(device)
         raise StoreError(
-            f"{count} experts take {count * size / 2**30:.1f} GiB, which {kind} has not left; ask for fewer slots or a packed file"
+            f"{count} experts take {count * size / 2**30:.1f} GiB, which {device} has not left; ask for fewer slots or a packed file"
         ) from error
-    return memory.view(count, size)
 
 
 def _pages(size: int) -> mmap.mmap:
@@ -70,50 +65,124 @@ class ExpertStore(Protocol):
 
 
 class HostStore:
-    """The experts in host memory, pinned for CUDA: blocks `[experts, bytes]`, uint8, for each MoE layer.
+    """The experts in host memory: blocks `[experts, bytes]`, uint8, for each MoE layer.
 
     While the store is open, the model's expert parameters are views of these blocks. So each weight is in memory once, and
     `state_dict` and `save_pretrained` work. `close` gives the parameters their own memory again.
+
+    For a CUDA `device` the blocks are registered, so that it can read them itself. Where the system lets it lock too little
+    memory, no block is registered, and a warning says so.
     """
 
-    def __init__(self, layers: list[MoELayer], pinned: bool):
+    def __init__(self, layers: list[MoELayer], device: torch.device):
         self.format: ExpertFormat = FullFormat.common([layer.experts for layer in layers])
         self.extent = len(layers), layers[0].num_experts
+        self.is_registered = device.type == "cuda"
+        """Whether the device can read all blocks itself."""
         self.blocks: list[torch.Tensor] = []
-        self._bytes: list[Bytes] = []
-        self._parameters: list[dict[str, nn.Parameter]] = []
-        self._devices: list[torch.device] = []
+        self._device = device
+        self._layers: list[_Layer] = []
         try:
-            for layer in layers:
-                self._take(layer, pinned)
+            # Memory is made at its first use, which takes longer than the copy. So several threads use it first.
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                following = _Layer(layers[0], self.format, pool)
+                for layer in [*layers[1:], None]:
+                    taken = following
+                    taken.wait()
+                    self._layers.append(taken)
+                    self.blocks.append(taken.blocks)
+                    if not taken.was_on_device:
+                        taken.take_parameters()
+                    if layer is not None:  # it is filled while the one before is registered
+                        following = _Layer(layer, self.format, pool)
+                    if self.is_registered:
+                        self._register(taken)
+                    if taken.was_on_device:  # a copy from there into registered memory is faster
+                        taken.take_parameters()
         except BaseException:
             self.close()
             raise
 
-    def _take(self, layer: MoELayer, pinned: bool) -> None:
-        blocks = empty_blocks(layer.num_experts, self.format.bytes, torch.device("cpu"), pinned)
-        parameters = dict(layer.experts.named_parameters(recurse=False))
-        views = self.format.views(blocks)
-        for name, view in views.items():
-            view.copy_(parameters[name].data)
-        self._devices.append(next(iter(parameters.values())).device)
-        self._parameters.append(parameters)
-        self.blocks.append(blocks)
-        self._bytes.append(blocks.numpy())
-        for name, view in views.items():
-            parameters[name].data = view
+    def _register(self, layer: _Layer) -> None:
+        layer.registration = register(layer.blocks, self._device)
+        if layer.registration is not None:
+            return
+        self.is_registered = False
+        for earlier in self._layers:
+            earlier.unregister()
+        whole = self.extent[0] * layer.blocks.nbytes
+        locked = whole * (len(self._layers) - 1) // self.extent[0]
+        warnings.warn(
+            f"CUDA could lock only {locked / 2**30:.1f} of the {whole / 2**30:.1f} GiB of experts in host memory, so they are "
+            "copied through a small buffer, which is slower; give the container or WSL2 more memory that can be locked",
+            stacklevel=2,
+        )
 
     def block(self, layer: int, expert: int) -> torch.Tensor:
         """The block `[bytes]` of one expert."""
         return self.blocks[layer][expert]
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:
-        np.copyto(into, self._bytes[layer][expert])
+        np.copyto(into, self._layers[layer].bytes[expert])
 
     def close(self) -> None:
-        self._bytes.clear()
-        while self._parameters:  # layer by layer, so that only one layer is in memory twice
-            device = self._devices.pop()
-            for parameter in self._parameters.pop().values():
-                parameter.data = parameter.data.to(device, copy=True, memory_format=torch.contiguous_format)
+        while self._layers:  # layer by layer, so that only one layer is in memory twice
+            self._layers[-1].give_back()
+            self._layers.pop()
             self.blocks.pop()
+
+
+class _Layer:
+    """One layer's experts: the model's parameters, and the blocks that they are moved to and from."""
+
+    def __init__(self, layer: MoELayer, blocks_format: ExpertFormat, pool: ThreadPoolExecutor):
+        """Begins to fill the blocks, in the threads of `pool`: with the experts, or with zeros if these are on a device."""
+        self.blocks = empty_blocks(layer.num_experts, blocks_format.bytes, torch.device("cpu"))
+        self.bytes: Bytes = self.blocks.numpy()
+        self.registration: Registration | None = None
+        self._views = blocks_format.views(self.blocks)
+        self._parameters = {name: layer.experts.get_parameter(name) for name in self._views}
+        self._origin = next(iter(self._parameters.values())).device
+        self.was_on_device = self._origin.type != "cpu"
+        self._filling: list[Future[None]] = [pool.submit(self._fill, expert) for expert in range(layer.num_experts)]
+
+    def _fill(self, expert: int) -> None:
+        if self.was_on_device:
+            self.bytes[expert] = 0
+            return
+        for name, view in self._views.items():
+            np.copyto(_as_bytes(view[expert]), _as_bytes(self._parameters[name].data[expert]))
+
+    def wait(self) -> None:
+        """Returns when the blocks are filled."""
+        while self._filling:
+            self._filling.pop().result()
+
+    def take_parameters(self) -> None:
+        """Makes the parameters views of the blocks. Their own memory is free then. Those on a device are copied first."""
+        for name, view in self._views.items():
+            if self.was_on_device:
+                _copy(view, self._parameters[name].data)
+            self._parameters[name].data = view
+
+    def give_back(self) -> None:
+        """Gives the parameters memory of their own, where they were."""
+        for parameter in self._parameters.values():
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._origin)
+            _copy(values, parameter.data)
+            parameter.data = values
+        self.unregister()
+
+    def unregister(self) -> None:
+        if self.registration is not None:
+            self.registration.close()
+
+
+def _as_bytes(tensor: torch.Tensor) -> Bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _copy(into: torch.Tensor, source: torch.Tensor) -> None:
+    # Expert by expert: torch copies between devices directly only where both sides are contiguous.
+    for target, expert in zip(into, source, strict=True):
+        target.copy_(expert)

@@ -193,7 +193,7 @@ class AnyOrder(HostStore):
     """A store whose reads take as long as they are told, so that they finish in any order."""
 
     def __init__(self, layers: Any, delays: list[int]):
-        super().__init__(layers, pinned=False)
+        super().__init__(layers, torch.device("cpu"))
         self._delays, self._lock = itertools.cycle(delays), threading.Lock()
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:

@@ -60,7 +60,7 @@ class Failing(HostStore):
     """A store of which some reads fail with an I/O error."""
 
     def __init__(self, model: PreTrainedModel, fails: Any):
-        super().__init__(find_moe_layers(model), pinned=False)
+        super().__init__(find_moe_layers(model), torch.device("cpu"))
         self.reads, self.fails = 0, fails
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:

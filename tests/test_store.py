@@ -21,7 +21,7 @@ from predict_train.runtime.store import HostStore, empty_blocks
 def test_the_store_keeps_every_weight_and_gives_it_back(architecture: str, dtype: torch.dtype) -> None:
     layers = find_moe_layers(build_model(architecture).to(dtype))
     before = [{n: p.detach().clone() for n, p in layer.experts.named_parameters(recurse=False)} for layer in layers]
-    store = HostStore(layers, pinned=False)
+    store = HostStore(layers, torch.device("cpu"))
     (slot,) = empty_blocks(1, store.format.bytes, torch.device("cpu"))
     assert slot.data_ptr() % PAGE == 0
     assert store.format.bytes % PAGE == 0
@@ -53,13 +53,13 @@ def test_a_store_without_memory_leaves_the_model_alone(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("predict_train.runtime.store.empty_blocks", scarce)
     with pytest.raises(StoreError, match="no memory left"):
-        HostStore(layers, pinned=False)
+        HostStore(layers, torch.device("cpu"))
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) and after[name].is_contiguous() for name in before)
 
 
 def test_more_memory_than_there_is_is_refused_in_a_sentence() -> None:
-    size = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).format.bytes
+    size = HostStore(find_moe_layers(build_model("qwen3_moe")), torch.device("cpu")).format.bytes
     with pytest.raises(StoreError, match="GiB, which cpu has not left; ask for fewer"):
         empty_blocks(1 << 48, size, torch.device("cpu"))
 
@@ -79,7 +79,7 @@ def mapping_of(blocks: torch.Tensor) -> str:
 
 @needs_smaps
 def test_slots_are_huge_pages_where_the_system_has_them() -> None:
-    size = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False).format.bytes
+    size = HostStore(find_moe_layers(build_model("qwen3_moe")), torch.device("cpu")).format.bytes
     mapping = mapping_of(empty_blocks(1 + (1 << 22) // size, size, torch.device("cpu")))
     if "THPeligible" not in mapping:
         pytest.skip("this kernel knows no transparent huge pages")
@@ -88,7 +88,7 @@ def test_slots_are_huge_pages_where_the_system_has_them() -> None:
 
 @needs_smaps
 def test_slots_have_their_memory_before_the_first_token() -> None:
-    store = HostStore(find_moe_layers(build_model("qwen3_moe")), pinned=False)
+    store = HostStore(find_moe_layers(build_model("qwen3_moe")), torch.device("cpu"))
     slots = ExpertSlots(store, 200, torch.device("cpu"), readers=1, eviction=Eviction.LRU)
     present = re.search(r"^Rss: +(\d+) kB", mapping_of(slots.transfers.slots), flags=re.MULTILINE)
     slots.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,6 +55,7 @@ class Copy:
             copy(self)
         except BaseException as error:  # `wait` of the transfers raises it
             self.error = error
+            traceback.clear_frames(error.__traceback__)  # else they hold the slot until the next garbage collection
         self._is_made = True
         self._made.release()
 
@@ -104,6 +106,7 @@ class Readers:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
+        del self._copy  # it holds the memory that was copied to
 
     def _run(self) -> None:
         while True:

@@ -5,42 +5,61 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ...predictors.experts import combine, group_by_expert
 from ..engine import Counters, Decision
+from ..formats import PAGE
 from ..observer import Observer
+from ..registered import Registration, register
 from ..store import ExpertStore, empty_blocks
 from .cache import Eviction
 from .schedule import Schedule
 from .transfer import make_transfers
 
 
+class Envelope(NamedTuple):
+    """Host memory for one message from the device at a time, int64."""
+
+    memory: torch.Tensor
+    registration: Registration | None
+    copied: torch.cuda.Event
+
+    @classmethod
+    def of(cls, count: int, device: torch.device) -> Envelope:
+        """One for `count` numbers. Where its memory can't be registered, the host waits while a message is copied."""
+        pages = -(-count * 8 // PAGE)
+        memory = empty_blocks(pages, PAGE, torch.device("cpu")).zero_()
+        return cls(memory.view(torch.int64).flatten(), register(memory, device), torch.cuda.Event())
+
+
 class Mailbox:
     """Takes candidates to the host. On CUDA they are copied while the host goes on.
 
-    Each message has its own pinned memory until it is taken. Then another message uses this memory.
+    Each message has its own envelope until it is taken. Then another message uses it.
     """
 
     def __init__(self, device: torch.device):
-        self._is_cuda = device.type == "cuda"
-        self._messages: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
-        self._spare: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._device = device
+        self._messages: deque[tuple[int, torch.Tensor, Envelope | None]] = deque()
+        self._spare: list[Envelope] = []
 
     def put(self, number: int, candidates: torch.Tensor) -> None:
         """Takes the candidates `[tokens, m]` of layer `number`."""
-        if not self._is_cuda:
+        if self._device.type != "cuda":
             self._messages.append((number, candidates, None))
             return
-        memory, copied = self._spare.pop() if self._spare else (torch.empty(0, dtype=torch.int64), torch.cuda.Event())
-        if memory.numel() < candidates.numel():
-            memory = torch.empty(candidates.numel(), dtype=torch.int64, pin_memory=True)
-        host = memory[: candidates.numel()].view(candidates.shape)
+        count = candidates.numel()
+        envelope = self._spare.pop() if self._spare else None
+        if envelope is None or len(envelope.memory) < count:
+            envelope = Envelope.of(count, self._device)
+        host = envelope.memory[:count].view(candidates.shape)
         host.copy_(candidates.to(torch.int64), non_blocking=True)
-        copied.record(torch.cuda.current_stream(candidates.device))
-        self._messages.append((number, host, copied))
+        envelope.copied.record(torch.cuda.current_stream(candidates.device))
+        self._messages.append((number, host, envelope))
 
     def take(self) -> Iterator[tuple[int, list[int]]]:
         """The layers with their distinct candidates, in the order of `put`. It waits until each has arrived.
@@ -48,16 +67,22 @@ class Mailbox:
         The best guess of every token comes before the second one of any token.
         """
         while self._messages:
-            number, host, copied = self._messages.popleft()
-            if copied is not None:
-                copied.synchronize()
+            number, host, envelope = self._messages.popleft()
+            if envelope is not None:
+                envelope.copied.synchronize()
             guess = list(dict.fromkeys(host.T.flatten().tolist()))
-            if copied is not None:
-                self._spare.append((host.view(-1), copied))
+            if envelope is not None:
+                self._spare.append(envelope)
             yield number, guess
 
     def clear(self) -> None:
+        """Drops all messages. Their envelopes are free when the copies into them are over."""
+        for _ in self.take():
+            pass
+
+    def close(self) -> None:
         self._messages.clear()
+        self._spare.clear()
 
 
 class ExpertSlots:
@@ -78,6 +103,8 @@ class ExpertSlots:
 
     def close(self) -> None:
         self.transfers.close()
+        self._mailbox.close()
+        self._tensors.clear()
 
     def observe(self, observer: Observer | None) -> None:
         self._schedule.observer = observer

@@ -13,6 +13,7 @@ import torch
 
 from ..errors import StoreError
 from ..observer import Observer
+from ..registered import register
 from ..store import Bytes, ExpertStore, HostStore, empty_blocks
 from .cache import Key
 from .readers import Copy, Readers
@@ -38,7 +39,7 @@ class Transfers(Copies, Protocol):
         """Seconds that the computation has waited for copies so far."""
 
     def close(self) -> None:
-        """Ends all copies, and the threads that make them."""
+        """Ends all copies, and the threads that make them. Nothing here holds the memory of the slots then."""
 
 
 class ThreadTransfers:
@@ -91,11 +92,15 @@ class ThreadTransfers:
             self._readers.wait(copy)
             self._stalled += time.perf_counter() - begun
         del self._copies[slot]
-        if copy.error is not None and not isinstance(copy.error, Exception):  # SystemExit should not end the program
-            name = type(copy.error).__name__
-            raise StoreError(f"a read was broken off ({name}); run the model again") from copy.error
-        if copy.error is not None:
-            raise copy.error
+        error, copy.error = copy.error, None
+        try:
+            if error is not None and not isinstance(error, Exception):  # SystemExit should not end the program
+                name = type(error).__name__
+                raise StoreError(f"a read was broken off ({name}); run the model again") from error
+            if error is not None:
+                raise error
+        finally:
+            del error  # it refers to the frames, and so to what they hold
 
     def computed(self, slot: int) -> None:
         pass  # computation on the CPU is over when its call returns
@@ -111,6 +116,7 @@ class ThreadTransfers:
 
     def close(self) -> None:
         self._close()
+        self.slots = torch.empty(0)
 
 
 class CudaTransfers:
@@ -120,7 +126,8 @@ class CudaTransfers:
     the guesses for the next layer. So only guesses for the layer itself can stand before a copy that it is missing.
     """
 
-    def __init__(self, slots: torch.Tensor, block: Callable[[int, int], torch.Tensor]):
+    def __init__(self, slots: torch.Tensor, block: Callable[[int, int], torch.Tensor] | None = None):
+        """`block(layer, expert)` gives the blocks for `start`; who calls `enqueue` gives the block itself."""
         self.slots, self._block = slots, block
         self.stream = torch.cuda.Stream(slots.device)
         self.stream.wait_stream(
@@ -137,11 +144,12 @@ class CudaTransfers:
         pass  # no thread makes these copies; the profiler of the device shows them
 
     def start(self, slot: int, key: Key, urgent: bool) -> None:  # noqa: ARG002
+        assert self._block is not None
         self.enqueue(slot, self._block(*key))
         self.pending.add(slot)
 
     def enqueue(self, slot: int, block: torch.Tensor) -> None:
-        """Enqueues the copy of a pinned block."""
+        """Enqueues the copy of a block. It is best registered: else the host waits here until the block is read."""
         self.stream.wait_event(self._read[slot])  # returns at once where it was never recorded
         with torch.cuda.stream(self.stream):
             self.slots[slot].copy_(block, non_blocking=True)
@@ -184,6 +192,7 @@ class CudaTransfers:
 
     def close(self) -> None:
         self.stream.synchronize()
+        self.slots = torch.empty(0)
 
     def _timer(self) -> torch.cuda.Event:
         return self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
@@ -203,13 +212,14 @@ class CudaTransfers:
 
 
 class StagedTransfers(ThreadTransfers):
-    """Reader threads that read into a ring of pinned buffers. From there the copy stream copies each block to its slot."""
+    """Reader threads that read into a ring of registered buffers. From there the copy stream copies each block to its slot."""
 
     def __init__(self, store: ExpertStore, slots: torch.Tensor, readers: int):
-        self.slots = slots
-        cuda = CudaTransfers(slots, block=lambda *_: slots[0])
+        self.slots, device = slots, slots.device
+        cuda = CudaTransfers(slots)
         count = 2 * readers  # a reader fills one while the other is copied to the device
-        buffers = empty_blocks(count, store.format.bytes, torch.device("cpu"), pinned=True)
+        buffers = empty_blocks(count, store.format.bytes, torch.device("cpu")).zero_()
+        self._registration = register(buffers, device)
         ring: SimpleQueue[tuple[torch.Tensor, Bytes, torch.cuda.Event]] = SimpleQueue()
         for buffer, target in zip(buffers, buffers.numpy(), strict=True):
             ring.put((buffer, target, torch.cuda.Event()))
@@ -220,7 +230,7 @@ class StagedTransfers(ThreadTransfers):
             try:
                 left.synchronize()  # returns at once where it was never recorded
                 store.read(*job.key, target)
-                with one_at_a_time, torch.cuda.device(slots.device):
+                with one_at_a_time, torch.cuda.device(device):
                     cuda.enqueue(job.slot, buffer)
                     left.record(cuda.stream)
             finally:
@@ -251,12 +261,13 @@ class StagedTransfers(ThreadTransfers):
     def close(self) -> None:
         super().close()
         self._cuda.close()
+        self._registration = None
 
 
 def make_transfers(store: ExpertStore, slots: torch.Tensor, readers: int) -> Transfers:
     """The transfers from `store` to the device that `slots` lies on."""
     if not slots.is_cuda:
         return ThreadTransfers(store, slots, readers)
-    if isinstance(store, HostStore):
+    if isinstance(store, HostStore) and store.is_registered:
         return CudaTransfers(slots, store.block)
     return StagedTransfers(store, slots, readers)
