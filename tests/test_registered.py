@@ -6,7 +6,9 @@ import gc
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ from test_offload import everything_resident, greedy, prompt
 from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
-needs_maps = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says which pages there are")
 
 
 @pytest.fixture
@@ -40,6 +41,8 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pages]:
 
 @pytest.fixture
 def cudart(monkeypatch: pytest.MonkeyPatch) -> Cudart:
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("only Linux says which pages there are")
     return Cudart(monkeypatch)
 
 
@@ -51,7 +54,6 @@ def has(model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-@needs_maps
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
 def test_the_blocks_are_registered_until_the_store_is_closed(architecture: str, pages: Pages, cudart: Cudart) -> None:
     model = build_model(architecture).to(torch.bfloat16)
@@ -67,7 +69,6 @@ def test_the_blocks_are_registered_until_the_store_is_closed(architecture: str, 
     assert has(model, before)
 
 
-@needs_maps
 def test_a_store_that_nobody_closes_unregisters_its_memory_before_it_is_freed(pages: Pages, cudart: Cudart) -> None:
     model = build_model("qwen3_moe")
     store = HostStore(find_moe_layers(model), CUDA)
@@ -79,7 +80,6 @@ def test_a_store_that_nobody_closes_unregisters_its_memory_before_it_is_freed(pa
     assert pages.left == 0
 
 
-@needs_maps
 def test_memory_that_a_caller_still_holds_is_unregistered_and_stays_readable(pages: Pages, cudart: Cudart) -> None:
     model = build_model("qwen3_moe")
     before = weights(model)
@@ -92,14 +92,15 @@ def test_memory_that_a_caller_still_holds_is_unregistered_and_stays_readable(pag
     assert pages.left == 0
 
 
-@needs_maps
 @pytest.mark.parametrize("layers_that_fit", [0, 2])
 def test_too_little_memory_that_can_be_locked(layers_that_fit: int, pages: Pages, cudart: Cudart) -> None:
     model = build_model("qwen3_moe")
     before, layers = weights(model), find_moe_layers(model)
     size = 8 * HostStore(layers, CPU).format.bytes
     cudart.limit = layers_that_fit * size + size // 2
-    with pytest.warns(UserWarning, match=r"CUDA could lock only .* GiB of experts in host memory.*small buffer") as told:
+    with pytest.warns(
+        UserWarning, match=r"CUDA could lock only .* GiB of experts in host memory.*small buffer"
+    ) as told:
         store = HostStore(layers, CUDA)
     assert len(told) == 1
     assert not store.is_registered
@@ -117,7 +118,6 @@ def test_too_little_memory_that_can_be_locked(layers_that_fit: int, pages: Pages
     assert pages.left == 0
 
 
-@needs_maps
 @pytest.mark.parametrize("breaks_at", [1, 3])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_registering_that_breaks_off_leaves_the_model_alone(
@@ -140,9 +140,8 @@ def test_registering_that_breaks_off_leaves_the_model_alone(
     assert pages.left == 0
 
 
-def test_memory_is_filled_by_several_threads_before_it_is_registered(
-    cudart: Cudart, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("cudart")
+def test_memory_is_filled_by_several_threads_before_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: set[str] = set()
     both = threading.Barrier(2)
     fill = store_module._Layer._fill
@@ -168,7 +167,8 @@ def test_memory_is_filled_by_several_threads_before_it_is_registered(
     assert len(threads) == 2
 
 
-def test_only_one_layer_is_in_memory_twice(cudart: Cudart, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("cudart")
+def test_only_one_layer_is_in_memory_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a layer's blocks are made, the memory that the layers before it had is free."""
     model = build_model("qwen3_moe")
     layers, made = find_moe_layers(model), []
@@ -185,7 +185,6 @@ def test_only_one_layer_is_in_memory_twice(cudart: Cudart, monkeypatch: pytest.M
     assert len(made) == 4
 
 
-@needs_maps
 def test_a_registration_ends_once_and_only_in_its_own_process(pages: Pages, cudart: Cudart) -> None:
     memory = empty_blocks(1, 8192, CPU)
     registration = register(memory, CUDA)
@@ -219,7 +218,6 @@ class Event:
         pass
 
 
-@needs_maps
 @pytest.mark.parametrize("limit", [0, 1 << 40])
 def test_the_mailbox_uses_its_memory_again_and_frees_it(
     limit: int, pages: Pages, cudart: Cudart, monkeypatch: pytest.MonkeyPatch
@@ -276,8 +274,6 @@ def test_detaching_frees_all_memory_at_once(tiny_moe: PreTrainedModel, policy: s
 
 def test_detaching_frees_an_offload_at_once(tiny_moe: PreTrainedModel, exported: Path, pages: Pages) -> None:
     """With it go the predictors' weights, and what is left of the last pass."""
-    import weakref
-
     offload_experts(tiny_moe, exported, policy="prefetch", slots=4, device="cpu")
     greedy(tiny_moe, prompt(1, 6))
     control = tiny_moe.expert_offload._control
@@ -304,10 +300,8 @@ def test_detaching_frees_all_memory_after_reads_that_failed(
     monkeypatch.setattr(HostStore, "read", failing)
     with offloaded(tiny_moe, policy=policy, slots=4, device="cpu"):
         for _ in range(10):
-            try:
+            with suppress(StoreError):
                 greedy(tiny_moe, prompt(1, 6))
-            except StoreError:
-                pass
     assert len(reads) >= 5
     assert pages.left == 0
 

@@ -106,7 +106,6 @@ class Readers:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
-        del self._copy  # it holds the memory that was copied to
 
     def _run(self) -> None:
         while True:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..errors import StoreError
 from ..observer import Observer
 from ..registered import register
-from ..store import Bytes, ExpertStore, HostStore, empty_blocks
+from ..store import ExpertStore, HostStore, empty_blocks
 from .cache import Key
 from .readers import Copy, Readers
 from .schedule import Copies
@@ -48,10 +48,11 @@ class ThreadTransfers:
     def __init__(self, store: ExpertStore, slots: torch.Tensor, readers: int):
         self.slots = slots
         targets = list(slots.numpy())  # made once, so that a read allocates nothing
-        self._begin(readers, lambda copy: store.read(*copy.key, targets[copy.slot]))
+        self._begin(readers, lambda copy: store.read(*copy.key, targets[copy.slot]), targets)
 
-    def _begin(self, readers: int, copy: Callable[[Copy], None]) -> None:
-        self._readers = Readers(readers, copy)
+    def _begin(self, readers: int, copy: Callable[[Copy], None], memory: list[Any] | deque[Any]) -> None:
+        """`memory` is what `copy` reads into. It is emptied at `close`, since an error's frames may still refer to `copy`."""
+        self._readers, self._memory = Readers(readers, copy), memory
         self._copies: dict[int, Copy] = {}
         self._stalled = 0.0
         # The threads do not refer to this object. So it can be collected, and ends them, where nobody closes it.
@@ -116,6 +117,7 @@ class ThreadTransfers:
 
     def close(self) -> None:
         self._close()
+        self._memory.clear()
         self.slots = torch.empty(0)
 
 
@@ -220,13 +222,14 @@ class StagedTransfers(ThreadTransfers):
         count = 2 * readers  # a reader fills one while the other is copied to the device
         buffers = empty_blocks(count, store.format.bytes, torch.device("cpu")).zero_()
         self._registration = register(buffers, device)
-        ring: SimpleQueue[tuple[torch.Tensor, Bytes, torch.cuda.Event]] = SimpleQueue()
-        for buffer, target in zip(buffers, buffers.numpy(), strict=True):
-            ring.put((buffer, target, torch.cuda.Event()))
+        # No reader has more than one, so there is always one to take.
+        ring = deque(
+            (buffer, target, torch.cuda.Event()) for buffer, target in zip(buffers, buffers.numpy(), strict=True)
+        )
         one_at_a_time = threading.Lock()
 
         def copy(job: Copy) -> None:
-            buffer, target, left = ring.get()
+            buffer, target, left = ring.popleft()
             try:
                 left.synchronize()  # returns at once where it was never recorded
                 store.read(*job.key, target)
@@ -234,10 +237,10 @@ class StagedTransfers(ThreadTransfers):
                     cuda.enqueue(job.slot, buffer)
                     left.record(cuda.stream)
             finally:
-                ring.put((buffer, target, left))
+                ring.append((buffer, target, left))
 
         self._cuda = cuda
-        self._begin(readers, copy)
+        self._begin(readers, copy, ring)
 
     def copying(self, slot: int) -> bool:
         return super().copying(slot) or not self._cuda.copied[slot].query()
