@@ -143,8 +143,11 @@ class _Layer:
         self._views = blocks_format.views(self.blocks)
         self._parameters = {name: layer.experts.get_parameter(name) for name in self._views}
         self._origin = next(iter(self._parameters.values())).device
-        self.was_on_device = self._origin.type != "cpu"
         self._filling: list[Future[None]] = [pool.submit(self._fill, expert) for expert in range(layer.num_experts)]
+
+    @property
+    def was_on_device(self) -> bool:
+        return self._origin.type != "cpu"
 
     def _fill(self, expert: int) -> None:
         if self.was_on_device:

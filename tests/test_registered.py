@@ -54,8 +54,12 @@ def has(model: PreTrainedModel, expected: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("as_from_device", [False, True])
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
-def test_the_blocks_are_registered_until_the_store_is_closed(architecture: str, pages: Pages, cudart: Cudart) -> None:
+def test_the_blocks_are_registered_until_the_store_is_closed(
+    architecture: str, as_from_device: bool, pages: Pages, cudart: Cudart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module._Layer, "was_on_device", as_from_device)
     model = build_model(architecture).to(torch.bfloat16)
     before, layers = weights(model), find_moe_layers(model)
     store = HostStore(layers, CUDA)
