@@ -1,6 +1,6 @@
 """Memory of the host that a CUDA device may read and write itself, while it is registered.
 
-Torch's own way, `pin_memory=True`, takes up to twice the memory (it rounds up to powers of two) and keeps it when it is freed.
+Torch's own pinned memory takes up to twice as much (it rounds up to powers of two), and torch keeps it when it is freed.
 """
 
 from __future__ import annotations

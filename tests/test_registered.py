@@ -122,25 +122,30 @@ def test_too_little_memory_that_can_be_locked(layers_that_fit: int, pages: Pages
     assert pages.left == 0
 
 
-@pytest.mark.parametrize("breaks_at", [1, 3])
+@pytest.mark.parametrize("name", ["register", "_copy"])
+@pytest.mark.parametrize("breaks_at", [2, 4])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_registering_that_breaks_off_leaves_the_model_alone(
-    breaks_at: int, error: type[BaseException], pages: Pages, cudart: Cudart, monkeypatch: pytest.MonkeyPatch
+def test_a_store_that_breaks_off_while_it_is_made_leaves_the_model_alone(
+    name: str, breaks_at: int, error: type[BaseException], pages: Pages, cudart: Cudart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build_model("qwen3_moe")
-    before = weights(model)
+    """While memory is registered, or while experts from a device are copied into it."""
+    model, calls = build_model("qwen3_moe"), []
+    before, original = weights(model), getattr(store_module, name)
 
     def breaking(*args: Any) -> Any:
-        if cudart.calls == breaks_at:
+        calls.append(args)
+        if len(calls) == breaks_at:
             raise error
-        return register(*args)
+        return original(*args)
 
-    monkeypatch.setattr(store_module, "register", breaking)
+    monkeypatch.setattr(store_module, name, breaking)
+    monkeypatch.setattr(store_module._Layer, "was_on_device", name == "_copy")
     with pytest.raises(error) as caught:
         HostStore(find_moe_layers(model), CUDA)
     assert cudart.registered == {}, "though the exception holds the frames"
     assert has(model, before)
     del caught
+    calls.clear()
     gc.collect()
     assert pages.left == 0
 
