@@ -327,35 +327,35 @@ def large(build_moe: Callable[..., PreTrainedModel]) -> PreTrainedModel:
 def test_on_a_gpu_the_experts_are_registered_and_detaching_frees_all(large: PreTrainedModel, begins_on: str) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     large.to(begins_on)
-    expected = weights(large)
-    large(prompt(1, 6).to(begins_on))
+    expected, left = weights(large), []
+    torchs_own = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
     gc.collect()
     gc.disable()
     try:
-        for policy in ("on_demand", "prefetch", "speculative"):
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
+        for policy in ("on_demand", "on_demand", "prefetch", "speculative"):
             with warnings.catch_warnings():
-                warnings.simplefilter("error")
+                warnings.simplefilter("error", UserWarning)
                 offload_experts(large, policy=policy, slots=20, device=device)
-            store = large.expert_offload.store
-            assert all(blocks.is_pinned() for blocks in store.blocks)
-            host = torch.cuda.host_memory_stats()["allocated_bytes.current"]
-            assert host == 0, "nothing is of torch's own pinned memory"
+            blocks = large.expert_offload.store.blocks
+            assert all(memory.is_pinned() for memory in blocks)
+            experts = sum(p.nbytes for layer in find_moe_layers(large) for p in layer.experts.parameters())
+            assert sum(memory.nbytes for memory in blocks) <= 1.03 * experts
             with torch.no_grad():
+                large(prompt(1, 6).to(device))
                 large(prompt(1, 30).to(device))
-            assert has(large, {name: tensor.to(device) for name, tensor in expected.items()}) or begins_on == "cpu"
-            del store
+            assert torch.cuda.host_memory_stats().get("allocated_bytes.current", 0) == torchs_own
+            del blocks
             large.expert_offload.detach()
             torch.cuda.synchronize()
-            assert torch.cuda.memory_allocated() == before, policy
+            left.append(torch.cuda.memory_allocated())
     finally:
         gc.enable()
     assert has(large, expected)
+    assert left == [left[0]] * 4, "the first one leaves what the libraries keep"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("limit", [0, 1 << 20, 1 << 25])
+@pytest.mark.parametrize("limit", [0, 1 << 20, 1 << 24])
 @pytest.mark.parametrize("policy", ["on_demand", "prefetch"])
 def test_on_a_gpu_with_little_lockable_memory_the_tokens_are_the_same(
     large: PreTrainedModel, policy: str, limit: int, monkeypatch: pytest.MonkeyPatch
