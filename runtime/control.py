@@ -15,57 +15,22 @@ import torch
 
 from ..predictors.architecture import first_tensor, override_forward
 from ..predictors.speculation import Routing, Speculator, flat_routing
+from .engine import Ahead
 from .gating import RouterCall, decider
 from .guess import Guess, Guesser, make_guesser
+from .hits import HitCount
 from .observer import Observer
 from .policy import Gating, Policy
 from .targets import Target
-
-COUNTED_AT_ONCE = 256
-
-
-class HitCount:
-    """Counts how many of a router's own choices were among the candidates."""
-
-    def __init__(self, top_k: int):
-        self._top_k = top_k
-        self.clear()
-
-    def clear(self) -> None:
-        self.seen = 0
-        self._hits: torch.Tensor | int = 0
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def add(self, chosen: torch.Tensor, own: torch.Tensor) -> None:
-        """Counts candidates `[tokens, m]` against the choice: ids `[tokens, top_k]`, or logits `[tokens, experts]`."""
-        # Many tokens are compared at once: one by one this would cost as much as a router.
-        self._waiting.append((chosen, own))
-        if len(self._waiting) >= COUNTED_AT_ONCE:
-            self._settle()
-
-    @property
-    def hits(self) -> float:
-        self._settle()
-        return float(self._hits)
-
-    def _settle(self) -> None:
-        if self._waiting:
-            chosen, own = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-            self._waiting.clear()
-            if own.is_floating_point():
-                own = own.topk(self._top_k, dim=-1).indices
-            self._hits = self._hits + (own.unsqueeze(-1) == chosen.unsqueeze(-2)).any(-1).sum()
-            self.seen += own.numel()
 
 
 class LayerControl:
     """One MoE layer under control: the guess for it as a target, and the residual for guesses that it is the source of."""
 
-    def __init__(self, target: Target, guesser: Guesser):
-        self.target, self.guesser = target, guesser
+    def __init__(self, target: Target, guesser: Guesser, count: HitCount):
+        self.target, self.guesser, self.count = target, guesser, count
         self.targets: list[LayerControl] = []
         """The layers whose source it is, the nearest first."""
-        self.count = HitCount(target.layer.top_k)
         self.guess: Guess | None = None
         """The guess for it in this forward pass, until its router is called."""
         self.known = False
@@ -116,9 +81,8 @@ class LayerControl:
 class RoutingControl:
     """Guesses for every MoE layer of a model and applies a policy, until it is detached.
 
-    It copies nothing itself. It calls `fetch(target, candidates [tokens, m])` as soon as the candidates of a target layer are
-    known. `resident(target)` returns the other experts that are on the device. In a forward pass over more than `max_tokens`
-    tokens nothing is guessed, and the routers decide alone.
+    It copies nothing itself. It announces the candidates of a target layer to `engine` as soon as they are known. In a forward
+    pass over more than `max_tokens` tokens nothing is guessed, and the routers decide alone.
     """
 
     def __init__(
@@ -128,14 +92,13 @@ class RoutingControl:
         policy: Policy,
         gating: Gating,
         max_tokens: int | None = None,
-        fetch: Callable[[Target, torch.Tensor], None] = lambda *_: None,
-        resident: Callable[[Target], list[int]] = lambda _: [],
+        engine: Ahead = Ahead(),  # noqa: B008  # it has no state
     ):
         self.is_on = True
         """While it is off, new forward passes are executed as under `on_demand`."""
         self.observer: Observer | None = None
         self._decide = decider(policy, gating)
-        self._max_tokens, self._fetch, self._resident = max_tokens, fetch, resident
+        self._max_tokens, self._engine = max_tokens, engine
         self._attached = ExitStack()
         self.layers: list[LayerControl] = []
         """In the model's order. Empty where nothing is guessed."""
@@ -143,7 +106,8 @@ class RoutingControl:
             return
         weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
         for target in targets:
-            self.layers.append(LayerControl(target, make_guesser(speculators[target.layer.index], target, weighs)))
+            guesser = make_guesser(speculators[target.layer.index], target, weighs)
+            self.layers.append(LayerControl(target, guesser, engine.hit_count(target.layer.top_k)))
         by_index = {layer.target.layer.index: layer for layer in self.layers}
         for layer in self.layers:
             if layer.target.source is not None:
@@ -164,14 +128,14 @@ class RoutingControl:
 
     def hit_rates(self) -> dict[int, float]:
         """Recall of the candidates against the router's own choice since the last `reset`, by the model's number of each layer."""
-        found = {layer.target.layer.index: layer.count for layer in self.layers}
-        return {index: count.hits / count.seen for index, count in found.items() if count.hits or count.seen}
+        found = {layer.target.layer.index: layer.count.totals() for layer in self.layers}
+        return {index: hits / seen for index, (hits, seen) in found.items() if seen}
 
     def hit_rate(self) -> float | None:
         """The same over all layers. None where nothing was guessed."""
-        hits = sum(layer.count.hits for layer in self.layers)
-        seen = sum(layer.count.seen for layer in self.layers)
-        return hits / seen if seen else None
+        totals = [layer.count.totals() for layer in self.layers]
+        seen = sum(seen for _, seen in totals)
+        return sum(hits for hits, _ in totals) / seen if seen else None
 
     def reset(self) -> None:
         """Forgets the counts, and what is left of a forward pass that broke off."""
@@ -217,16 +181,18 @@ class RoutingControl:
     def _guess(
         self, targets: list[LayerControl], residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None
     ) -> None:
-        for target in targets:
-            begun = time.perf_counter()
-            target.is_guessing = True
-            try:
-                target.guess = target.guesser.guess(residual, source, inner)
-            finally:
-                target.is_guessing = False
-            self._fetch(target.target, target.guess.candidates)
-            if self.observer is not None:
-                self.observer.guessed(target.target.number, begun, time.perf_counter())
+        with self._engine.guessing(residual, source, inner):
+            for target in targets:
+                begun = time.perf_counter()
+                target.is_guessing = True
+                try:
+                    target.guess = target.guesser.guess(residual, source, inner)
+                finally:
+                    target.is_guessing = False
+                # For a target without a source no layer computes before it. So its copies begin at once.
+                self._engine.announce(target.target.number, target.guess.candidates, now=source is None)
+                if self.observer is not None:
+                    self.observer.guessed(target.target.number, begun, time.perf_counter())
 
     def _decided(self, layer: LayerControl, state: torch.Tensor, route: Callable[[], Any]) -> Routing:
         number = layer.target.number
@@ -244,7 +210,8 @@ class RoutingControl:
         guess, layer.guess, layer.known = layer.guess, None, False
         if guess is None or self._decide is None:
             return own()
-        call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: self._resident(layer.target), routed)
+        self._engine.guessed(number)
+        call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: self._engine.absent(number), routed)
         routing, chosen, layer.known = self._decide(call)
         layer.count.add(guess.candidates, chosen)
         return routing

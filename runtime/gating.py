@@ -41,8 +41,8 @@ class RouterCall:
     """The router's input, `[tokens, hidden]`."""
     route: Callable[[], Routing]
     """Calls the model's own router."""
-    resident: Callable[[], list[int]]
-    """Returns the layer's experts that are on the device or on their way to it."""
+    absent: Callable[[], torch.Tensor | None]
+    """Returns which of the layer's experts are not on the device, bool `[experts]`; see `engine.Ahead.absent`."""
     routed: Callable[[float], None]
     """Is called after something else has done the work of `route`, with the time when that began."""
 
@@ -76,11 +76,10 @@ def true(call: RouterCall) -> Decided:
 def resident(call: RouterCall) -> Decided:
     """Executes the router's choice among the candidates and the experts that are on the device."""
     layer, chosen = call.target.layer, call.guess.candidates
-    absent = bytearray(b"\1" * layer.num_experts)  # a hundred times as fast to write to as a tensor
-    for expert in call.resident():
-        absent[expert] = False
-    barred = torch.frombuffer(absent, dtype=torch.bool).to(chosen.device)
-    barred = barred.expand(len(chosen), -1).scatter(1, chosen.long(), False)
+    absent = call.absent()
+    if absent is None:
+        absent = torch.ones(layer.num_experts, dtype=torch.bool, device=chosen.device)
+    barred = absent.expand(len(chosen), -1).scatter(1, chosen.long(), False)
     return _restricted(call, allowed(barred, layer.top_k))
 
 

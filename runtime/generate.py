@@ -108,6 +108,8 @@ def generate(
         seconds_to_first_token=streamer.times[0] - begun,
         seconds_per_output_token=statistics.median(steps) if steps else None,
         bytes_per_token=counters.bytes_copied / len(steps) if steps else None,
-        stalled_seconds_per_token=counters.stalled_seconds / len(steps) if steps else None,
+        stalled_seconds_per_token=counters.stalled_seconds / len(steps)
+        if steps and counters.stalled_seconds is not None
+        else None,
         counters=counters,
     )

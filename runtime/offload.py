@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..predictors.architecture import MoELayer, override_forward
+from ..predictors.architecture import MoELayer, first_tensor, override_forward
 from ..predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_parameters
@@ -27,12 +27,12 @@ from ..predictors.loading import resolve_device
 from ..predictors.settings import make
 from .automatic import AUTO, Trial
 from .control import RoutingControl
-from .engine import Counters, Decision, Engine
+from .device.graphs import StepGraphs, wants_static_cache
+from .engine import Counters, Decision
+from .engines import make_engine
 from .errors import OffloadError
 from .formats.full import FullFormat
 from .guess import Guesser
-from .host.cache import Eviction
-from .host.slots import ExpertSlots
 from .observer import Observer
 from .packfile import PackedStore
 from .policy import Gating, Policy
@@ -175,9 +175,16 @@ class ExpertOffload:
         """Tokens of the current forward pass."""
         self._observer: Observer | None = None
         self._move_rest(attached)
-        engine: Engine = ExpertSlots(store, self.slots, self.device, config.readers, Eviction(config.eviction))
+        engine, self.why_host = make_engine(store, [target.layer for target in targets], config)
+        """In one sentence why the engine is not the device's; None if it is."""
         attached.callback(engine.close)
         self._engine = engine
+        self._graphs: StepGraphs | None = None
+        if self.why_host is None and self.device.type == "cuda":
+            self._graphs = StepGraphs(torch.empty(0, device=self.device).device)
+            attached.callback(self._graphs.clear)
+            if getattr(model, "_can_compile_fullgraph", False):
+                self._generate_statically(attached)
         self._take_turns(attached)
         for target in targets:
             self._attach(target, attached)
@@ -188,10 +195,7 @@ class ExpertOffload:
             self.policy,
             self.gating,
             max_tokens=config.speculated_tokens,
-            # These don't refer to `self`. Else a detached model's memory would stay until the next garbage collection.
-            # For a target without a source no layer computes before it. So its copies begin at once.
-            fetch=lambda target, guessed: engine.announce(target.number, guessed, now=target.source is None),
-            resident=lambda target: engine.resident(target.number),
+            engine=engine,
         )
         attached.callback(self._control.detach)
         self._known = {layer.target.number: layer for layer in self._control.layers}
@@ -222,6 +226,18 @@ class ExpertOffload:
         """Replaces the guesser of each layer by `substitute(the model's number of the layer, its guesser)`."""
         for layer in self._control.layers:
             layer.guesser = substitute(layer.target.layer.index, layer.guesser)
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps over a static cache are captured as CUDA graphs and replayed."""
+        return self._graphs is not None
+
+    @property
+    def why_not_captured(self) -> str | None:
+        """Why the last decode step was not replayed, in one sentence. None if it was, or will be the next time."""
+        return self.why_host if self._graphs is None else self._graphs.reason
 
     @property
     def expert_bytes(self) -> int:
@@ -255,24 +271,55 @@ class ExpertOffload:
             attached.callback(setattr, generation_config, "disable_compile", generation_config.disable_compile)
             generation_config.disable_compile = True
 
+    def _generate_statically(self, attached: ExitStack) -> None:
+        """Has `generate` use a static cache where nothing speaks against it, since only then steps can be captured."""
+
+        original: Any = self._model.generate
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if wants_static_cache(kwargs, kwargs.get("generation_config") or self._model.generation_config):
+                kwargs["cache_implementation"] = "static"
+            return original(*args, **kwargs)
+
+        vars(self._model)["generate"] = generate
+        attached.callback(vars(self._model).pop, "generate")
+
     def _in_turn(self, original: Any) -> Any:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self._turn:
-                if self._trial is None or self._depth:  # only the outermost forward pass is timed
+                if self._depth:  # a part of the forward pass that has its turn
                     return original(*args, **kwargs)
-                self._control.is_on = self._trial.prefetches
-                self._passed, begun = 0, time.perf_counter()
                 try:
                     self._depth = 1
-                    output = original(*args, **kwargs)
+                    return self._timed(functools.partial(self._captured, original, args, kwargs))
                 finally:
                     self._depth = 0
-                if 0 < self._passed <= self.config.speculated_tokens:
-                    self._trial.took(time.perf_counter() - begun)
-                return output
 
         return forward
+
+    def _timed(self, forward: Callable[[], Any]) -> Any:
+        """A forward pass. Under policy `auto`, the times of decoded tokens decide how the next ones are executed."""
+        if self._trial is None:
+            return forward()
+        self._control.is_on = self._trial.prefetches
+        self._passed, begun = 0, time.perf_counter()
+        output = forward()
+        if self._graphs is not None and not self._trial.is_over:
+            torch.cuda.synchronize(self.device)
+        if 0 < self._passed <= self.config.speculated_tokens:
+            self._trial.took(time.perf_counter() - begun)
+        return output
+
+    def _captured(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pass, replayed as a graph where the device decides in it."""
+        tokens = _tokens(args, kwargs)
+        if self._graphs is None or tokens is None or not self._engine.prepare(tokens):
+            return original(*args, **kwargs)
+        output = self._graphs.run(original, args, kwargs, self._control.is_on)
+        self._passed = tokens  # where a graph was replayed, no hook has counted them
+        return output
 
     def _attach(self, target: Target, attached: ExitStack) -> None:
         number, layer = target.number, target.layer
@@ -282,7 +329,7 @@ class ExpertOffload:
         ) -> torch.Tensor:
             begun = time.perf_counter()
             control = self._known.get(number)
-            known = control is not None and control.known and len(hidden_states) == 1
+            known = control is not None and control.known
             with torch.no_grad():
                 output = self._engine.execute(
                     number, layer.experts, hidden_states, Decision(top_k_index, top_k_weights, known)
@@ -294,13 +341,25 @@ class ExpertOffload:
             return output
 
         if number == 0:
-            begin = layer.decoder.register_forward_pre_hook(lambda *_: self._engine.begin_pass(), prepend=True)
+
+            def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._engine.begin_pass(first_tensor((*args, *kwargs.values())).numel() // layer.hidden_size)
+
+            begin = layer.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
             attached.callback(begin.remove)
         attached.enter_context(override_forward(layer.experts, forward))
 
     def _observe(self, observer: Observer | None) -> None:
         self._observer = self._control.observer = observer
         self._engine.observe(observer)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The number of tokens of a forward pass, if its arguments say it."""
+    ids, states = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+    if isinstance(ids, torch.Tensor):
+        return ids.numel()
+    return states.shape[:-1].numel() if isinstance(states, torch.Tensor) else None
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> None:

@@ -26,6 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 settings.register_profile("untimed", deadline=None, max_examples=30)
 settings.load_profile("untimed")
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

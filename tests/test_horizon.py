@@ -16,6 +16,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.settings import SettingsError
 from predict_train.runtime import Gating, Policy, offloaded
 from predict_train.runtime.control import RoutingControl
+from predict_train.runtime.engine import Ahead
 from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.targets import targets_of
 from test_offload import everything_resident, greedy, prompt
@@ -94,12 +95,14 @@ def test_every_layer_is_announced_once_and_the_nearer_first(
         layer.experts.register_forward_pre_hook(lambda *_, n=layer.index: passed.append((n, list(announced))))
         for layer in layers
     ]
+
+    class Seeing(Ahead):
+        def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:  # noqa: ARG002
+            announced.append(layers[layer].index)
+
+    speculators = make_speculators(model, None, layers, sources(layers, horizon))
     control = RoutingControl(
-        targets_of(layers, horizon=horizon),
-        make_speculators(model, None, layers, sources(layers, horizon)),
-        Policy.PREFETCH,
-        Gating.TRUE,
-        fetch=lambda target, _: announced.append(target.layer.index),
+        targets_of(layers, horizon=horizon), speculators, Policy.PREFETCH, Gating.TRUE, engine=Seeing()
     )
     with torch.no_grad():
         model(prompt(1, 3))

@@ -152,12 +152,19 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) ->
     return len([one for one in [*named, *rest] if one.arg not in ("self", "cls")])
 
 
+def is_kernel(function: ast.AST) -> bool:
+    """Whether it is a kernel. Kernels have no objects, so they take all that an object would hold."""
+    return any(ast.unparse(decorator) == "triton.jit" for decorator in getattr(function, "decorator_list", []))
+
+
 def test_no_function_has_too_many_parameters():
     wrong = [
         f"{MODULES[module].relative_to(ROOT)}:{node.lineno} {getattr(node, 'name', 'lambda')} has {parameters(node)}"
         for module in MODULES
         for node in ast.walk(tree(module))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and parameters(node) > MOST_PARAMETERS
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        and parameters(node) > MOST_PARAMETERS
+        and not is_kernel(node)
     ]
     assert wrong == []
 

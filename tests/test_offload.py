@@ -141,7 +141,7 @@ def test_detaching_restores_the_model_exactly(tiny_moe: PreTrainedModel) -> None
 
 
 def test_counters_conserve(tiny_moe: PreTrainedModel) -> None:
-    offload_experts(tiny_moe, policy="on_demand", slots=5)
+    offload_experts(tiny_moe, policy="on_demand", slots=5, device="cpu")
     offload = tiny_moe.expert_offload
     greedy(tiny_moe, prompt(1, 4), tokens=6)
     counters = offload.counters

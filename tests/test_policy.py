@@ -15,6 +15,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.speculation import candidates
 from predict_train.runtime import Gating, Policy, offload_experts
 from predict_train.runtime.control import RoutingControl
+from predict_train.runtime.engine import Ahead
 from predict_train.runtime.restricted import RestrictedChoice
 from predict_train.runtime.restricted import allowed as among
 from predict_train.runtime.targets import targets_of
@@ -81,13 +82,12 @@ def test_speculation_on_the_running_model_is_that_of_the_recording(model: PreTra
         expected_logits = model(ids).logits
         records = recorder.take()
     seen: dict[int, torch.Tensor] = {}
-    control = RoutingControl(
-        targets_of(layers),
-        speculators,
-        Policy.PREFETCH,
-        Gating.TRUE,
-        fetch=lambda target, chosen: seen.__setitem__(target.layer.index, chosen),
-    )
+
+    class Seeing(Ahead):
+        def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:  # noqa: ARG002
+            seen[layers[layer].index] = candidates
+
+    control = RoutingControl(targets_of(layers), speculators, Policy.PREFETCH, Gating.TRUE, engine=Seeing())
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected_logits, rtol=1e-4, atol=1e-4)
     rates = control.hit_rates()

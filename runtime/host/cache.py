@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 
 Key = tuple[int, int]
@@ -47,6 +47,18 @@ class SlotCache:
     def experts_of(self, layer: int) -> list[int]:
         """The experts of one layer that have a slot."""
         return [expert for _, expert in self._by_layer[layer]]
+
+    def resident(self) -> list[tuple[Key, int]]:
+        """All experts that have a slot, with their slots, the least recently used first."""
+        return list(self._slot_of.items())
+
+    def fill(self, resident: Iterable[tuple[Key, int]]) -> None:
+        """Gives experts these slots, the least recently used first. The cache is empty before."""
+        for key, slot in resident:
+            self._slot_of[key] = slot
+            self._by_layer[key[0]][key] = None
+        taken = set(self._slot_of.values())
+        self._free = [slot for slot in self._free if slot not in taken]
 
     def pin(self, key: Key) -> None:
         """Makes an expert that has a slot the most recently used one. It keeps its slot until `unpin`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from operator import itemgetter
 from typing import Protocol
 
@@ -57,10 +57,21 @@ class Schedule:
         self._demands: deque[Key] = deque()  # needed by the current layer, and without a slot yet
         self._prefetches: deque[Key] = deque()  # for later layers, the nearest layer first
 
-    def restart(self) -> None:
-        """Forgets which expert is in which slot. It is called after a forward pass that broke off, since this may be wrong then."""
+    def restart(self, resident: Iterable[tuple[Key, int]] = ()) -> None:
+        """Forgets which expert is in which slot, but for those `resident`, the least recently used first.
+
+        It is called after a forward pass that broke off, since what it knows may be wrong then.
+        """
         self._copies.abandon()
         self._cache = SlotCache(*self._shape)
+        self._cache.fill(resident)
+
+    def settled(self) -> list[tuple[Key, int]]:
+        """Who is in which slot, the least recently used first, when all copies are over."""
+        found = self._cache.resident()
+        for _, slot in found:
+            self._copies.wait(slot)
+        return found
 
     def begin_pass(self) -> None:
         """Says that a forward pass begins. What the pass before has asked for is dropped."""

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ...predictors.experts import combine, group_by_expert
-from ..engine import Counters, Decision
+from ..engine import Counters, Decision, Engine
 from ..formats import PAGE
 from ..observer import Observer
 from ..registered import Registration, register
 from ..store import ExpertStore, empty_blocks
-from .cache import Eviction
+from .cache import Eviction, Key
 from .schedule import Schedule
 from .transfer import make_transfers
 
@@ -85,7 +85,7 @@ class Mailbox:
         self._spare.clear()
 
 
-class ExpertSlots:
+class ExpertSlots(Engine):
     """The `Engine` of the host for one model. All layers share the `slots`."""
 
     def __init__(self, store: ExpertStore, slots: int, device: torch.device, readers: int, eviction: Eviction):
@@ -93,6 +93,7 @@ class ExpertSlots:
         layers, self._num_experts = store.extent
         # Written once, since the system provides memory at its first use, which would else fall into a token.
         memory = empty_blocks(slots, self._format.bytes, device).zero_()
+        self.memory = memory
         self._tensors = [self._format.views(slot) for slot in memory]
         self.transfers = make_transfers(store, memory, readers)
         self._schedule = Schedule(self.transfers, slots, layers, eviction)
@@ -105,6 +106,7 @@ class ExpertSlots:
         self.transfers.close()
         self._mailbox.close()
         self._tensors.clear()
+        del self.memory
 
     def observe(self, observer: Observer | None) -> None:
         self._schedule.observer = observer
@@ -123,15 +125,27 @@ class ExpertSlots:
         self._tokens = 0
         self._schedule.counters = Counters()
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, tokens: int) -> None:  # noqa: ARG002
         if self._broke_off:
             self._schedule.restart()
         self._broke_off = False
         self._schedule.begin_pass()
         self._mailbox.clear()
 
-    def resident(self, layer: int) -> list[int]:
-        return self._schedule.resident(layer)
+    def absent(self, layer: int) -> torch.Tensor:
+        absent = bytearray(b"\1" * self._num_experts)  # a hundred times as fast to write to as a tensor
+        for expert in self._schedule.resident(layer):
+            absent[expert] = False
+        return torch.frombuffer(absent, dtype=torch.bool).to(self.memory.device)
+
+    def settled(self) -> list[tuple[Key, int]]:
+        """Ends the pass. Returns who is in which slot, the least recently used first; new computation sees them there."""
+        self.begin_pass(0)
+        return self._schedule.settled()
+
+    def take_over(self, resident: list[tuple[Key, int]]) -> None:
+        """Says who is in which slot, the least recently used first. Nothing is being computed or copied."""
+        self._schedule.restart(resident)
 
     def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:
         self._mailbox.put(layer, candidates)
@@ -148,7 +162,7 @@ class ExpertSlots:
         """
         self._broke_off = True
         schedule, ids = self._schedule, decision.ids
-        guess = schedule.guess(layer) if decision.known else None
+        guess = schedule.guess(layer) if decision.known and len(x) == 1 else None
         jobs = self._jobs(x, ids, None if guess is None else guess[: ids.shape[-1]])
         order = schedule.enter(layer, jobs.keys())
         self._tokens += len(x) if layer == 0 else 0

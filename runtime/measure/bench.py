@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.profiler import record_function
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 from ...predictors.architecture import MoELayer
 from ...predictors.checkpoint import Predictors, as_predictors
@@ -224,20 +224,28 @@ def _moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
 class Decoding:
     """Greedy decoding that has passed the setup's prompt and its tokens of warm-up."""
 
-    def __init__(self, model: PreTrainedModel, setup: Setup):
-        self._model, self._device, self._cache = model, setup.device, None
+    def __init__(self, model: PreTrainedModel, offload: ExpertOffload | None, setup: Setup):
+        self._model, self._device = model, setup.device
+        length = setup.token_ids.shape[1] + setup.config.warmup + setup.config.tokens + TIMELINE_TOKENS + 2
+        is_captured = offload is not None and offload.captures
+        self._cache = StaticCache(config=model.config, max_cache_len=length) if is_captured else None
         self._ids = setup.token_ids.to(next(model.get_input_embeddings().parameters()).device)
         self.seconds_to_first_token = self.run(1)
         self.run(setup.config.warmup)
 
     @torch.inference_mode()
+    def step(self) -> torch.Tensor:
+        """Decodes one more token, and returns its logits `[1, vocabulary]`."""
+        output = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True)
+        self._ids, self._cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        return output.logits[:, -1]
+
     def run(self, tokens: int) -> float:
         """Decodes so many more tokens, and returns the seconds that it took. It waits for the device before and after."""
         _synchronize(self._device)
         begun = time.perf_counter()
         for _ in range(tokens):
-            output = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True)
-            self._ids, self._cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            self.step()
         _synchronize(self._device)
         return time.perf_counter() - begun
 
@@ -245,7 +253,7 @@ class Decoding:
 def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setup: Setup) -> Round:
     """One round of a model, however it is run. `offload` is None where it is not our runtime that runs it."""
     reset_peaks(setup.device)
-    decoding, tokens, stopwatch = Decoding(model, setup), setup.config.tokens, Stopwatch()
+    decoding, tokens, stopwatch = Decoding(model, offload, setup), setup.config.tokens, Stopwatch()
     if offload is not None:
         offload.reset()
     with nullcontext() if offload is None else offload.observed(stopwatch):
@@ -258,7 +266,7 @@ def measure_round(model: PreTrainedModel, offload: ExpertOffload | None, setup: 
     return replace(
         measured,
         bytes_per_token=counters.bytes_copied / tokens,
-        stalled_per_token=counters.stalled_seconds / tokens,
+        stalled_per_token=None if counters.stalled_seconds is None else counters.stalled_seconds / tokens,
         speculating_per_token=stopwatch.speculating / tokens,
         hit_rate=counters.speculation_hit_rate,
         cache_hit_rate=counters.hits / (counters.hits + counters.misses),
@@ -272,7 +280,7 @@ def _record(file: Path, ways: list[Way], model: PreTrainedModel, layers: list[Mo
         own = file.with_stem(f"{file.stem}.{str(way).replace('/', '-')}")
         span = record_function if timeline is None else timeline.span
         with running(way, model, layers, setup) as offload, spanning(model, layers, span):
-            decoding = Decoding(model, setup)
+            decoding = Decoding(model, offload, setup)
             with profiling(own) if timeline is None else timeline.watching(str(way), offload):
                 decoding.run(TIMELINE_TOKENS)
     if timeline is not None:

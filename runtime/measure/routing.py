@@ -228,22 +228,31 @@ def _candidates(ids: Ids, wrong: Ids, hits: Ids, found: NDArray[np.bool_]) -> Id
 
 
 class Replayed:
-    """A routing, and the step of it at which a model is."""
+    """A routing, and the step of it at which a model is. The step is a tensor, so that a captured forward pass goes on too."""
 
-    def __init__(self, layers: list[MoELayer], routing: ReplayedRouting, device: torch.device):
-        self.step = -1
-        """Of the routing; -1 in a prompt."""
-        candidates = torch.from_numpy(routing.candidates).to(device).unsqueeze(2)
-        ranks = _ranks(routing, layers[0].num_experts).to(device).unsqueeze(2)
-        self._steps = {
-            layer.index: list(zip(candidates[:, place].unbind(), ranks[:, place].unbind(), strict=True))
-            for place, layer in enumerate(layers)
-        }
+    def __init__(self, layers: list[MoELayer], routing: ReplayedRouting):
+        self._is_decoding = False
+        self._step = torch.zeros(1, dtype=torch.int64)
+        tables = torch.from_numpy(routing.candidates), _ranks(routing, layers[0].num_experts)
+        self._tables = {layer.index: [table[:, place] for table in tables] for place, layer in enumerate(layers)}
+
+    def enter(self, tokens: int, device: torch.device) -> None:
+        """Says that a forward pass over so many tokens begins, on a device."""
+        if self._step.device != device:
+            self._step = self._step.to(device)
+            self._tables = {layer: [table.to(device) for table in tables] for layer, tables in self._tables.items()}
+        self._is_decoding = tokens == 1
+        if self._is_decoding:
+            self._step.add_(1).remainder_(len(next(iter(self._tables.values()))[0]))
+        else:
+            self._step.fill_(-1)
 
     def now(self, layer: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A layer's candidates `[1, m]` and the values `[1, experts]` that its router is to choose by; None in a prompt."""
-        steps = self._steps[layer]
-        return None if self.step < 0 or tokens != 1 else steps[self.step % len(steps)]
+        if not self._is_decoding or tokens != 1:
+            return None
+        candidates, ranks = self._tables[layer]
+        return candidates.index_select(0, self._step), ranks.index_select(0, self._step)
 
     def guesser(self, target: int, guesser: Guesser) -> Guesser:
         """For `ExpertOffload.guess_by`: the layer's own guesser still runs, but the candidates are those of the routing."""
@@ -282,12 +291,12 @@ def replaying(layers: list[MoELayer], routing: ReplayedRouting) -> Iterator[Repl
             f"the routing has {routing.ids.shape[1]} layers, top {routing.ids.shape[2]}, and experts up to {most}, but the "
             f"model has {len(layers)} layers, top {first.top_k}, and {first.num_experts} experts; give a routing of this model"
         )
-    replayed = Replayed(layers, routing, next(first.router.parameters()).device)
+    replayed = Replayed(layers, routing)
     with ExitStack() as stack:
 
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            is_decoding = first_tensor((*args, *kwargs.values())).numel() == first.hidden_size
-            replayed.step = replayed.step + 1 if is_decoding else -1
+            state = first_tensor((*args, *kwargs.values()))
+            replayed.enter(state.numel() // first.hidden_size, state.device)
 
         # The first layer is guessed by a hook on the same decoder layer. The step must begin before that.
         stack.callback(first.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)

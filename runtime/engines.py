@@ -1,0 +1,47 @@
+"""Chooses the engine of a model: the device's where it can decide alone, else the host's."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from ..predictors.architecture import MoELayer
+from .engine import Engine
+from .host.cache import Eviction
+from .host.slots import ExpertSlots
+from .settings import OffloadConfig
+from .store import ExpertStore, HostStore
+
+
+def make_engine(store: ExpertStore, layers: list[MoELayer], config: OffloadConfig) -> tuple[Engine, str | None]:
+    """The engine for `layers`, and in one sentence why it is not the device's; None if it is.
+
+    `config` gives the number of slots and names the device. Raises `StoreError` where the device has too little memory.
+    """
+    assert config.slots is not None
+    device = torch.device(config.device)
+    host = ExpertSlots(store, config.slots, device, config.readers, Eviction(config.eviction))
+    hindrance = hindrance_of(store, layers, config.slots, device)
+    if hindrance is not None or not isinstance(store, HostStore):
+        return host, hindrance
+    from .device.slots import DeviceSlots  # needs Triton
+
+    most_tokens = max(config.speculated_tokens, 1)
+    return DeviceSlots(host, store, [layer.experts for layer in layers], most_tokens), None
+
+
+def hindrance_of(store: ExpertStore, layers: list[MoELayer], slots: int, device: torch.device) -> str | None:
+    """Why the device can't decide, or None."""
+    needed = len(layers) * layers[0].top_k
+    if device.type != "cuda":
+        return f"the host decides what is copied, since the model computes on a {device.type.upper()}"
+    if not isinstance(store, HostStore):
+        return "the host decides what is copied, since the experts are in a file"
+    if not store.is_registered:
+        return "the host decides what is copied, since the system does not let so much memory be registered"
+    if slots < needed:
+        return f"the host decides what is copied, since {slots} slots are fewer than the {needed} that one token needs"
+    if importlib.util.find_spec("triton") is None:
+        return "the host decides what is copied, since Triton is not installed; pip install triton"
+    return None

@@ -1,0 +1,124 @@
+"""The engine of the device. Where there is none, its kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import build_model
+from predict_train.data_collection.catalog import moe_types
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.runtime import engines
+from predict_train.runtime.device.slots import DeviceSlots
+from predict_train.runtime.offload import offloaded
+from test_exactness import supported_model
+from transformers import Cache, PreTrainedModel, StaticCache
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def deciding(by_device: bool) -> Iterator[None]:
+    """Has the device decide, on a CPU too, or the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "hindrance_of", lambda *_: None if by_device else "the test wants the host")
+        yield
+
+
+def decode(model: PreTrainedModel, ids: torch.Tensor, prompt: int, step: int = 1) -> torch.Tensor:
+    """The logits of a prompt and of the tokens after it, `step` at a time."""
+    cache, found = None, []
+    ends = [prompt, *range(prompt + step, ids.shape[1] + 1, step)]
+    with torch.no_grad():
+        for begin, end in zip([0, *ends], ends, strict=False):
+            output = model(ids[:, begin:end].to(model.device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits.cpu())
+    return torch.cat(found, 1)
+
+
+IDS = torch.randint(1, 256, (1, 40), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("policy", ["on_demand", "prefetch", "speculative"])
+@pytest.mark.parametrize("type", ["qwen3_moe", "gpt_oss"])
+def test_it_computes_what_the_host_computes(build_moe: Callable[..., PreTrainedModel], type: str, policy: str) -> None:
+    model = build_moe(type)
+    found = []
+    for by_device in (True, False):
+        with deciding(by_device), offloaded(model, policy=policy, slots=16, device=DEVICE) as offload:
+            assert isinstance(offload._engine, DeviceSlots) == by_device
+            found.append((decode(model, IDS, 20), offload.counters))
+    (ours, mine), (theirs, hosts) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    print(mine, hosts)
+
+
+def logits_of(model: PreTrainedModel, cache: Cache | None, batch: int = 1, tokens: int = 12) -> torch.Tensor:
+    """The logits of a prompt, and of some tokens after it."""
+    ids = torch.randint(1, 256, (batch, 20 + tokens), generator=torch.Generator().manual_seed(batch)).to(model.device)
+    found = []
+    with torch.no_grad():
+        for begin, end in pairwise([0, *range(20, 20 + tokens)]):
+            output = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits[:, -1].clone())
+    return torch.stack(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("model_type", moe_types())
+def test_captured_steps_equal_all_resident(model_type: str, batch: int) -> None:
+    """Captured and eager, on demand and prefetched: bit for bit the logits of all experts resident, in bf16."""
+    model = supported_model(model_type)
+    layers = find_moe_layers(model)
+    most, few = len(layers) * layers[0].num_experts, len(layers) * layers[0].top_k * 2
+    captured, reasons = 0, []
+
+    def static() -> Cache:
+        return StaticCache(config=model.config, max_cache_len=64)
+
+    plain = logits_of(model.to("cuda"), None, batch)  # in float32: in bf16 rounding changes what random routers choose
+    model.to("cpu")
+    with offloaded(model, policy="on_demand", slots=most, device="cuda"):
+        torch.testing.assert_close(
+            logits_of(model, None, batch), plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max())
+        )
+    model.bfloat16()
+    with offloaded(model, policy="on_demand", slots=most, device="cuda") as offload:
+        assert offload.why_host is None
+        dynamic = logits_of(model, None, batch)
+        offload._graphs, graphs = None, offload._graphs
+        expected = logits_of(model, static(), batch) if model._can_compile_fullgraph else None
+        offload._graphs = graphs
+    for policy in ("on_demand", "prefetch"):
+        with offloaded(model, policy=policy, slots=few, device="cuda") as offload:
+            assert torch.equal(logits_of(model, None, batch), dynamic), policy
+            if expected is not None:
+                found = logits_of(model, static(), batch)
+                reasons.append(offload.why_not_captured)
+                captured += offload.why_not_captured is None
+                assert torch.equal(found, expected), (policy, reasons)
+    print("captured", model_type, captured, reasons)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gating", ["speculated", "true", "resident"])
+@pytest.mark.parametrize("horizon", [1, 2])
+def test_captured_speculation_is_eager_speculation(gating: str, horizon: int) -> None:
+    model = build_model("qwen3_moe").bfloat16()
+    found = []
+    for is_captured in (True, False):
+        config = {"policy": "speculative", "gating": gating, "slots": 16, "device": "cuda", "horizon": horizon}
+        with offloaded(model, **config) as offload:
+            if not is_captured:
+                offload._graphs = None
+            found.append((logits_of(model, StaticCache(config=model.config, max_cache_len=64)), offload.counters))
+            assert (offload.why_not_captured is None) == is_captured
+    (ours, mine), (theirs, others) = found
+    assert torch.equal(ours, theirs)
+    assert mine == others
