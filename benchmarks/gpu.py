@@ -1,10 +1,11 @@
-"""Time per output token on a GPU whose experts are in host memory: the device's engine, the host's, and others beside it.
+"""Time per output token on a GPU whose experts are in host memory: the device's engine, the host's, and plain transformers.
 
     python -m benchmarks.gpu
 
 The model has Qwen3-30B-A3B's shape and random weights in bf16, with 12 or 48 layers, whole or with a quarter of an expert's
-bytes (a quarter of its width). Routing is drawn, the same for all ways. A step's floor is what it can't be faster than:
-`max(all experts resident, bytes copied / link)`. Ways that promise exactness are compared with all-resident, bit for bit.
+bytes (a quarter of its width). Routing is drawn, the same for all ways: `curve` as local as Qwen3-30B-A3B's own, `kept` as
+earlier figures were drawn. A step's floor is `max(all experts resident, bytes copied / link)`. Every way decodes the same
+tokens, so those that promise exactness are compared with all-resident step by step, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,164 +37,203 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "benchmarks" / "models" / "qwen3-30b-a3b.json"
 DEVICE = torch.device("cuda")
-WARMUP, TOKENS, COMPARED = 24, 64, 24
+WARMUP, COMPARED, TOKENS, PARTS = 20, 12, 40, 4
+STEPS = WARMUP + COMPARED + TOKENS
 ROUTINGS = {"kept": Statistics(kept=0.43, hit_rate=0.89), "curve": PRESETS["qwen3-30b-a3b"]}
-EXACT = ("on_demand", "prefetch")
+GUESSING = ["prefetch", "speculative/true", "speculative/speculated", "speculative/resident"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a way, with slots for a share of the experts, and who decides."""
+
+    way: str
+    share: float
+    routing: str
+    engine: str = "captured"
+    """`captured` or `eager` (the device decides), `host`, or `plain` transformers with all experts on the device."""
 
 
 class Bench:
-    """A model, its experts in host memory, and what is measured of it."""
+    """A model with its experts in host memory, and what was measured of it."""
 
     def __init__(self, layers: int, width: int):
-        config = AutoConfig.from_pretrained(CONFIG)
-        config.num_hidden_layers, config.moe_intermediate_size = layers, width
+        self.shape = AutoConfig.from_pretrained(CONFIG)
+        self.shape.num_hidden_layers, self.shape.moe_intermediate_size = layers, width
         torch.manual_seed(0)
         with DEVICE:
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-        self.layers, self.config = find_moe_layers(self.model), config
-        begun = time.perf_counter()
+            self.model = AutoModelForCausalLM.from_config(self.shape, dtype=torch.bfloat16).eval()
+        self.layers = find_moe_layers(self.model)
+        torch.cuda.synchronize()
+        before, begun = resident_bytes(), time.perf_counter()
         self.store = HostStore(self.layers, DEVICE)
         torch.cuda.synchronize()
-        self.seconds_to_host = time.perf_counter() - begun
+        seconds, size = time.perf_counter() - begun, layers * self.shape.num_experts * self.store.format.bytes
         torch.cuda.empty_cache()
-        self.link = measure_link(self.store, DEVICE, readers=2)
-        self.name = f"{layers} layers, width {width}"
+        self.facts = {
+            "layers": layers, "width": width, "block_bytes": self.store.format.bytes, "expert_bytes": size,
+            "host_bytes": resident_bytes() - before, "seconds_to_host": seconds,
+            "link": measure_link(self.store, DEVICE, readers=2),
+        }  # fmt: skip
         self.rows: list[dict[str, Any]] = []
+        self.logits: dict[str, torch.Tensor] = {}
+        print("\n" + "  ".join(f"{name} {value:,.4g}" for name, value in self.facts.items()), flush=True)
 
-    def setup(self, slots: int, routing: str, prompt: int = 32) -> Setup:
+    def setup(self, case: Case, prompt: int = 32) -> Setup:
+        experts, top_k = self.shape.num_experts, self.shape.num_experts_per_tok
         drawn = draw_routing(
-            ROUTINGS[routing], steps=WARMUP + TOKENS + COMPARED + 2, layers=len(self.layers),
-            num_experts=self.config.num_experts, top_k=self.config.num_experts_per_tok,
-        )  # fmt: skip
-        ids = torch.randint(self.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
-        config = Measuring(device="cuda", slots=slots, warmup=WARMUP, tokens=TOKENS + COMPARED)
+            ROUTINGS[case.routing], steps=STEPS, layers=len(self.layers), num_experts=experts, top_k=top_k
+        )
+        ids = torch.randint(self.shape.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+        slots = max(top_k, int(case.share * len(self.layers) * experts))
+        config = Measuring(device=str(DEVICE), slots=slots, warmup=WARMUP, tokens=2 * STEPS)
         return Setup(ids, DEVICE, config, self.store, None, drawn)
 
-    def measure(self, way: str, share: float, routing: str, programs: int | None = None, **more: Any) -> dict[str, Any]:
-        """One way; `share` of the experts have slots."""
-        total = len(self.layers) * self.config.num_experts
-        setup = self.setup(int(share * total), routing)
-        policy, _, gating = way.partition("/")
+    def measure(self, case: Case) -> None:
+        """Measures a case and prints it. All-resident comes first, since the others are compared with it."""
+        policy, _, gating = case.way.partition("/")
+        setup, way = self.setup(case), Way("resident" if case.engine == "plain" else policy, gating or None)
         reset_peaks(DEVICE)
         begun = time.perf_counter()
-        with running(Way(policy, gating or None), self.model, self.layers, setup) as offload:
-            assert offload is not None
-            if programs is not None:
-                offload._engine.programs = programs
+        with deciding(case.engine), running(way, self.model, self.layers, setup) as offload:
+            if offload is not None and case.engine == "eager":
+                offload._graphs = None
             torch.cuda.synchronize()
             attached = time.perf_counter() - begun
             decoding = Decoding(self.model, offload, setup)
-            logits = [decoding.step() for _ in range(COMPARED)]
-            offload.reset()
-            with warnings.catch_warnings(record=True) as warned:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                times = [1000 * decoding.run(TOKENS // 4) / (TOKENS // 4) for _ in range(4)]
-                torch.cuda.set_sync_debug_mode("default")
-            waits = sum("synchronizing" in str(warning.message) for warning in warned) / TOKENS
-            counters, reason = offload.counters, offload.why_not_captured
+            logits = torch.stack([decoding.step() for _ in range(COMPARED)])
+            if case.share == 1.0 and offload is not None:
+                decoding.run(STEPS)  # the whole routing once, so that all its experts are there
+            if offload is not None:
+                offload.reset()
+            times, waits = timed(decoding)
+            counters = None if offload is None else offload.counters
+            reason = None if offload is None else offload.why_not_captured
+            programs = getattr(getattr(offload, "_engine", None), "programs", None)
         host, device = peaks(DEVICE)
-        row = {
-            "model": self.name, "way": way, "share": share, "routing": routing, "programs": programs, **more,
-            "ms": statistics.median(times), "ms_all": times, "prompt_ms": 1000 * decoding.seconds_to_first_token,
-            "bytes_per_token": counters.bytes_copied / TOKENS,
-            "link_ms": 1000 * counters.bytes_copied / TOKENS / self.link,
-            "hit_rate": counters.speculation_hit_rate, "cache_hit_rate": counters.hits / max(1, counters.hits + counters.misses),
-            "waits_per_token": waits, "attach_s": attached, "peak_host_bytes": host, "peak_device_bytes": device, "not_captured": reason,
+        row = self.facts | vars(case) | {
+            "ms": statistics.median(times), "ms_all": times, "waits_per_token": waits, "attach_seconds": attached,
+            "peak_host_bytes": host, "peak_device_bytes": device, "programs": programs, "not_captured": reason,
         }  # fmt: skip
+        if counters is not None:
+            copied = counters.bytes_copied / TOKENS
+            row |= {"bytes_per_token": copied, "link_ms": 1000 * copied / self.facts["link"], "hit_rate": counters.speculation_hit_rate,
+                    "cache_hit_rate": counters.hits / max(1, counters.hits + counters.misses)}  # fmt: skip
+        self.compare(case, row, logits)
         self.rows.append(row)
-        return row | {"logits": torch.stack(logits)}
+        told(row)
 
-    def table(
-        self, share: float, routing: str, ways: list[str], programs: list[int | None], resident: dict[str, Any]
-    ) -> None:
-        """Measures and prints some ways against all-resident."""
-        for way in ways:
-            for number in programs:
-                row = self.measure(way, share, routing, number)
-                equal = sum(torch.equal(a, b) for a, b in zip(row["logits"], resident["logits"], strict=True))
-                floor = max(resident["ms"], row["link_ms"])
-                self.rows[-1] |= {
-                    "floor_ms": floor,
-                    "efficiency": floor / row["ms"],
-                    "equal_steps": f"{equal}/{COMPARED}",
-                }
-                told(self.rows[-1])
+    def compare(self, case: Case, row: dict[str, Any], logits: torch.Tensor) -> None:
+        resident = next((r for r in self.rows if r["share"] == 1.0 and r["routing"] == case.routing), None)
+        if resident is None:
+            self.logits[case.routing] = logits
+        elif "link_ms" in row:
+            floor = max(resident["ms"], row["link_ms"])
+            equal = sum(torch.equal(a, b) for a, b in zip(logits, self.logits[case.routing], strict=True))
+            row |= {
+                "floor_ms": floor,
+                "efficiency": floor / row["ms"],
+                "equal_steps": equal,
+                "compared_steps": COMPARED,
+            }
+
+    def prompt(self, case: Case, length: int = 2048) -> None:
+        """Measures a prompt, the second time that it is computed."""
+        setup = self.setup(case, length)
+        with running(Way(case.way), self.model, self.layers, replace(setup, routing=None)), torch.inference_mode():
+            ids = setup.token_ids.to(DEVICE)
+            for _ in range(2):
+                torch.cuda.synchronize()
+                begun = time.perf_counter()
+                self.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+                torch.cuda.synchronize()
+                seconds = time.perf_counter() - begun
+        self.rows.append(
+            self.facts | vars(case) | {"prompt_tokens": length, "prompt_tokens_per_second": length / seconds}
+        )
+        print(f"  a prompt of {length} tokens: {length / seconds:,.0f} tokens/s", flush=True)
 
 
-def told(row: dict[str, Any]) -> None:
-    floor, share = row.get("floor_ms"), row.get("efficiency")
-    print(
-        f"{row['model']} {row['share']:5.3f} {row['routing']:5} {row['way']:22} P={row['programs']} {row['ms']:7.2f} ms"
-        f"  link {row['link_ms']:6.2f}  floor {floor or 0:6.2f}  of it {share or 0:.2f}  cache {row['cache_hit_rate']:.3f}"
-        f"  equal {row.get('equal_steps')}  waits {row['waits_per_token']:.2f}  prompt {row['prompt_ms']:.0f}  {row['not_captured'] or ''}",
-        flush=True,
-    )
+def timed(decoding: Decoding) -> tuple[list[float], float]:
+    """Milliseconds a token in each part of the tokens, and how often the host waited in a step."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        times = [1000 * decoding.run(TOKENS // PARTS) / (TOKENS // PARTS) for _ in range(PARTS)]
+        torch.cuda.set_sync_debug_mode("default")
+    return times, sum("synchronizing" in str(warning.message) for warning in warned) / TOKENS
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return 1024 * int(line.split()[1])
 
 
 @contextmanager
-def by_the_host() -> Iterator[None]:
-    """Has the host's engine decide."""
-    before, engines.hindrance_of = engines.hindrance_of, lambda *_: "the benchmark measures the host's engine"
+def deciding(engine: str) -> Iterator[None]:
+    """Has the host decide for `engine` `host`."""
+    before = engines.hindrance_of
+    if engine == "host":
+        engines.hindrance_of = lambda *_: "the benchmark measures the host's engine"
     try:
         yield
     finally:
         engines.hindrance_of = before
 
 
-def plain(bench: Bench, tokens: int = 24) -> None:
-    """Plain transformers with everything on the device, eager."""
-    setup = bench.setup(bench.config.num_experts_per_tok, "kept")
-    with running(Way("resident"), bench.model, bench.layers, setup):
-        decoding = Decoding(bench.model, None, setup)
-        times = [1000 * decoding.run(tokens // 4) / (tokens // 4) for _ in range(4)]
-    print(f"{bench.name} plain transformers, everything on the device: {statistics.median(times):.2f} ms", flush=True)
-    bench.rows.append(
-        {"model": bench.name, "way": "plain transformers", "ms": statistics.median(times), "ms_all": times}
-    )
+def told(row: dict[str, Any]) -> None:
+    parts = [f"{row['share']:5.3f} {row['routing']:5} {row['engine']:8} {row['way']:22} {row['ms']:7.2f} ms"]
+    if "link_ms" in row:
+        parts.append(
+            f"link {row['link_ms']:6.2f}  cache {row['cache_hit_rate']:.3f}  waits {row['waits_per_token']:.2f}"
+        )
+    if "floor_ms" in row:
+        parts.append(
+            f"floor {row['floor_ms']:6.2f}, of it {row['efficiency']:.2f}  equal {row['equal_steps']}/{COMPARED}"
+        )
+    print("  " + "  ".join(parts) + f"  {row['not_captured'] or ''}", flush=True)
+
+
+def cases(layers: int, width: int) -> list[Case]:
+    """What is measured of a model. The other engines and plain transformers only where that takes little time."""
+    found = []
+    for routing in ROUTINGS:
+        found.append(Case("on_demand", 1.0, routing))
+        shares = [0.125, 0.25, 0.5] if layers <= 12 and routing == "kept" else [0.25]
+        found += [
+            Case(way, share, routing) for share in shares for way in ("on_demand", "prefetch", "speculative/true")
+        ]
+        found += [Case(way, 0.25, routing) for way in GUESSING[2:] if routing == "kept"]
+    if layers <= 12 and width == 768:
+        found += [Case(way, 0.25, "kept", "eager") for way in ("on_demand", "speculative/true")]
+        found += [Case(way, 0.25, "kept", "host") for way in ("on_demand", "prefetch", "speculative/true")]
+        found.append(Case("resident", 0.0, "kept", "plain"))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", default="12,48")
+    parser.add_argument("--layers", default="48,12")
     parser.add_argument("--widths", default="768,192")
-    parser.add_argument("--shares", default="0.125,0.25,0.5")
-    parser.add_argument("--routings", default="kept,curve")
-    parser.add_argument(
-        "--ways", default="on_demand,prefetch,speculative/true,speculative/speculated,speculative/resident"
-    )
-    parser.add_argument("--programs", default="")
-    parser.add_argument("--host", action="store_true", help="measure the host's engine as well")
-    parser.add_argument("--plain", action="store_true", help="measure plain transformers as well")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     args = parser.parse_args()
-    programs = [int(number) for number in args.programs.split(",") if number] or [None]
-    rows: list[dict[str, Any]] = []
-    result = {"command": command(), "versions": versions(), "hardware": hardware(), "rows": rows, "links": {}}
+    result: dict[str, Any] = {"command": command(), "versions": versions(), "hardware": hardware(), "rows": []}
     for layers in map(int, args.layers.split(",")):
         for width in map(int, args.widths.split(",")):
-            begun = time.perf_counter()
             bench = Bench(layers, width)
-            print(f"{bench.name}: link {bench.link / 1e9:.1f} GB/s, to host {bench.seconds_to_host:.1f} s, made in "
-                  f"{time.perf_counter() - begun:.1f} s, block {bench.store.format.bytes:,}", flush=True)  # fmt: skip
-            result["links"][bench.name] = bench.link
-            with suppress(torch.cuda.OutOfMemoryError):
-                for routing in args.routings.split(","):
-                    resident = bench.measure("on_demand", 1.0, routing, resident=True)
-                    told(bench.rows[-1])
-                    for share in map(float, args.shares.split(",")):
-                        bench.table(share, routing, args.ways.split(","), programs, resident)
-                        if args.host:
-                            with by_the_host():
-                                bench.table(share, routing, ["on_demand", "speculative/true"], [None], resident)
-                if args.plain:
-                    plain(bench)
-            rows += bench.rows
-            bench.store.close() if layers == 12 else None
+            for case in cases(layers, width):
+                bench.measure(case)
+            bench.prompt(Case("prefetch", 0.5 if layers <= 12 else 0.25, "kept"))
+            result["rows"] += bench.rows
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
+            for layer in bench.layers:  # so that `close` does not bring the experts back to the device
+                for parameter in layer.experts.parameters():
+                    parameter.data = parameter.data.new_empty(0)
+            bench.store = None  # type: ignore[assignment]
             del bench
             gc.collect()
             torch.cuda.empty_cache()
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

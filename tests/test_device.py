@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -122,3 +123,26 @@ def test_captured_speculation_is_eager_speculation(gating: str, horizon: int) ->
     (ours, mine), (theirs, others) = found
     assert torch.equal(ours, theirs)
     assert mine == others
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["on_demand", "prefetch", "auto"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}])
+def test_generate_replays_steps_and_gives_the_resident_models_tokens(policy: str, how: dict[str, Any]) -> None:
+    model = build_model("qwen3_moe")
+    ids = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(3)).to("cuda")
+    asked = {
+        "max_new_tokens": 50,
+        "do_sample": False,
+        "eos_token_id": None,
+        "attention_mask": torch.ones_like(ids),
+    } | how
+    torch.manual_seed(0)
+    expected = model.to("cuda").generate(ids, **asked).cpu()
+    model.to("cpu")
+    with offloaded(model, policy=policy, slots=16, device="cuda") as offload:
+        torch.manual_seed(0)
+        found = model.generate(ids, **asked).cpu()
+        assert offload.why_not_captured is None or "num_beams" in how, offload.why_not_captured
+    assert torch.equal(found, expected)
+    assert "generate" not in vars(model)

@@ -110,7 +110,7 @@ class StepGraphs:
         if strange is not None:
             raise NotCapturable(f"an argument is a {type(strange).__name__}, which may change from step to step")
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-        key = str(spec), shapes, others, id(caches[0]), mode, torch.is_inference_mode_enabled()
+        key = str(spec), shapes, others, id(caches[0]), _places(caches[0]), mode, torch.is_inference_mode_enabled()
         return Inputs(leaves, spec, tensors, caches[0], key)
 
     def _capture(self, forward: Callable[..., Any], inputs: Inputs) -> Captured:
@@ -156,6 +156,12 @@ def _counted(cache: Cache) -> list[dict[str, Any]]:
         {name: value for name, value in vars(part).items() if isinstance(value, PLAIN)}
         for part in [cache, *cache.layers]
     ]
+
+
+def _places(cache: Cache) -> tuple[int, ...]:
+    """Where a cache's tensors are. Beams get new ones at each step."""
+    values = (value for layer in cache.layers for value in vars(layer).values())
+    return tuple(value.data_ptr() for value in values if isinstance(value, torch.Tensor))
 
 
 def _restore(cache: Cache, before: list[dict[str, Any]]) -> None:
