@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -32,10 +33,12 @@ class Generation:
     stalled_seconds_per_token: float | None
     counters: Counters
     """Of the tokens after the first one, which comes from the prompt."""
+    steps: str | None = None
+    """On a GPU: `captured and replayed`, or why decode steps were not. None on a CPU."""
 
     def figures(self) -> dict[str, str]:
         """The figures as text for a person, by name."""
-        told = {
+        told: dict[str, tuple[Any, Callable[[Any], str]]] = {
             "time to first token": (self.seconds_to_first_token, lambda x: f"{x * 1000:.1f} ms"),
             "time per output token": (self.seconds_per_output_token, lambda x: f"{x * 1000:.1f} ms (median)"),
             "hit rate": (
@@ -45,6 +48,8 @@ class Generation:
             "bytes per token": (self.bytes_per_token, "{:,.0f}".format),
             "stalled per token": (self.stalled_seconds_per_token, lambda x: f"{x * 1000:.2f} ms"),
         }
+        if self.steps is not None:
+            told["decode steps"] = (self.steps, str)
         return {name: "none" if value is None else text(value) for name, (value, text) in told.items()}
 
 
@@ -102,14 +107,20 @@ def generate(
     )
     steps = [after - before for before, after in pairwise(streamer.times)]
     counters = offload.counters if offload is not None else Counters()
+    stalled = counters.stalled_seconds
     return Generation(
         text=str(tokenizer.decode(streamer.token_ids, skip_special_tokens=True)),
         token_ids=streamer.token_ids,
         seconds_to_first_token=streamer.times[0] - begun,
         seconds_per_output_token=statistics.median(steps) if steps else None,
         bytes_per_token=counters.bytes_copied / len(steps) if steps else None,
-        stalled_seconds_per_token=counters.stalled_seconds / len(steps)
-        if steps and counters.stalled_seconds is not None
-        else None,
+        stalled_seconds_per_token=stalled / len(steps) if steps and stalled is not None else None,
         counters=counters,
+        steps=_steps(offload),
     )
+
+
+def _steps(offload: ExpertOffload | None) -> str | None:
+    if offload is None or offload.device.type == "cpu":
+        return None
+    return offload.why_not_captured or "captured and replayed"

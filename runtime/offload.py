@@ -280,6 +280,8 @@ class ExpertOffload:
         def generate(*args: Any, **kwargs: Any) -> Any:
             if wants_static_cache(kwargs, kwargs.get("generation_config") or self._model.generation_config):
                 kwargs["cache_implementation"] = "static"
+            if self._graphs is not None:
+                self._graphs.look_at(self._model)
             return original(*args, **kwargs)
 
         vars(self._model)["generate"] = generate
@@ -315,7 +317,10 @@ class ExpertOffload:
     def _captured(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pass, replayed as a graph where the device decides in it."""
         tokens = _tokens(args, kwargs)
-        if self._graphs is None or tokens is None or not self._engine.prepare(tokens):
+        if self._graphs is None or tokens is None:
+            return original(*args, **kwargs)
+        if not self._engine.prepare(tokens):
+            self._graphs.look_at(self._model)
             return original(*args, **kwargs)
         output = self._graphs.run(original, args, kwargs, self._control.is_on)
         self._passed = tokens  # where a graph was replayed, no hook has counted them

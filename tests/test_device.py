@@ -146,3 +146,21 @@ def test_generate_replays_steps_and_gives_the_resident_models_tokens(policy: str
         assert offload.why_not_captured is None or "num_beams" in how, offload.why_not_captured
     assert torch.equal(found, expected)
     assert "generate" not in vars(model)
+
+
+@pytest.mark.gpu
+def test_other_weights_are_used_after_a_replay() -> None:
+    model = build_model("qwen3_moe")
+    ids = torch.randint(1, 256, (1, 24), generator=torch.Generator().manual_seed(3)).to("cuda")
+    asked = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    other = build_model("qwen3_moe", vocab_size=257).lm_head.weight.data.flip(0).to("cuda")
+    with offloaded(model, policy="prefetch", slots=16, device="cuda") as offload:
+        first = model.generate(ids, **asked)
+        assert offload.why_not_captured is None
+        own, model.lm_head.weight.data = model.lm_head.weight.data, other
+        found = model.generate(ids, **asked).cpu()
+        model.lm_head.weight.data = own
+        assert torch.equal(model.generate(ids, **asked), first)
+    model.to("cuda").lm_head.weight.data = other
+    assert torch.equal(found, model.generate(ids, **asked).cpu())
+    assert not torch.equal(found, first.cpu())

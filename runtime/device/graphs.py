@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import Cache, GenerationConfig
 
@@ -51,6 +52,8 @@ class StepGraphs:
         """Why the last decode step was not captured. None if it was, or will be the next time."""
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[tuple[Any, ...], Captured | str | None] = OrderedDict()
+        """By key: the graph, or why there can't be one. None after the first step of a kind."""
+        self._seen: Any = None
 
     def clear(self) -> None:
         """Forgets all graphs, since what they do is no longer what is to be done."""
@@ -64,17 +67,7 @@ class StepGraphs:
             self.reason = str(reason)
             return forward(*args, **kwargs)
         if inputs.key not in self._graphs:
-            self.reason, self._graphs[inputs.key] = None, None
-            # A later cache may have the same id.
-            weakref.finalize(inputs.cache, self._graphs.pop, inputs.key, None).atexit = False
-            if len(self._graphs) > MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-            before = _counted(inputs.cache)
-            output = forward(*args, **kwargs)
-            if _counted(inputs.cache) != before:  # a replayed step would not count
-                kinds = ", ".join(sorted({type(layer).__name__ for layer in inputs.cache.layers}))
-                self._graphs[inputs.key] = self.reason = f"its cache counts tokens in Python ({kinds})"
-            return output
+            return self._first(forward, args, kwargs, inputs)
         self._graphs.move_to_end(inputs.key)
         found = self._graphs[inputs.key]
         if found is None:
@@ -91,6 +84,28 @@ class StepGraphs:
             own.copy_(given)
         found.graph.replay()
         return pytree.tree_map(partial(_returned, inputs.cache), found.output)
+
+    def look_at(self, model: nn.Module) -> None:
+        """Forgets all graphs if other weights, modules or hooks are in the model than at the last look."""
+        modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
+        now = modules, [tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]]
+        if now != self._seen:
+            self._seen = now
+            self.clear()
+
+    def _first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Inputs) -> Any:
+        """Runs the first step of a kind as it is."""
+        self.reason, self._graphs[inputs.key] = None, None
+        # A later cache may have the same id.
+        weakref.finalize(inputs.cache, self._graphs.pop, inputs.key, None).atexit = False
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        before = _counted(inputs.cache)
+        output = forward(*args, **kwargs)
+        if _counted(inputs.cache) != before:  # a replayed step would not count
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in inputs.cache.layers}))
+            self._graphs[inputs.key] = self.reason = f"its cache counts tokens in Python ({kinds})"
+        return output
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any], mode: Any) -> Inputs:
         """Raises `NotCapturable`."""
@@ -120,13 +135,18 @@ class StepGraphs:
         own = iter(tensors)
         leaves = [next(own) if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
-        graph, before = torch.cuda.CUDAGraph(), _counted(inputs.cache)
+        graph, parts = torch.cuda.CUDAGraph(), [inputs.cache, *inputs.cache.layers]
+        before = [dict(vars(part)) for part in parts]
         try:
             # Other threads may go on: only what this one does is captured.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = forward(*args, **kwargs)
-        except RuntimeError as error:
-            _restore(inputs.cache, before)
+        except BaseException as error:
+            for part, values in zip(parts, before, strict=True):  # nothing was computed, so nothing has changed
+                vars(part).clear()
+                vars(part).update(values)
+            if not isinstance(error, RuntimeError):
+                raise
             torch.cuda.synchronize(self._device)
             raise NotCapturable(f"its own code can't be captured ({_cause(error)})") from error
         # The cache stays the user's alone: when it is gone, so is the graph.
@@ -162,11 +182,6 @@ def _places(cache: Cache) -> tuple[int, ...]:
     """Where a cache's tensors are. Beams get new ones at each step."""
     values = (value for layer in cache.layers for value in vars(layer).values())
     return tuple(value.data_ptr() for value in values if isinstance(value, torch.Tensor))
-
-
-def _restore(cache: Cache, before: list[dict[str, Any]]) -> None:
-    for part, values in zip([cache, *cache.layers], before, strict=True):
-        vars(part).update(values)
 
 
 def wants_static_cache(arguments: dict[str, Any], config: GenerationConfig) -> bool:
