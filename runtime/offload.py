@@ -12,7 +12,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,8 @@ class ExpertOffload:
         assert config.slots is not None
         self.config, self.store = config, store
         self.policy, self.gating = policy_of(config), Gating(config.gating)
-        self.device, self.slots = torch.device(config.device), config.slots
+        # With its number, as tensors have it.
+        self.device, self.slots = torch.empty(0, device=config.device).device, config.slots
         self._model, self._targets = model, targets
         self._trial = Trial() if config.policy == AUTO else None
         self._turn = threading.RLock()
@@ -175,13 +176,14 @@ class ExpertOffload:
         """Tokens of the current forward pass."""
         self._observer: Observer | None = None
         self._move_rest(attached)
-        engine, self.why_host = make_engine(store, [target.layer for target in targets], config)
+        with on_device(self.device):
+            engine, self.why_host = make_engine(store, [target.layer for target in targets], config)
         """In one sentence why the engine is not the device's; None if it is."""
         attached.callback(engine.close)
         self._engine = engine
         self._graphs: StepGraphs | None = None
         if self.why_host is None and self.device.type == "cuda":
-            self._graphs = StepGraphs(torch.empty(0, device=self.device).device)
+            self._graphs = StepGraphs(self.device)
             attached.callback(self._graphs.clear)
             if getattr(model, "_can_compile_fullgraph", False):
                 self._generate_statically(attached)
@@ -290,7 +292,7 @@ class ExpertOffload:
     def _in_turn(self, original: Any) -> Any:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._turn:
+            with self._turn, on_device(self.device):
                 if self._depth:  # a part of the forward pass that has its turn
                     return original(*args, **kwargs)
                 try:
@@ -357,6 +359,11 @@ class ExpertOffload:
     def _observe(self, observer: Observer | None) -> None:
         self._observer = self._control.observer = observer
         self._engine.observe(observer)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, kernels that Triton starts run on `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
