@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 import torch
 from conftest import build_model
 from predict_train.data_collection.catalog import moe_types
+from predict_train.predictors.checkpoint import TargetLayer
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.mlp import ResidualMLP
 from predict_train.runtime import engines
 from predict_train.runtime.device.slots import DeviceSlots
 from predict_train.runtime.offload import offloaded
 from test_exactness import supported_model
+from test_policy import with_default_vectors
 from transformers import Cache, PreTrainedModel, StaticCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,16 +114,24 @@ def test_captured_steps_equal_all_resident(model_type: str, batch: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("gating", ["speculated", "true", "resident"])
 @pytest.mark.parametrize("horizon", [1, 2])
-def test_captured_speculation_is_eager_speculation(gating: str, horizon: int) -> None:
-    model = build_model("qwen3_moe").bfloat16()
-    found = []
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_captured_speculation_is_eager_speculation(architecture: str, gating: str, horizon: int) -> None:
+    """With predictors of random weights for one layer ahead, and training-free for two."""
+    model = build_model(architecture).bfloat16()
+    layers, predictors, found = find_moe_layers(model), None, []
+    if horizon == 1:
+        mlps = [ResidualMLP(layer.hidden_size, layer.num_experts, 8).bfloat16() for layer in layers]
+        predictors = with_default_vectors(model)
+        predictors = replace(
+            predictors, layers=[TargetLayer(layer.index, mlp=mlp) for layer, mlp in zip(layers, mlps, strict=True)]
+        )
     for is_captured in (True, False):
         config = {"policy": "speculative", "gating": gating, "slots": 16, "device": "cuda", "horizon": horizon}
-        with offloaded(model, **config) as offload:
+        with offloaded(model, predictors, **config) as offload:
             if not is_captured:
                 offload._graphs = None
             found.append((logits_of(model, StaticCache(config=model.config, max_cache_len=64)), offload.counters))
-            assert (offload.why_not_captured is None) == is_captured
+            assert offload.why_not_captured is None
     (ours, mine), (theirs, others) = found
     assert torch.equal(ours, theirs)
     assert mine == others
