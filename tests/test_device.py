@@ -131,7 +131,8 @@ def test_captured_speculation_is_eager_speculation(architecture: str, gating: st
             if not is_captured:
                 offload._graphs = None
             found.append((logits_of(model, StaticCache(config=model.config, max_cache_len=64)), offload.counters))
-            assert offload.why_not_captured is None
+            slides = architecture == "gpt_oss"  # its cache counts in Python
+            assert (offload.why_not_captured is not None) == (is_captured and slides), offload.why_not_captured
     (ours, mine), (theirs, others) = found
     assert torch.equal(ours, theirs)
     assert mine == others

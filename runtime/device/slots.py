@@ -26,7 +26,7 @@ from .arithmetic import ExpertArithmetic
 from .hits import DeviceHitCount
 from .tables import Books, LayerTables, Link
 
-PROGRAMS = 16, 32, 64
+PROGRAMS = 32, 64, 128
 """How many programs may copy."""
 NEARLY = 1.02
 """Of two times, the longer one is as good if it is not longer than by this factor."""
