@@ -16,6 +16,11 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter. Triton reads this when it is imported, and transformers imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import transformers
 from hypothesis import settings
 from packaging.version import Version
@@ -26,8 +31,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 settings.register_profile("untimed", deadline=None, max_examples=30)
 settings.load_profile("untimed")
 torch.set_num_threads(1)
-if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
