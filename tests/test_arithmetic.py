@@ -212,6 +212,17 @@ def test_experts_wider_than_a_tile(marks: tuple[bool, bool, bool]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize("limit", [1.0, 10.0, 16.0, 100.0])
+@pytest.mark.parametrize("inner", [8, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_clamped_gate_is_not_taken_for_a_plain_one(dtype: torch.dtype, inner: int, limit: float) -> None:
+    experts = Experts(1, 8, inner, dtype, "silu", (False, False, False))
+    form, memory, _ = in_places(experts, torch.zeros(1, 1, dtype=torch.int64), 0)
+    assert ExpertArithmetic(experts.to(DEVICE), form, memory)._is_silu
+    experts._apply_gate = functools.partial(clamped, limit=limit)
+    assert not ExpertArithmetic(experts, form, memory)._is_silu
+
+
 @pytest.mark.parametrize("type", ["qwen3_moe", "gpt_oss", "nemotron_h"])
 def test_experts_of_transformers(type: str) -> None:
     """Plain ones; transposed with biases and a gate of their own; without a gate."""
