@@ -166,10 +166,8 @@ def test_experts_compute_what_torch_computes(
     torch.manual_seed(seed)
     experts = Experts(*layer)
     ids = torch.randint(layer.count, (tokens, k))
-    x, weights = (
-        integers(tokens, layer.hidden).to(layer.dtype),
-        (torch.randint(1, 9, (tokens, k)) / 8).to(weights_dtype),
-    )
+    x = integers(tokens, layer.hidden + 1).to(layer.dtype)[:, 1:]  # a part of something wider is not contiguous
+    weights = (torch.randint(1, 9, (tokens, k + 1)) / 8).to(weights_dtype)[:, :k]
     expected, largest = expected_output(experts, x, ids, weights)
     form, memory, table = in_places(experts, ids, extra)
     with tiles(*tile), torch.no_grad():

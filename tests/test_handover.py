@@ -136,8 +136,17 @@ class Machine:
                     assert misses == absent[ids].sum()
                     assert after.copies - before.copies == absent[ids.unique()].sum()
                     assert not engine.absent(layer).cpu()[ids].any()
+                    self._check_eviction(layer, ids, absent, is_last=not decision.known)
                     if guess is not None and guess.known and len(guess.candidates[0]) * tokens <= slots:
                         assert misses == 0
+
+    def _check_eviction(self, layer: int, ids: torch.Tensor, absent: torch.Tensor, is_last: bool) -> None:
+        """Empty slots are filled before any expert is evicted. With `is_last`, what was executed is the last to be evicted."""
+        there = [expert for (number, expert), _ in self.on_device() if number == layer]
+        wanted = {*ids.flatten().tolist(), *(~absent).nonzero().flatten().tolist()}
+        assert len(there) == min(self.engine._layers[layer].slots, len(wanted))
+        executed = set(ids.flatten().tolist())
+        assert not is_last or set(there[-len(executed) :]) == executed
 
     def _announce(self, asked: Pass, layer: int, now: bool) -> None:
         guess = asked.guesses[layer]

@@ -185,12 +185,17 @@ def guessed(draw: st.DrawFn, by_rank: bool) -> Guessed:
     return Guessed(k, found)
 
 
+def across(rows: torch.Tensor) -> torch.Tensor:
+    """The same on the device, where neighbours in memory are of different rows."""
+    return rows.to(DEVICE).T.contiguous().T
+
+
 @settings(max_examples=100)
 @given(guessed(by_rank=False), st.sampled_from([torch.int32, torch.int64]))
 def test_hits_by_ids_are_those_of_the_host(case: Guessed, dtype: torch.dtype) -> None:
     count, host = DeviceHitCount(case.k, torch.device(DEVICE)), HitCount(case.k)
     for candidates, own in case.counted:
-        count.add(torch.tensor(candidates, dtype=dtype, device=DEVICE), torch.tensor(own, device=DEVICE))
+        count.add(across(torch.tensor(candidates, dtype=dtype)), across(torch.tensor(own)))
         host.add(torch.tensor(candidates), torch.tensor(own))
     assert count.totals() == host.totals()
     count.clear()
@@ -203,8 +208,8 @@ def test_hits_by_rank_are_those_of_the_largest_logits(case: Guessed, dtype: torc
     """Of equal logits the first are taken, which is one of the choices that `topk` may make."""
     count, hits, seen = DeviceHitCount(case.k, torch.device(DEVICE)), 0, 0
     for candidates, own in case.counted:
-        logits = torch.tensor(own, device=DEVICE).to(dtype)
-        count.add(torch.tensor(candidates, device=DEVICE), logits)
+        logits = torch.tensor(own).to(dtype)
+        count.add(across(torch.tensor(candidates)), across(logits))
         largest = logits.argsort(dim=-1, descending=True, stable=True)[:, : case.k].tolist()
         hits += sum(len(set(ours) & set(theirs)) for ours, theirs in zip(candidates, largest, strict=True))
         seen += case.k * len(candidates)
