@@ -20,6 +20,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.runtime import offload_experts, offloaded
 from predict_train.runtime import store as store_module
 from predict_train.runtime.errors import StoreError
+from predict_train.runtime.formats import PAGE
 from predict_train.runtime.host import transfer
 from predict_train.runtime.host.slots import Mailbox
 from predict_train.runtime.registered import register
