@@ -75,19 +75,20 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     """Computes a model's time and memory on some hardware, from its config alone."""
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the config
     shape = planning.read_shape(read_model_config(config.model), dtype if isinstance(dtype, torch.dtype) else None)
-    machine = planning.Hardware(
-        memory_bandwidth=config.memory_bandwidth,
-        link=config.link,
-        latency=1e-6 * config.latency,
-        launch=1e-6 * config.launch,
-        is_cuda=config.cuda,
-    )
     fitting = planning.slots_that_fit(shape, config.device_memory, config.reserve)
     slots = fitting if config.slots is None else config.slots
     if config.expert_memory is not None:
         slots = min(config.expert_memory // shape.expert_bytes, shape.layers * shape.num_experts)
     if not shape.top_k <= slots <= fitting:
         raise UserError(f"{slots} slots are asked for; from {shape.top_k} (the top k) to {fitting} fit this device")
+    machine = planning.Hardware(
+        memory_bandwidth=config.memory_bandwidth,
+        link=config.link,
+        latency=None if config.latency is None else 1e-6 * config.latency,
+        launch=None if config.launch is None else 1e-6 * config.launch,
+        is_cuda=config.cuda,
+        decides=config.cuda and slots >= shape.layers * shape.top_k,
+    )
     m = config.candidates or min(shape.top_k + 2, shape.num_experts)
     sizes = {name: getattr(shape, name) for name in ("layers", "num_experts", "top_k")}
     predictors = as_predictors(config.predictors)

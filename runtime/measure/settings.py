@@ -81,10 +81,10 @@ class PlanConfig(Predicted, Slots, Drawn, Figures):
     """Bandwidth of the device's own memory, like `768GB/s`."""
     reserve: Bytes = 1 << 30
     """Device memory to leave for activations and for keys and values."""
-    launch: float = Field(10.0, ge=0)
-    """Microseconds that starting one operation takes."""
-    latency: float = Field(10.0, ge=0)
-    """Microseconds that one copy takes in addition to its bytes."""
+    launch: float | None = Field(None, ge=0)
+    """Microseconds that starting one operation takes; by default 2.6 where a GPU decides what is copied, else 10."""
+    latency: float | None = Field(None, ge=0)
+    """Microseconds that one copy takes in addition to its bytes; by default 2 where a GPU decides, else 10."""
     slots: Count | None = None
     """Experts on the device at a time, over all layers, from the top k up; by default as many as fit."""
     candidates: Count | None = None
@@ -94,7 +94,7 @@ class PlanConfig(Predicted, Slots, Drawn, Figures):
     tokens: Count = 100
     """Tokens that count. As many tokens before them fill the slots."""
     cuda: bool = True
-    """Whether copies go through a CUDA stream, or threads read them."""
+    """Whether the device is a GPU. It decides what is copied if there is a slot for each expert that one token needs."""
     seed: int = 0
     """Seed of everything that is drawn."""
     dtype: Dtype = "auto"
