@@ -28,10 +28,13 @@ from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.runtime import engines
 from predict_train.runtime.measure.bench import Decoding, Setup, Way, running
 from predict_train.runtime.measure.memory import peaks, reset_peaks
-from predict_train.runtime.measure.routing import PRESETS, Statistics, draw_routing
+from predict_train.runtime.measure.plan import Hardware, costs_of, read_shape
+from predict_train.runtime.measure.routing import PRESETS, ReplayedRouting, Statistics, draw_routing
 from predict_train.runtime.measure.settings import Measuring
+from predict_train.runtime.measure.simulation import nearest, simulate
+from predict_train.runtime.settings import OffloadConfig
 from predict_train.runtime.store import HostStore
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "benchmarks" / "models" / "qwen3-30b-a3b.json"
@@ -39,6 +42,7 @@ DEVICE = torch.device("cuda")
 WARMUP, COMPARED, TOKENS, PARTS = 20, 12, 40, 4
 STEPS = WARMUP + COMPARED + TOKENS
 ROUTINGS = {"kept": Statistics(kept=0.43, hit_rate=0.89), "curve": PRESETS["qwen3-30b-a3b"]}
+MEMORY_BANDWIDTH = 2.6e12
 GUESSING = ["prefetch", "speculative/true", "speculative/speculated", "speculative/resident"]
 
 
@@ -80,13 +84,11 @@ class Bench:
 
     def setup(self, case: Case, prompt: int = 32) -> Setup:
         experts, top_k = self.shape.num_experts, self.shape.num_experts_per_tok
-        drawn = draw_routing(
-            ROUTINGS[case.routing], steps=STEPS, layers=len(self.layers), num_experts=experts, top_k=top_k
-        )
+        routing = drawn(case.routing, len(self.layers), experts, top_k)
         ids = torch.randint(self.shape.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
         slots = max(top_k, int(case.share * len(self.layers) * experts))
         config = Measuring(device=str(DEVICE), slots=slots, warmup=WARMUP, tokens=2 * STEPS)
-        return Setup(ids, DEVICE, config, self.store, None, drawn)
+        return Setup(ids, DEVICE, config, self.store, None, routing)
 
     def measure(self, case: Case) -> None:
         """Measures a case and prints it. All-resident comes first, since the others are compared with it."""
@@ -127,6 +129,7 @@ class Bench:
         if resident is None:
             self.logits[case.routing] = logits
         elif "link_ms" in row:
+            row["planned_ms"] = planned_ms(self.shape, case, row["link"])
             floor = max(resident["ms"], row["link_ms"])
             equal = sum(torch.equal(a, b) for a, b in zip(logits, self.logits[case.routing], strict=True))
             row |= {
@@ -151,6 +154,23 @@ class Bench:
             self.facts | vars(case) | {"prompt_tokens": length, "prompt_tokens_per_second": length / seconds}
         )
         print(f"  a prompt of {length} tokens: {length / seconds:,.0f} tokens/s", flush=True)
+
+
+def planned_ms(config: PretrainedConfig, case: Case, link: float) -> float:
+    """What `plan` says of a captured step, with the memory's bandwidth of an H100 as such kernels reach it."""
+    shape = read_shape(config)
+    routing = drawn(case.routing, shape.layers, shape.num_experts, shape.top_k)
+    policy, _, gating = case.way.partition("/")
+    slots = max(shape.top_k, int(case.share * shape.layers * shape.num_experts))
+    settings = OffloadConfig(slots=slots, policy=policy, **({"gating": gating} if gating else {}))
+    hardware = Hardware(MEMORY_BANDWIDTH, link, decides=True)
+    skipped = WARMUP + COMPARED
+    result = simulate(costs_of(shape, hardware), routing, settings, nearest(shape.places), True, warmup=skipped)
+    return 1000 * result.seconds
+
+
+def drawn(routing: str, layers: int, experts: int, top_k: int) -> ReplayedRouting:
+    return draw_routing(ROUTINGS[routing], steps=STEPS, layers=layers, num_experts=experts, top_k=top_k)
 
 
 def link_to(store: HostStore) -> float:
