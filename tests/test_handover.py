@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.experts import combine, expert_output
 from predict_train.runtime import Eviction
@@ -42,7 +42,7 @@ class Pass(NamedTuple):
 def passes(draw: st.DrawFn) -> list[Pass]:
     orders, found = st.permutations(range(EXPERTS)), []
     for _ in range(6):
-        tokens = draw(st.sampled_from([1, 1, 2, MOST_TOKENS, MOST_TOKENS + 1]))
+        tokens = draw(st.sampled_from([1, 2, MOST_TOKENS, MOST_TOKENS + 1, MOST_TOKENS + 2]))
         ids = [[draw(orders)[:TOP_K] for _ in range(tokens)] for _ in range(LAYERS)]
         guesses: list[Guess | None] = []
         for chosen in ids:
@@ -53,7 +53,7 @@ def passes(draw: st.DrawFn) -> list[Pass]:
                     [*own, *(e for e in row if e not in own)] for own, row in zip(chosen, candidates, strict=True)
                 ]
             guesses.append(Guess([row[:m] for row in candidates], known and m >= TOP_K) if m else None)
-        found.append(Pass(ids, guesses, draw(st.sampled_from([LAYERS] * 5 + [1]))))
+        found.append(Pass(ids, guesses, draw(st.sampled_from([LAYERS] * 4 + [1]))))
     return found
 
 
@@ -156,8 +156,15 @@ class Machine:
                 self.engine.announce(layer, candidates, now)
 
 
+PROMPT = Pass([[[0, 1]] * (MOST_TOKENS + 1)] * LAYERS, [None] * LAYERS, LAYERS)
+TOKEN = Pass([[[2, 3]]] * LAYERS, [None] * LAYERS, LAYERS)
+
+
 @settings(max_examples=35)
 @given(passes(), st.integers(LAYERS * TOP_K, LAYERS * EXPERTS))
+@example([PROMPT, TOKEN._replace(layers=1), PROMPT], LAYERS * TOP_K)
+@example([PROMPT, TOKEN._replace(layers=1), TOKEN], LAYERS * TOP_K)
+@example([PROMPT, TOKEN, PROMPT], LAYERS * TOP_K)
 def test_books_go_to_and_fro_and_the_slots_hold_what_they_say(asked: list[Pass], slots: int) -> None:
     """Prompts and decode passes in any order, with guesses, and some of them break off."""
     machine = Machine(slots)
