@@ -158,6 +158,8 @@ class Machine:
 
 PROMPT = Pass([[[0, 1]] * (MOST_TOKENS + 1)] * LAYERS, [None] * LAYERS, LAYERS)
 TOKEN = Pass([[[2, 3]]] * LAYERS, [None] * LAYERS, LAYERS)
+GUESSED = TOKEN._replace(guesses=[None, Guess([[2, 3]], known=True)])
+TOO_MANY_TO_GUESS = Pass([[[4, 5]] * MOST_TOKENS] * LAYERS, [None, Guess([[4, 5]] * MOST_TOKENS, known=True)], LAYERS)
 
 
 @settings(max_examples=35)
@@ -165,6 +167,7 @@ TOKEN = Pass([[[2, 3]]] * LAYERS, [None] * LAYERS, LAYERS)
 @example([PROMPT, TOKEN._replace(layers=1), PROMPT], LAYERS * TOP_K)
 @example([PROMPT, TOKEN._replace(layers=1), TOKEN], LAYERS * TOP_K)
 @example([PROMPT, TOKEN, PROMPT], LAYERS * TOP_K)
+@example([GUESSED._replace(layers=1), TOO_MANY_TO_GUESS], LAYERS * TOP_K)
 def test_books_go_to_and_fro_and_the_slots_hold_what_they_say(asked: list[Pass], slots: int) -> None:
     """Prompts and decode passes in any order, with guesses, and some of them break off."""
     machine = Machine(slots)
