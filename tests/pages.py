@@ -12,7 +12,7 @@ import pytest
 import torch
 from predict_train.runtime import store as store_module
 
-CUDA = torch.device("cuda:0")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 ERROR_ALREADY_MAPPED, ERROR_NO_MEMORY = 712, 2
 
 
@@ -44,10 +44,10 @@ class Cudart:
     """`torch.cuda.cudart()` and what else registering memory calls.
 
     It registers at most `limit` bytes at a time. Like CUDA, it keeps the error of a call that fails, and the next operation on
-    the device raises it.
+    the device raises it. What is made on CUDA is really made on `made_on`.
     """
 
-    def __init__(self, patch: pytest.MonkeyPatch, limit: int = 1 << 40):
+    def __init__(self, patch: pytest.MonkeyPatch, limit: int = 1 << 40, made_on: torch.device = CPU):
         self.limit = limit
         self.registered: dict[int, int] = {}
         """Bytes by address."""
@@ -60,7 +60,7 @@ class Cudart:
                 error, self._error = self._error, 0
                 if error:
                     raise RuntimeError(f"CUDA error: {error}")
-                device = "cpu"
+                device = made_on
             return zeros(*size, device=device, **kwargs)
 
         patch.setattr(torch, "zeros", raising)

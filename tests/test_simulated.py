@@ -1,0 +1,226 @@
+"""Both engines on a simulated CUDA device, which does its work in any legal order: no order changes a bit of the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model
+from predict_train.predictors.experts import expert_output
+from predict_train.runtime import engines, offloaded
+from predict_train.runtime.device.arithmetic import ExpertArithmetic
+from predict_train.runtime.device.hits import DeviceHitCount
+from predict_train.runtime.device.slots import DeviceSlots
+from predict_train.runtime.device.tables import LayerTables
+from predict_train.runtime.formats.full import FullFormat
+from predict_train.runtime.host.transfer import CudaTransfers, StagedTransfers, ThreadTransfers
+from predict_train.runtime.measure import bench as bench_module
+from predict_train.runtime.measure.bench import bench
+from predict_train.runtime.measure.routing import Statistics, draw_routing
+from predict_train.runtime.measure.settings import Measuring
+from predict_train.runtime.pack import pack
+from simulated_cuda import Plan, launch, simulated
+from test_offload import everything_resident
+from transformers import PreTrainedModel
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a real device"),
+    pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux says which pages there are"),
+    pytest.mark.filterwarnings("ignore:CUDA could lock only"),
+]
+
+LAYERS, EXPERTS, TOP_K = 3, 8, 2
+PASSES = [17, 1, 1, 10, 1, 1]
+"""Tokens of each text in each forward pass: two prompts, and decode steps after them."""
+SPECULATED = 8
+"""In passes over no more tokens the runtime guesses, and the device decides where it can."""
+ORDERS = {1: (Plan.COPY_FIRST, Plan.LAZY, Plan.RANDOM), 3: (Plan.SERIAL, Plan.COMPUTE_FIRST, Plan.RANDOM)}
+"""By the number of texts."""
+WAYS: dict[str, dict[str, Any]] = {
+    "on_demand": {"policy": "on_demand", "slots": 4},
+    "prefetch": {"policy": "prefetch", "slots": 5},
+    "far": {"policy": "prefetch", "slots": 7, "horizon": 2, "candidates": 3},
+    "speculated": {"policy": "speculative", "gating": "speculated", "slots": 4},
+    "true": {"policy": "speculative", "gating": "true", "slots": 5},
+    "resident": {"policy": "speculative", "gating": "resident", "slots": LAYERS * EXPERTS},
+}
+"""What is executed must not depend on when copies are over. Under gating `resident` it does, unless every expert has a slot."""
+SLOTS = {1: 11, 3: 17}
+"""Of the device's engine, by the number of texts. Some layers have one more than others."""
+MOST = 1 << 40
+STORES = {"registered": (MOST, CudaTransfers), "not registered": (0, StagedTransfers), "file": (MOST, StagedTransfers)}
+
+
+@cache
+def model() -> PreTrainedModel:
+    """On the CPU attention is computed by other kernels, unless it is eager."""
+    return build_model("qwen3_moe", num_hidden_layers=LAYERS, attn_implementation="eager")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    model().save_pretrained(folder / "model")
+    return pack(folder / "model", folder / "experts.pack")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it depends on the readers which experts have slots, and so what gating `resident` executes."""
+    monkeypatch.setattr(ThreadTransfers, "cancel", lambda *_: False)
+
+
+@contextmanager
+def decided_by(engine: str) -> Iterator[None]:
+    """Has the host or the device decide. The device's kernels are written in torch here, since interpreted ones take long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "hindrance_of", lambda *_: None if engine == "device" else "the test wants the host")
+        patch.setattr(LayerTables, "assign", assign)
+        patch.setattr(LayerTables, "copy", copy)
+        patch.setattr(ExpertArithmetic, "output", output)
+        patch.setattr(DeviceHitCount, "add", add)
+        yield
+
+
+def assign(self: LayerTables, ids: torch.Tensor, late: bool) -> torch.Tensor:
+    table = torch.empty_like(ids, dtype=torch.int32)
+
+    def kernel(ids: torch.Tensor, clock: torch.Tensor, *tensors: torch.Tensor) -> None:
+        slot_of, owner, used, pool, table, moved, counters = (tensor.numpy() for tensor in tensors)
+        experts, now, copies = ids.flatten().tolist(), 2 * int(clock) + late, []
+        hits = sum(int(slot_of[expert] >= 0) for expert in experts)
+        used[[slot_of[expert] for expert in experts if slot_of[expert] >= 0]] = now + 2  # later than all others
+        for expert in experts:
+            if slot_of[expert] < 0:
+                slot = used.argmin()
+                if owner[slot] >= 0:
+                    slot_of[owner[slot]] = -1
+                slot_of[expert], owner[slot], used[slot] = slot, expert, now + 2
+                copies += [expert, pool[slot]]
+        used[used == now + 2] = now
+        table.flat = pool[slot_of[experts]]
+        moved[: len(copies)], moved[-1] = copies, len(copies) // 2
+        counters += [len(copies) // 2, late * hits, late * (len(experts) - hits)]
+
+    launch(kernel, ids, self._link.clock, *self.books, table, self._moved, self.counters)
+    return table
+
+
+def copy(self: LayerTables) -> None:
+    def kernel(blocks: torch.Tensor, memory: torch.Tensor, moved: torch.Tensor) -> None:
+        for expert, place in moved[: 2 * int(moved[-1])].view(-1, 2).tolist():
+            memory[place] = blocks[expert]
+
+    launch(kernel, self._blocks, self._link.memory, self._moved)
+
+
+def output(self: ExpertArithmetic, x: torch.Tensor, weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    result = torch.empty_like(x)
+
+    def kernel(result: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, memory: Any) -> None:
+        views = FullFormat(self._places, 0).views(memory.view(torch.uint8))
+        for token, (inputs, weighs, places) in enumerate(zip(x.split(1), weights, table.tolist(), strict=True)):
+            parts = (expert_output(self._experts, {n: v[place] for n, v in views.items()}, inputs) for place in places)
+            result[token] = sum(weight * part[0] for weight, part in zip(weighs, parts, strict=False))
+
+    launch(kernel, result, x, weights, table, self._memory)
+    return result
+
+
+def add(self: DeviceHitCount, chosen: torch.Tensor, own: torch.Tensor) -> None:
+    def kernel(chosen: torch.Tensor, own: torch.Tensor, counted: torch.Tensor) -> None:
+        own = own.topk(self._top_k).indices if own.is_floating_point() else own
+        counted += torch.tensor([int((own[:, :, None] == chosen[:, None]).sum()), own.numel()])
+
+    launch(kernel, chosen, own, self._counted)
+
+
+def logits(batch: int) -> torch.Tensor:
+    """The logits of all tokens of `PASSES`, given one after another, so that the host need not wait for a token."""
+    ids = torch.randint(1, 256, (batch, sum(PASSES)), generator=torch.Generator().manual_seed(batch)).to(model().device)
+    cache, found = None, []
+    with torch.no_grad():
+        for begin, end in pairwise(accumulate(PASSES, initial=0)):
+            output = model()(ids[:, begin:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+        return torch.cat(found, 1).cpu()
+
+
+def settings(way: str, device: str, **others: Any) -> dict[str, Any]:
+    return WAYS[way] | {"speculated_tokens": SPECULATED, "device": device} | others
+
+
+@cache
+def expected(way: str, batch: int, engine: str, **others: Any) -> torch.Tensor:
+    """The logits without a device. Those of the device's engine are its own, since its kernels round otherwise."""
+    if engine == "host" and WAYS[way]["policy"] != "speculative":
+        with everything_resident(model()):
+            return logits(batch)
+    with decided_by(engine), offloaded(model(), **settings(way, "cpu", **others)):
+        return logits(batch)
+
+
+@pytest.mark.parametrize("batch", ORDERS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("store", STORES)
+def test_the_engine_of_the_host_is_right_in_every_order(store: str, way: str, batch: int, packed: Path) -> None:
+    (lockable, transfers), right = STORES[store], expected(way, batch, "host")
+    for plan in ORDERS[batch]:
+        its_own = settings(way, "cuda:0", **({"store": packed} if store == "file" else {}))
+        with simulated(plan, lockable=lockable), decided_by("host"), offloaded(model(), **its_own) as offload:
+            assert type(offload._engine.transfers) is transfers
+            assert torch.equal(logits(batch), right), plan
+
+
+@pytest.mark.parametrize("batch", ORDERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_engine_of_the_device_is_right_in_every_order(way: str, batch: int) -> None:
+    right = expected(way, batch, "device", slots=SLOTS[batch])
+    for plan in ORDERS[batch]:
+        its_own = settings(way, "cuda:0", slots=SLOTS[batch])
+        with simulated(plan), decided_by("device"), offloaded(model(), **its_own) as offload:
+            assert isinstance(offload._engine, DeviceSlots)
+            assert torch.equal(logits(batch), right), plan
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_host_never_waits_where_the_device_decides(way: str) -> None:
+    with (
+        torch.no_grad(),
+        simulated(Plan.LAZY) as device,
+        decided_by("device"),
+        offloaded(model(), **settings(way, "cuda:0", slots=SLOTS[1])),
+    ):
+        ids = torch.arange(1, 10).view(1, -1).to("cuda:0")
+        cache = model()(ids, use_cache=True).past_key_values
+        model()(ids[:, :1], past_key_values=cache)  # the books are handed over
+        before = device.waits.total()
+        for _ in range(3):
+            output = model()(ids[:, :1], past_key_values=cache)
+        assert device.waits.total() == before
+        output.logits.cpu()
+        assert device.waits.total() == before + 1
+
+
+def test_a_replayed_routing_is_executed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is moved to the device after its routers have been replaced."""
+    monkeypatch.setattr(bench_module, "measure_link", lambda *_: 1.0)
+    routing = draw_routing(Statistics(0.4, 0.7), steps=5, layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, candidates=4)
+    found = []
+    for device in ("cpu", "cuda:0"):
+        config = Measuring(
+            policies="on_demand,prefetch,speculative", device=device, tokens=4, warmup=1, rounds=1, slots=20
+        )
+        with simulated(Plan.RANDOM) if device != "cpu" else nullcontext(), decided_by("host"):
+            measured = bench(model(), torch.arange(1, 12).view(1, -1), config, routing=routing)
+        found.append(
+            {way: (r[0].hit_rate, r[0].bytes_per_token, r[0].cache_hit_rate) for way, r in measured.rounds.items()}
+        )
+    assert found[0] == found[1]
