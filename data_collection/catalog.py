@@ -25,7 +25,7 @@ from .hooks import LayerRecord, Recorder
 
 LAYERS = 4
 SIZES: dict[str, Any] = {
-    "vocab_size": 257, "unpadded_vocab_size": 257, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+    "vocab_size": 257, "unpadded_vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16, "shared_experts_intermediate_size": 16, "ffn_hidden_size": 48,
     "expert_ffn_hidden_size": 16, "moe_shared_expert_intermediate_size": 16,
     "num_hidden_layers": LAYERS, "num_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8,

@@ -2,7 +2,8 @@
 
 `use_experts_implementation` of transformers marks each experts module with how its weights lie (gated or not, with
 biases or not, transposed or not) and how its gate is applied. Nothing else is needed, so there is no code per model.
-The result equals that of transformers' `batched_mm` up to rounding; each expert's weights are read once.
+The result equals that of transformers' `grouped_mm`, its default, bit for bit: the same products, biases and sums are rounded
+at the same places. Each expert's weights are read once.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ def expert_output(experts: nn.Module, weights: dict[str, torch.Tensor], x: torch
 
 
 def _linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
-    weight = weights[name]
-    return F.linear(x, weight.mT if experts.is_transposed else weight, weights.get(f"{name}_bias"))
+    weight, bias = weights[name], weights.get(f"{name}_bias")
+    output = F.linear(x, weight.mT if experts.is_transposed else weight)
+    # The product is rounded before the bias is added, as in transformers. F.linear would round once.
+    return output if bias is None else output.add_(bias)
 
 
 def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:
@@ -82,18 +85,18 @@ def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:
     flat = ids.flatten()
     counts = torch.bincount(flat, minlength=num_experts).tolist()
     present = [expert for expert, count in enumerate(counts) if count]
-    return Groups(flat.argsort(stable=True), present, [counts[expert] for expert in present])
+    # Not the stable sort, since transformers takes this one: the rounding of a product may depend on its row.
+    return Groups(flat.argsort(), present, [counts[expert] for expert in present])
 
 
 def combine(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The experts' weighted sum `[tokens, hidden]` from `outputs` `[tokens * top_k, hidden]` in the order of `ids`.
 
-    `weights` is `[tokens, top_k]`. The product is taken in the wider of both dtypes, and the result has the dtype of
-    `outputs`, as in transformers. It does not depend on the order in which the experts were computed.
+    `weights` is `[tokens, top_k]`. Each product is taken in the wider of both dtypes and rounded, and then they are summed in
+    the order of `ids`, as in transformers. So the result does not depend on the order in which the experts were computed.
     """
-    wider = torch.promote_types(outputs.dtype, weights.dtype)
-    stacked = outputs.view(*weights.shape, outputs.shape[-1]).to(wider)
-    return torch.bmm(weights.unsqueeze(1).to(wider), stacked).squeeze(1).to(outputs.dtype)
+    weighted = outputs * weights.reshape(-1, 1)
+    return weighted.view(*weights.shape, outputs.shape[-1]).sum(1).to(outputs.dtype)
 
 
 def run_experts(

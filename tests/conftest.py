@@ -57,7 +57,7 @@ END_OF_TEXT = "<|endoftext|>"
 SHAPE: dict[str, Any] = {
     "vocab_size": 257,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "moe_intermediate_size": 16,
     "num_hidden_layers": 4,
     "num_attention_heads": 2,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from predict_train.runtime import offloaded
 from predict_train.runtime.automatic import BLOCK, BLOCKS, CLOSE_TRIED_AGAIN_AFTER, TRIED_AGAIN_AFTER, Trial
 from predict_train.runtime.measure.stopwatch import Stopwatch
-from test_offload import everything_resident, greedy, prompt
+from test_offload import greedy, prompt
 from transformers import PreTrainedModel
 
 
@@ -53,8 +53,7 @@ def test_it_tries_again_and_sooner_where_it_was_close(slower: float, after: int)
 
 def test_tokens_are_those_of_the_resident_model(tiny_moe: PreTrainedModel) -> None:
     tokens = BLOCK * BLOCKS + 12  # the trial, and what comes after it
-    with everything_resident(tiny_moe):
-        expected = greedy(tiny_moe, prompt(1, 6), tokens)
+    expected = greedy(tiny_moe, prompt(1, 6), tokens)
     with offloaded(tiny_moe, policy="auto", slots=5, device="cpu") as offload:
         stopwatch = Stopwatch()
         with offload.observed(stopwatch):

@@ -93,7 +93,7 @@ def newest() -> list[str]:
 def test_the_main_job_and_exact_tokens(pytestconfig: pytest.Config, choose: Callable[[], list[str]]) -> None:
     wanted = choose()
     python = environment(Path(pytestconfig.cache.mkdir("floors")) / choose.__name__, wanted)
-    chosen = " or ".join([*LOOP, *(f"resident_models_tokens[{name}]" for name in TYPES)])
+    chosen = " or ".join([*LOOP, *(f"plain_transformers[{name}]" for name in TYPES)])
     command = [python, "-c", RUN, " ".join(wanted), "-q", "-p", "no:cacheprovider", *FILES, "-k", chosen]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,7 +19,7 @@ from predict_train.runtime.control import RoutingControl
 from predict_train.runtime.engine import Ahead
 from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.targets import targets_of
-from test_offload import everything_resident, greedy, prompt
+from test_offload import greedy, prompt
 from test_policy import with_default_vectors
 from transformers import PreTrainedModel
 
@@ -38,8 +38,7 @@ def reading(predictors: Predictors, sources: dict[int, int | None]) -> Predictor
 def test_a_horizon_of_two_is_exact(build_moe: Callable[..., PreTrainedModel], architecture: str, slots: int) -> None:
     model = build_moe(architecture)
     for ids in (prompt(1, 7), prompt(3, 2)):
-        with everything_resident(model):
-            expected = greedy(model, ids)
+        expected = greedy(model, ids)
         for policy in ("prefetch", "auto"):
             with offloaded(model, policy=policy, slots=slots, horizon=2, device="cpu") as offload:
                 assert torch.equal(greedy(model, ids), expected)
@@ -55,8 +54,7 @@ def test_no_source_changes_a_token(
     model = build_moe("qwen2_moe")
     source_of = {target: None if place < 0 or place >= target else place for target, place in enumerate(places)}
     predictors = reading(with_default_vectors(model), source_of)
-    with everything_resident(model):
-        expected = greedy(model, prompt(1, 5), 4)
+    expected = greedy(model, prompt(1, 5), 4)
     with offloaded(model, predictors, policy="prefetch", slots=slots, candidates=candidates, device="cpu"):
         assert torch.equal(greedy(model, prompt(1, 5), 4), expected)
 

@@ -167,7 +167,7 @@ def test_balance_of_known_loads():
 
 def test_a_trace_is_told(collected):
     found = inspect(collected, verify=True)
-    text = told(found)
+    text = " ".join(told(found).split())  # a long path breaks lines
     for rate in found["reuse"]["hit_rates"]:
         assert f"{rate:.3f}" in text
     for part in ("prefill", "its input", "8,000", "right, all of them", "previous", "qwen3_moe with 4 layers", "idle"):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -12,25 +11,22 @@ from predict_train.predictors.architecture import moe_shape
 from predict_train.predictors.checkpoint import Predictors, TargetLayer
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.predictors.experts import run_experts
 from predict_train.predictors.speculation import Routing
 from predict_train.runtime import offload_experts, offloaded
 from predict_train.runtime.guess import Guess, Guesser
 from predict_train.runtime.settings import OffloadConfig
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SUPPORTED = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@contextmanager
-def everything_resident(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model with all experts in place, computed by the kernel that the runtime uses."""
-    ALL_EXPERTS_FUNCTIONS.register("one_by_one", run_experts)
-    model.set_experts_implementation("one_by_one")
-    yield model
-    model.set_experts_implementation("eager")
+def assert_plain(logits: torch.Tensor, plain: torch.Tensor) -> None:
+    """`logits` are those of plain transformers: bit for bit on a CPU, up to rounding where its kernels are others."""
+    if plain.is_cuda:
+        torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+    else:
+        assert torch.equal(logits, plain)
 
 
 def prompt(batch: int, length: int, device: str = "cpu") -> torch.Tensor:
@@ -53,15 +49,12 @@ def test_exact_policies_give_the_resident_models_tokens(
     top_k, experts = 2, 8
     for batch in (1, 3):
         ids = prompt(batch, 7, device)
-        theirs = model(ids).logits
-        with everything_resident(model):
-            expected, expected_logits = greedy(model, ids), model(ids).logits
-        torch.testing.assert_close(expected_logits, theirs, rtol=1e-4, atol=1e-4)
+        expected, expected_logits = greedy(model, ids), model(ids).logits
         for policy in ("on_demand", "prefetch"):
             for slots in (top_k, top_k + 1, experts // 2, experts):
                 offload_experts(model, policy=policy, slots=slots, device=device)
                 assert torch.equal(greedy(model, ids), expected), (policy, slots, batch)
-                torch.testing.assert_close(model(ids).logits, expected_logits)
+                assert_plain(model(ids).logits, expected_logits)
                 model.expert_offload.detach()
 
 
@@ -69,11 +62,11 @@ def test_exact_policies_give_the_resident_models_tokens(
 def test_long_prompts_stream_through_few_slots(build_moe: Callable[..., PreTrainedModel], device: str) -> None:
     model = build_moe("qwen3_moe").to(device)
     ids = prompt(2, 600, device)
-    with everything_resident(model), torch.no_grad():
+    with torch.no_grad():
         expected = model(ids).logits
     offload_experts(model, policy="prefetch", slots=2, device=device)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, expected)
+        assert_plain(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -85,8 +78,7 @@ def test_speculation_with_every_expert_allowed_is_exact(
     """With all experts as candidates gating resident restricts nothing; the others execute what they speculated."""
     model = build_moe(architecture).to(device)
     ids = prompt(1, 7, device)
-    with everything_resident(model):
-        expected = greedy(model, ids)
+    expected = greedy(model, ids)
     candidates = 8 if gating == "resident" else None
     offload_experts(model, policy="speculative", gating=gating, slots=24, candidates=candidates, device=device)
     output = greedy(model, ids)
@@ -163,8 +155,7 @@ def test_all_slots_copy_each_expert_once(tiny_moe: PreTrainedModel) -> None:
 
 def test_a_pass_that_breaks_off_leaves_the_runtime_usable(tiny_moe: PreTrainedModel) -> None:
     ids = prompt(1, 5)
-    with everything_resident(tiny_moe):
-        expected = greedy(tiny_moe, ids)
+    expected = greedy(tiny_moe, ids)
     offload_experts(tiny_moe, policy="prefetch", slots=3)
 
     def interrupt(*_: object) -> None:

@@ -26,7 +26,6 @@ from predict_train.runtime.measure.routing import Statistics, draw_routing
 from predict_train.runtime.measure.settings import Measuring
 from predict_train.runtime.pack import pack
 from simulated_cuda import Plan, launch, simulated
-from test_offload import everything_resident
 from transformers import PreTrainedModel
 
 pytestmark = [
@@ -161,8 +160,7 @@ def settings(way: str, device: str, **others: Any) -> dict[str, Any]:
 def expected(way: str, batch: int, engine: str, **others: Any) -> torch.Tensor:
     """The logits without a device. Those of the device's engine are its own, since its kernels round otherwise."""
     if engine == "host" and WAYS[way]["policy"] != "speculative":
-        with everything_resident(model()):
-            return logits(batch)
+        return logits(batch)
     with decided_by(engine), offloaded(model(), **settings(way, "cpu", **others)):
         return logits(batch)
 

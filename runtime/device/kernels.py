@@ -184,6 +184,7 @@ def expert_linear(
         block + offset + first * DOWN, x + (pair // rows_of_x) * IN, ROWS, COLUMNS, OUT - first, IN, DOWN, ACROSS
     )
     row = first + tl.arange(0, ROWS)
-    if bias >= 0:
-        total += tl.load(block + bias + row, mask=row < OUT, other=0).to(tl.float32)
-    tl.store(output + pair * OUT + row, total.to(output.dtype.element_ty), mask=row < OUT)
+    dtype: tl.constexpr = output.dtype.element_ty
+    if bias >= 0:  # as in transformers, the product is rounded before
+        total = total.to(dtype).to(tl.float32) + tl.load(block + bias + row, mask=row < OUT, other=0).to(tl.float32)
+    tl.store(output + pair * OUT + row, total.to(dtype), mask=row < OUT)
