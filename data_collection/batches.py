@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from .corpus import read_documents, sequences
+from .refusals import Refuse, refuse_all
 from .settings import CollectConfig
 
 # Sequences are sorted by length within so many batches: little is padded, and the buffer is bounded.
@@ -47,12 +48,14 @@ class TokenBatch(NamedTuple):
         return torch.arange(self.token_ids.shape[1]) < self.lengths.unsqueeze(1)
 
 
-def read_batches(config: CollectConfig, tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[TokenBatch]:
+def read_batches(
+    config: CollectConfig, tokenizer: PreTrainedTokenizerBase, tokens: int, refuse: Refuse = refuse_all
+) -> Iterator[TokenBatch]:
     """The batches of a collection of `tokens` tokens from the corpus of `config`.
 
-    Raises `CorpusError` if the corpus can't be read.
+    `refuse` is called for each row and file that can't be used. Raises `CorpusError` if the corpus can't be read.
     """
-    documents = read_documents(config.corpora, config.split, config.text_column, tokenizer)
+    documents = read_documents(config.corpora, config.split, config.text_column, tokenizer, refuse)
     if config.phase == "decode":
         starts = prompts(documents, tokenizer, config.sequence_length - config.max_new_tokens)
         some = itertools.islice(starts, -(-tokens // config.max_new_tokens))

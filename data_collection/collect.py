@@ -43,6 +43,7 @@ from .progress import (
     remove_unfinished,
     save_progress,
 )
+from .refusals import Refusals, Refuse
 from .settings import CollectConfig, CollectError
 from .statistics import SAMPLE_ROWS, hit_rates
 from .trace import Trace
@@ -103,14 +104,15 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
         )
         with disk(config.out):
             save_progress(config.out, group.rank, before)
-    started = time.perf_counter()
+    refusals, started = Refusals(), time.perf_counter()
     with torch.inference_mode():
-        done, stopped = _record(run, group, before)
+        done, stopped = _record(run, group, before, refusals.add)
     group.wait()
     if group.is_first:
         speed = (done.tokens - before.progress.tokens) / (time.perf_counter() - started)
         manifest = _finish(run, group)
         _report(manifest, console)
+        refusals.report(console)
         if stopped:
             console.print(f"ended with the last whole batch within max_bytes {config.max_bytes:,}", highlight=False)
         elif done.tokens < config.tokens:
@@ -123,7 +125,7 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
         )
 
 
-def _record(run: Run, group: Group, before: Snapshot) -> tuple[Progress, bool]:
+def _record(run: Run, group: Group, before: Snapshot, refuse: Refuse) -> tuple[Progress, bool]:
     """Runs this process's batches; returns its last progress, and whether it ended because of `max_bytes`."""
     config, model, layers, tokenizer = run
     start, plan = before.progress, before.progress.plan
@@ -142,7 +144,7 @@ def _record(run: Run, group: Group, before: Snapshot) -> tuple[Progress, bool]:
         return Snapshot(done, recorder.state())
 
     with recorder, closing(progress), writer:
-        for batch in read_batches(config, tokenizer, config.tokens):
+        for batch in read_batches(config, tokenizer, config.tokens, refuse):
             add_tokens(digest, batch.token_ids)
             progress.update(_work(batch, config))
             if batch.number < start.batches:

@@ -1,50 +1,56 @@
 """A corpus: text of many kinds as documents, one string each.
 
     embedded                        the Python sources that come with Python and torch
-    notes.txt, book.md, ...         a text file: one document
-    lines.jsonl, table.parquet      one document a row, of its text column; also .json, .jsonl.gz, .jsonl.zst
-    folder/                         every text, .jsonl and .parquet file below it, in name order
+    notes.txt, book.md.gz, ...      a text file in UTF-8: one document
+    lines.jsonl, table.parquet      one document a row, of its text column; also .ndjson, .json, .csv and .tsv
+    folder/                         every text, .jsonl, .ndjson and .parquet file below it, in name order
     'folder/*.parquet'              a glob (** goes into folders)
     saved/ or saved::split          what `datasets.save_to_disk` wrote
     name:config:split               a dataset of the Hub, or a local folder shaped like one; both parts are optional
 
-A row whose text column holds a chat (a list of `role` and `content`) is rendered with the tokenizer's chat template.
+Files may be compressed (.gz, .zst, .bz2, .xz). Below a folder, hidden files and folders (`.git`) are left out, and links are
+followed, each folder once. A row whose text column holds a chat is rendered with the tokenizer's chat template (`chat.py`).
 Without a text column, `messages` or `conversations` is read. Everything is streamed, always in the same order.
+
+Rows and files that can't be used are refused one by one, with the reason. A corpus that has no others is an error.
 
 The embedded corpus is split by file. A file's name alone decides, so the same files are held out everywhere.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
+import io
 import math
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..predictors.errors import UserError
+from .chat import CHAT_COLUMNS, chat_in, render
+from .refusals import CorpusError, Refuse, RefusedError, advised, refuse_all
+from .rows import READERS, Read, Row, dataset_rows, is_saved, kind_of, open_content, saved_rows
 from .settings import EMBEDDED, Split
 
 TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".html", ".tex"}
-ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
-CHAT_COLUMNS = ("messages", "conversations")
+IN_FOLDERS = {*TEXT_SUFFIXES, ".jsonl", ".ndjson", ".parquet"}
+"""The kinds of files that are read below a folder: most folders hold .json and .csv files that are no corpus."""
 # A longer text file is cut into documents of about this many characters, to bound memory.
 LONGEST_TEXT = 1 << 22
 HELD_OUT_SHARE = 20  # one file in this many is held out
-KINDS = "a text file, a folder, a glob, a .jsonl, .json or .parquet file, or a Hub dataset as name:config:split"
+MOST_IN_VAIN = 1000
+"""A corpus that begins with so many rows or files that are refused is an error."""
+KINDS = "a text file, a folder, a glob, a .jsonl, .json, .csv or .parquet file, or a Hub dataset as name:config:split"
 
-Row = dict[str, Any]
 
-
-class CorpusError(UserError):
-    """The corpus is missing, unreadable or empty; the message says which and what to do."""
+T = TypeVar("T")
 
 
 class Source(NamedTuple):
@@ -105,19 +111,21 @@ def read_documents(
     split: Split = "train",
     text_column: str = "text",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    refuse: Refuse = refuse_all,
 ) -> Iterator[str]:
-    """The documents of a corpus, one string each, empty ones left out.
+    """The documents of a corpus, one string each.
 
     `corpus` is one of the kinds above, or several, each `path` or `path@weight`. The next document always comes from
     the corpus that is furthest behind its share of the characters, so every part of the text is mixed as asked. All end
-    when the first one ends. `split` is for the embedded corpus only; chats need the `tokenizer`.
+    when the first one ends. `split` is for the embedded corpus only; chats need the `tokenizer`. `refuse` is called for
+    each row and file that can't be used; by default it raises `CorpusError`.
 
     Raises `CorpusError` if there is nothing to read.
     """
     sources = [parse_source(str(part)) for part in ([corpus] if isinstance(corpus, str | Path) else corpus)]
     if not sources:
         raise CorpusError(f"no corpus is named; give {KINDS}")
-    yield from mixed(sources, lambda name: _nonempty(name, split, text_column, tokenizer))
+    yield from mixed(sources, lambda name: _some(name, Reader(split, text_column, tokenizer, refuse)))
 
 
 def mixed(sources: list[Source], read_one: Callable[[str], Iterator[str]]) -> Iterator[str]:
@@ -133,169 +141,188 @@ def mixed(sources: list[Source], read_one: Callable[[str], Iterator[str]]) -> It
         yield text
 
 
-def _nonempty(name: str, split: Split, text_column: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    found = False
-    for text in _documents(name, split, text_column, tokenizer):
-        if text.strip():
-            found = True
-            yield text
+def _some(name: str, reader: Reader) -> Iterator[str]:
+    """The documents of the corpus `name`. Raises `CorpusError` if there are none, naming the first refusal."""
+    found, refused = False, 0
+    nothing = CorpusError(f"the corpus {name} holds no text; give {KINDS}")
+
+    def tell(where: str, reason: str) -> None:
+        nonlocal refused, nothing
+        reader.refuse(where, reason)
+        if refused == 0:
+            nothing = CorpusError(advised(f"the corpus {name} holds no text that can be used: {where} {reason}"))
+        refused += 1
+        if not found and refused == MOST_IN_VAIN:
+            raise nothing
+
+    for text in reader._replace(refuse=tell).documents(name):
+        found = True
+        yield text
     if not found:
-        raise CorpusError(f"the corpus {name} holds no text; give {KINDS}")
+        raise nothing
 
 
-def _documents(corpus: str, split: Split, text_column: str, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
-    def texts(name: str, load: Callable[[], Iterable[Row]]) -> Iterator[str]:
-        return _texts(name, _rows(name, load), text_column, tokenizer)
+class Reader(NamedTuple):
+    """Reads one corpus."""
 
-    def file_texts(file: Path) -> Iterator[str]:
-        kind = _row_format(file)
-        return _read_text(file) if kind is None else texts(str(file), lambda: _load_file(kind, file))
+    split: Split
+    text_column: str
+    tokenizer: PreTrainedTokenizerBase | None
+    refuse: Refuse
 
-    path = Path(corpus)
-    name, config, dataset_split = (*corpus.split(":", 2), "", "")[:3]
-    if corpus == EMBEDDED:
-        for _, file in embedded_files(split):
-            yield from _read_text(file)
-    elif path.is_file():
-        yield from file_texts(path)
-    elif _is_saved(path) or _is_saved(Path(name)):
-        saved = path if _is_saved(path) else Path(name)
-        yield from texts(corpus, lambda: _load_saved(saved, "" if saved == path else dataset_split))
-    elif path.is_dir():
-        for file in sorted(path.rglob("*")):
-            # Most folders hold .json files that are no corpus.
-            is_rows = _row_format(file) is not None and ".json" not in file.suffixes
-            if file.is_file() and (is_rows or file.suffix in TEXT_SUFFIXES):
-                yield from file_texts(file)
-    elif glob.has_magic(corpus):
-        found = [Path(match) for match in sorted(glob.glob(corpus, recursive=True)) if Path(match).is_file()]
-        if not found:
-            raise CorpusError(f"no file is called like {corpus}; give a glob that fits some, or {KINDS}")
-        for file in found:
-            yield from file_texts(file)
-    elif Path(name).is_dir() or _may_be_on_the_hub(name):
-        yield from texts(corpus, lambda: _load_dataset(name, config, dataset_split))
-    else:
-        raise CorpusError(f"there is no corpus at {corpus}; give {KINDS}")
+    def documents(self, corpus: str) -> Iterator[str]:
+        """The documents of a corpus of any kind."""
+        path = Path(corpus)
+        name, config, dataset_split = (*corpus.split(":", 2), "", "")[:3]
+        if corpus == EMBEDDED:
+            for _, file in embedded_files(self.split):
+                yield from self.of_file(file)
+        elif path.is_file():
+            yield from self.of_file(path)
+        elif is_saved(path) or is_saved(Path(name)):
+            saved = path if is_saved(path) else Path(name)
+            yield from self.of_rows(corpus, lambda: saved_rows(saved, "" if saved == path else dataset_split))
+        elif path.is_dir():
+            for file in files_below(path, self.refuse):
+                if kind_of(file) in IN_FOLDERS:
+                    yield from self.of_file(file)
+        elif glob.has_magic(corpus):
+            found = files_like(path, self.refuse)
+            if not found:
+                raise CorpusError(f"no file is called like {corpus}; give a glob that fits some, or {KINDS}")
+            for file in found:
+                yield from self.of_file(file)
+        elif Path(name).is_dir() or _may_be_on_the_hub(name):
+            yield from self.of_rows(corpus, lambda: dataset_rows(name, config, dataset_split))
+        else:
+            raise CorpusError(f"there is no corpus at {corpus}; give {KINDS}")
+
+    def of_file(self, file: Path) -> Iterator[str]:
+        """The documents of a text file or a file of rows."""
+        try:
+            check_readable(file)
+            if read := READERS.get(kind_of(file)):
+                yield from self.of_rows(str(file), lambda: read(file))
+            else:
+                yield from guarded(str(file), lambda: read_text(file))
+        except RefusedError as reason:
+            self.refuse(str(file), str(reason))
+
+    def of_rows(self, name: str, load: Callable[[], Iterable[Read]]) -> Iterator[str]:
+        """The documents of the rows that `load` gives."""
+        for number, row in enumerate(guarded(name, load), 1):
+            try:
+                if isinstance(row, RefusedError):
+                    raise row
+                yield self.text_of(row)
+            except RefusedError as reason:
+                self.refuse(f"row {number} of {name}", str(reason))
+
+    def text_of(self, row: Row) -> str:
+        """The text of a row. Raises `RefusedError` if it has none."""
+        known = ("text", *CHAT_COLUMNS) if self.text_column == "text" else (self.text_column,)
+        present = [column for column in known if column in row]
+        if not present:
+            raise RefusedError(
+                f"has no column {self.text_column!r}; name one of {', '.join(map(str, row))} with --text-column"
+            )
+        column = next((column for column in present if row[column] is not None), present[0])
+        value, chat = row[column], chat_in(row[column], column)
+        text = value if chat is None else render(chat, row, self.tokenizer)
+        if text is None or (isinstance(text, str) and not text.strip()):
+            raise RefusedError(f"is empty in its column {column!r}")
+        if not isinstance(text, str):
+            kind = type(value).__name__
+            raise RefusedError(
+                f"has neither text nor a chat but {kind} in its column {column!r}; name another --text-column"
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RefusedError("holds half of a surrogate pair, which is no character") from error
+        return text
 
 
-def _read_text(file: Path) -> Iterator[str]:
-    """The text of a file, in one piece unless it is very long; pieces end at a line's end if possible."""
-    with file.open(encoding="utf-8", errors="replace", newline="") as lines:
-        while piece := lines.read(LONGEST_TEXT):
-            if len(piece) == LONGEST_TEXT:
-                piece += lines.readline(LONGEST_TEXT)
-            if "\0" in piece:
-                raise CorpusError(f"{file} is not text (it holds NUL bytes); give {KINDS}")
-            yield piece.replace("\r\n", "\n")
+def check_readable(file: Path) -> None:
+    """Raises `RefusedError` for what can't be opened, and for pipes and devices, which might never end."""
+    try:
+        if not file.is_file():
+            raise RefusedError("is no regular file, or a link to none")
+        file.open("rb").close()
+    except OSError as error:
+        raise RefusedError(f"can't be read ({error.strerror})") from error
 
 
-def _row_format(file: Path) -> str | None:
-    suffix = Path(file.stem).suffix if file.suffix in COMPRESSED else file.suffix
-    return ROW_FORMATS.get(suffix)
+def read_text(file: Path) -> Iterator[str]:
+    """The text of a file, in one piece unless it is very long; pieces end at a line's end if possible.
+
+    Raises `RefusedError` if it is not UTF-8.
+    """
+    try:
+        with open_content(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as lines:
+            while piece := lines.read(LONGEST_TEXT):
+                if len(piece) == LONGEST_TEXT:
+                    piece += lines.readline(LONGEST_TEXT)
+                if "\0" in piece:
+                    raise RefusedError("is not text but holds NUL bytes")
+                if piece.strip():
+                    yield piece.replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise RefusedError("is not UTF-8; convert it to UTF-8, for example with iconv") from error
 
 
-def _is_saved(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+def files_below(folder: Path, refuse: Refuse, depth: float = math.inf) -> list[Path]:
+    """All files below a folder, at most `depth` folders down, in name order. Hidden ones are left out.
+
+    Links to folders are followed, but no folder is entered twice.
+    """
+    found, entered = [], set()
+
+    def unreadable(error: OSError) -> None:
+        refuse(f"the folder {error.filename}", f"can't be read ({error.strerror})")
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        real, below = os.path.realpath(root), len(Path(root).relative_to(folder).parts)
+        is_new = real not in entered
+        entered.add(real)
+        folders[:] = sorted(n for n in folders if not n.startswith(".")) if is_new and below < depth else []
+        found += [Path(root, name) for name in files if is_new and not name.startswith(".")]
+    return sorted(found)
+
+
+def files_like(pattern: Path, refuse: Refuse) -> list[Path]:
+    """The files that a glob fits, in name order. What there is by its whole name, like `a[1]`, is no pattern."""
+    folder, parts = Path(pattern.anchor), list(pattern.relative_to(pattern.anchor).parts)
+    while parts and (folder / parts[0]).exists():
+        folder /= parts.pop(0)
+    depth = math.inf if "**" in parts else len(parts) - 1
+    return [file for file in files_below(folder, refuse, depth) if _fits(file.relative_to(folder).parts, parts)]
+
+
+def _fits(names: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path fits a glob, part by part; `**` stands for any number of folders, and at the end for all below."""
+    if not pattern or not names:
+        return not pattern and not names
+    if pattern[0] == "**":
+        return len(pattern) == 1 or _fits(names, pattern[1:]) or _fits(names[1:], pattern)
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and _fits(names[1:], pattern[1:])
 
 
 def _may_be_on_the_hub(name: str) -> bool:
-    is_file = Path(name).suffix in TEXT_SUFFIXES or _row_format(Path(name)) is not None
+    is_file = kind_of(Path(name)) in TEXT_SUFFIXES or kind_of(Path(name)) in READERS
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not is_file
 
 
-def _datasets() -> Any:
-    # Imported here: it takes seconds, and only these corpora need it.
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
-    return datasets
-
-
-def _load_file(kind: str, file: Path) -> Iterable[Row]:
-    files = glob.escape(str(file.absolute()))
-    return _datasets().load_dataset(kind, data_files=files, split="train", streaming=True)
-
-
-def _load_dataset(name: str, config: str, split: str) -> Iterable[Row]:
-    """Streams a dataset of the Hub or a local folder, so nothing is downloaded whole or cached."""
-    return _one_split(name, _datasets().load_dataset(name, config or None, split=split or None, streaming=True))
-
-
-def _load_saved(path: Path, split: str) -> Iterable[Row]:
-    found = _datasets().load_from_disk(str(path))
-    if split:
-        if not isinstance(found, dict) or split not in found:
-            splits = ", ".join(found) if isinstance(found, dict) else "none, it is a single dataset"
-            raise CorpusError(f"{path} has no split {split} (its splits: {splits}); name another as {path}::split")
-        found = found[split]
-    return _one_split(str(path), found)
-
-
-def _one_split(name: str, found: Any) -> Iterable[Row]:
-    if not isinstance(found, dict):
-        return found
-    if len(found) > 1 and "train" not in found:
-        raise CorpusError(f"{name} has the splits {', '.join(found)}; name one of them as name:config:split")
-    return _one_split(name, found["train"] if "train" in found else next(iter(found.values())))
-
-
-def _rows(name: str, load: Callable[[], Iterable[Row]]) -> Iterator[Row]:
-    """The rows that `load` gives. Any error becomes a `CorpusError`."""
+def guarded(name: str, load: Callable[[], Iterable[T]]) -> Iterator[T]:
+    """What `load` gives. Any error but a refusal becomes a `CorpusError`."""
     try:
         yield from load()
-    except CorpusError:
+    except (CorpusError, RefusedError):
         raise
     # Readers of many formats and a network are behind this: they raise errors of any kind.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
         raise CorpusError(f"the corpus {name} can't be read ({reason[:300]}); mend it, or give {KINDS}") from error
-
-
-def _texts(
-    name: str, rows: Iterator[Row], text_column: str, tokenizer: PreTrainedTokenizerBase | None
-) -> Iterator[str]:
-    for number, row in enumerate(rows, 1):
-        where = f"row {number} of {name}"
-        column = next((c for c in (text_column, *CHAT_COLUMNS) if c in row), None)
-        if column is None or (text_column != "text" and column != text_column):
-            raise CorpusError(
-                f"{where} has no column {text_column!r}; name one of {', '.join(map(str, row))} with --text-column"
-            )
-        value = row[column]
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
-            yield _render(where, value, tokenizer)
-        elif value is not None:
-            raise CorpusError(
-                f"{where}: {column!r} is neither text nor a chat but {type(value).__name__}; name another --text-column"
-            )
-
-
-def _render(where: str, messages: list[Row], tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A chat as the model reads it. In the ShareGPT form, `from` and `value` are role and content."""
-    if tokenizer is None or not tokenizer.chat_template:
-        raise CorpusError(
-            f"{where} is a chat, and the model's tokenizer has no chat template; give a corpus of plain text"
-        )
-    roles = {"human": "user", "gpt": "assistant"}
-    # Arrow fills the fields that a row lacks with None; a template would take it for a value.
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    renamed = [
-        {"role": roles.get(m["from"], m["from"]), "content": m.get("value", "")} if "from" in m else m for m in messages
-    ]
-    try:
-        text = tokenizer.apply_chat_template(renamed, tokenize=False)
-    # A template is a program of the model's authors: it raises errors of any kind.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorpusError(
-            f"{where} can't be rendered with the tokenizer's chat template ({reason[:300]}); leave that row out"
-        ) from error
-    assert isinstance(text, str)
-    return text
 
 
 def sequences(

@@ -1,4 +1,7 @@
-"""A short run before the collection: it chooses the layers and estimates the bytes and the time."""
+"""A short run before the collection: it chooses the layers and estimates the bytes and the time.
+
+What it can't use of the corpus is left for the collection to tell.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from .columns import TOKEN_IDS, Columns
 from .hooks import Recorder
 from .passes import Run, run_batch
 from .progress import Plan
+from .refusals import Refusals
 from .settings import CollectError
 from .statistics import hit_rates
 from .wiring import wiring_state
@@ -65,7 +69,7 @@ def _estimate(run: Run, targets: list[int]) -> tuple[Plan, float]:
         tokens = min(tokens, config.batch_size * new_tokens)
     times, rows, size = [], [], 0
     with torch.inference_mode(), Recorder(layers, targets, config.inputs) as recorder:
-        for batch in read_batches(short, tokenizer, tokens):
+        for batch in read_batches(short, tokenizer, tokens, Refusals().add):
             started = time.perf_counter()
             columns = run_batch(model, recorder, batch, short)
             times.append(time.perf_counter() - started)
@@ -121,7 +125,7 @@ def _training_free(run: Run) -> tuple[dict[int, float], int]:
     prefill = config.model_copy(update={"phase": "prefill", "sample": 1.0})
     batches: list[Columns] = []
     with torch.inference_mode(), Recorder(layers, [layer.index for layer in layers]) as recorder:
-        for batch in read_batches(prefill, tokenizer, min(RATES_TOKENS, config.tokens)):
+        for batch in read_batches(prefill, tokenizer, min(RATES_TOKENS, config.tokens), Refusals().add):
             batches.append(run_batch(model, recorder, batch, prefill))
     wirings = wire(layers, recorder.sources, recorder.default_vectors())
     stacked = StackedSpeculators(map(_own, wirings.values()), layers[0].hidden_size)

@@ -31,7 +31,7 @@ class CollectConfig(Settings):
     resume: bool = False
     """Go on with the unfinished trace in `out`, if there is one; every other setting must be what it was."""
     corpus: Name | list[Name] = EMBEDDED
-    """`embedded`, a text file, a folder, a glob, a .jsonl, .json or .parquet file, a folder of `save_to_disk`, or a Hub
+    """`embedded`, a text file, a folder, a glob, a .jsonl, .json, .csv or .parquet file, a folder of `save_to_disk`, or a Hub
     dataset as name:config:split. A list (the flag given again) mixes them, each as path@weight, by shares of the
     text."""
     split: Split = "train"

@@ -128,18 +128,20 @@ def generate(config: GenerateConfig) -> None:
 @command(app)
 def evaluate(config: EvaluateConfig) -> None:
     """Measures hit rates by layer, and MODEL's cross-entropy under every policy, on held-out text."""
+    from .data_collection.refusals import Refusals
     from .predictors.loading import load_tokenizer
     from .predictors.provenance import command, versions
     from .running import batches_of, load_whole
     from .runtime.measure.evaluate import evaluate as job
     from .runtime.measure.report import print_hit_rates, print_losses
 
-    tokenizer, model = load_tokenizer(config.model), load_whole(config)
-    batches = batches_of(tokenizer, config)
+    tokenizer, model, refusals = load_tokenizer(config.model), load_whole(config), Refusals()
+    batches = batches_of(tokenizer, config, refusals.add)
     result = job(model, batches, config.predictors, config, progress=True)
     result |= {"model": config.model, "predictors": config.predictors, "versions": versions(), "command": command()}
     print_hit_rates(Console(), result)
     print_losses(Console(), result, {})
+    refusals.report(Console())
     _write(result, config.json_file)
 
 

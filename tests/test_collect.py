@@ -136,6 +136,17 @@ def test_collect_reports_and_records(collected, capsys, tiny_moe_folder, text_co
     assert Trace.open(out).rows == 333
 
 
+def test_what_is_left_out_of_the_corpus_is_counted(tiny_moe_folder, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "A short text."}\n{"text": null}\n{"messages": []}\nnothing\n{"messages": []}\n')
+    out = collect(CollectConfig(model=str(tiny_moe_folder), out=tmp_path / "t", corpus=str(file), device="cpu"))
+    told = capsys.readouterr().out
+    assert "rows and files left out of the corpus: 4" in told
+    assert f"  2 like row 3 of {file}, which is a chat, and the model's tokenizer has no chat template" in told
+    assert f"  1 like row 4 of {file}, which is not JSON" in told
+    assert Trace.open(out).rows == len("A short text.")
+
+
 def test_more_tokens_than_the_corpus_has_are_fewer(tiny_moe_folder, tmp_path):
     (tmp_path / "short.txt").write_text("A short text.")
     config = CollectConfig(
