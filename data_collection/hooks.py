@@ -39,27 +39,34 @@ class Recorder:
     """Records the forward passes of a model between `__enter__` and `__exit__`, which restores the model exactly.
 
     `targets` are indices of MoE layers among `layers`. Each target's source layer is recorded too, and with `inputs`
-    every target's own input. Entering raises `UnsupportedModelError` if the experts can't be run one by one.
+    every target's own input. Default vectors are those of all sources, also of other targets: at inference every layer
+    is guessed. Entering raises `UnsupportedModelError` if the experts can't be run one by one.
     """
 
     def __init__(self, layers: list[MoELayer], targets: Iterable[int], inputs: bool = False):
         before = sources(layers)
         self.sources: dict[int, int | None] = {target: before[target] for target in sorted(targets)}
         """The source layer of each target."""
-        used_as_source = set(self.sources.values())
+        read, sources_of_any = set(self.sources.values()), set(before.values())
         self._taps: dict[int, _Tap] = {}
+        """Of the recorded layers."""
+        self._sums: dict[int, _Sums] = {}
+        """Of all source layers."""
         for layer in layers:
             index = layer.index
-            if index in used_as_source or index in self.sources:
+            if index in read or index in self.sources:
                 keeps_input = index in self.sources and (inputs or self.sources[index] is None)
-                self._taps[index] = _Tap(layer, index in used_as_source, keeps_input)
+                self._taps[index] = _Tap(layer, index in read, keeps_input)
+            if index in sources_of_any:
+                self._sums[index] = _Sums(layer)
+        self._parts: list[_Tap | _Sums] = [*self._taps.values(), *self._sums.values()]
         self._control = HitRate(len(self.sources))
         self._stack = ExitStack()
 
     def __enter__(self) -> Recorder:
         with ExitStack() as stack:
-            for tap in self._taps.values():
-                tap.attach(stack)
+            for part in self._parts:
+                part.attach(stack)
             self._stack = stack.pop_all()
         return self
 
@@ -68,9 +75,9 @@ class Recorder:
 
     def keep(self, mask: torch.Tensor | None) -> None:
         """In the passes to come, records only the tokens where `mask` (bool `[tokens]`) is set; None records all."""
-        for tap in self._taps.values():
+        for part in self._parts:
             # On each layer's own device: a large model may be spread over several.
-            tap.keep = None if mask is None else mask.to(next(tap.layer.router.parameters()).device)
+            part.keep = None if mask is None else mask.to(next(part.layer.router.parameters()).device)
 
     def take(self) -> dict[int, LayerRecord]:
         """The records of the last forward pass, by layer index; the recorder does not keep them."""
@@ -94,24 +101,57 @@ class Recorder:
         `control.total` `[]` fp64.
         """
         state = {"control.hits": self._control.hits.clone(), "control.total": self._control.total.clone()}
-        for index, tap in self._taps.items():
-            if tap.is_source:
-                state[f"sums.{index}"] = tap.sums.to("cpu", copy=True)
-                state[f"counts.{index}"] = tap.counts.clone()
+        for index, own in self._sums.items():
+            state[f"sums.{index}"] = own.sums.to("cpu", copy=True)
+            state[f"counts.{index}"] = own.counts.clone()
         return state
 
     def add_state(self, state: dict[str, torch.Tensor]) -> None:
         """Adds the sums of another recorder of the same layers; a new recorder then continues that one."""
         self._control.hits += state["control.hits"]
         self._control.total += state["control.total"]
-        for index, tap in self._taps.items():
-            if tap.is_source:
-                tap.sums += state[f"sums.{index}"].to(tap.sums.device)
-                tap.counts += state[f"counts.{index}"]
+        for index, own in self._sums.items():
+            own.sums += state[f"sums.{index}"].to(own.sums.device)
+            own.counts += state[f"counts.{index}"]
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32, on the CPU; the row of an expert without tokens is zero."""
-        return {index: tap.mean_outputs() for index, tap in self._taps.items() if tap.is_source}
+        return {index: own.means() for index, own in self._sums.items()}
+
+
+class _Sums:
+    """Adds up what each expert of one MoE layer gives."""
+
+    def __init__(self, layer: MoELayer):
+        self.layer = layer
+        self.sums = torch.zeros(layer.num_experts, layer.hidden_size)
+        self.counts = torch.zeros(layer.num_experts, dtype=torch.int64)
+        self.keep: torch.Tensor | None = None
+
+    def attach(self, stack: ExitStack) -> None:
+        expert_parameters(self.layer.experts)  # raises before the first pass if experts can't be run one by one
+        stack.enter_context(override_forward(self.layer.experts, self.run_experts))
+
+    def run_experts(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        # Models name the three arguments differently, but their order is the same.
+        x, ids, weights = (*args, *kwargs.values())
+        self.sums = self.sums.to(x.device)
+
+        def add(groups: Groups, outputs: torch.Tensor) -> None:
+            sizes = groups.sizes
+            if self.keep is not None:
+                kept = self.keep[groups.order // ids.shape[-1]]
+                outputs = outputs[kept]
+                sizes = [int(part.sum()) for part in kept.cpu().split(sizes)]
+            sums = torch.stack([part.sum(0, dtype=torch.float32) for part in outputs.split(sizes)])
+            self.sums[torch.tensor(groups.experts, device=x.device)] += self.layer.join.in_stream(sums)
+            self.counts[groups.experts] += torch.tensor(sizes)
+
+        return run_experts(self.layer.experts, x, ids, weights, on_outputs=add)
+
+    def means(self) -> torch.Tensor:
+        """`[experts, hidden]`, fp32, on the CPU."""
+        return self.sums.cpu() / self.counts.float().clamp(min=1).unsqueeze(-1)
 
 
 class _Tap:
@@ -121,8 +161,6 @@ class _Tap:
         self.layer, self.is_source, self.keeps_input = layer, is_source, keeps_input
         self.seen: dict[str, torch.Tensor] = {}
         self.routing: Routing
-        self.sums = torch.zeros(layer.num_experts, layer.hidden_size)
-        self.counts = torch.zeros(layer.num_experts, dtype=torch.int64)
         self.keep: torch.Tensor | None = None
 
     def attach(self, stack: ExitStack) -> None:
@@ -157,25 +195,6 @@ class _Tap:
             for name, part in (("shared", join.shared), ("shared_gate", join.shared_gate)):
                 if part is not None:
                     keep_output(name, part)
-            expert_parameters(layer.experts)  # raises before the first pass if experts can't be run one by one
-            stack.enter_context(override_forward(layer.experts, self.run_experts))
-
-    def run_experts(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        # Models name the three arguments differently, but their order is the same.
-        x, ids, weights = (*args, *kwargs.values())
-        self.sums = self.sums.to(x.device)
-
-        def add(groups: Groups, outputs: torch.Tensor) -> None:
-            sizes = groups.sizes
-            if self.keep is not None:
-                kept = self.keep[groups.order // ids.shape[-1]]
-                outputs = outputs[kept]
-                sizes = [int(part.sum()) for part in kept.cpu().split(sizes)]
-            sums = torch.stack([part.sum(0, dtype=torch.float32) for part in outputs.split(sizes)])
-            self.sums[torch.tensor(groups.experts, device=x.device)] += self.layer.join.in_stream(sums)
-            self.counts[groups.experts] += torch.tensor(sizes)
-
-        return run_experts(self.layer.experts, x, ids, weights, on_outputs=add)
 
     def recomputed_ids(self, stride: int) -> torch.Tensor:
         """The choice of norm and router on every `stride`-th recorded row of the stream, `[tokens, top_k]`. With a
@@ -203,6 +222,3 @@ class _Tap:
         """The rows `[tokens, ...]` to record of `x` `[..., n]`."""
         rows = x.flatten(0, -2)
         return rows if self.keep is None else rows[self.keep]
-
-    def mean_outputs(self) -> torch.Tensor:
-        return self.sums.cpu() / self.counts.float().clamp(min=1).unsqueeze(-1)

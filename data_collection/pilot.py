@@ -90,7 +90,8 @@ def _estimate(run: Run, targets: list[int]) -> tuple[Plan, float]:
 
 def speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:
     """What a trace's speculators need beside its rows."""
-    return wiring_state(wire(layers, recorder.sources, recorder.default_vectors()), recorder.sources)
+    vectors = recorder.default_vectors()
+    return wiring_state(wire(layers, recorder.sources, vectors), vectors)
 
 
 def _choose_targets(run: Run, console: Console) -> list[int]:

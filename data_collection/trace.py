@@ -35,7 +35,7 @@ from ..predictors.speculation import Routing, Wiring
 from ..predictors.stacked import StackedSpeculators
 from .columns import POSITION, ROW_COLUMNS, SEQUENCE, Column, Columns, column_shapes
 from .manifest import Manifest, TraceError, read_manifest
-from .wiring import rebuilt_wirings, vectors_name
+from .wiring import rebuilt_wirings, vectors_in
 
 CONFIG, SPECULATION = "config.json", "speculation.safetensors"
 
@@ -195,9 +195,8 @@ class Trace:
             self.unmap()
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
-        """By source layer: `[experts, hidden]`, fp32."""
-        state = self._speculation()
-        return {s: state[vectors_name(s)] for s in sorted({s for s in self.sources.values() if s is not None})}
+        """By source layer: `[experts, hidden]`, fp32; of every source layer of the model, not only of the targets'."""
+        return dict(sorted(vectors_in(self._speculation()).items()))
 
     def wirings(self, sources: dict[int, int | None] | None = None) -> dict[int, Wiring]:
         """The wiring of each target layer in fp32 on the CPU, frozen, rebuilt without the model's weights.

@@ -1,12 +1,13 @@
 """speculation.safetensors of a trace: the wiring of its speculators, which needs no model weights.
 
-default_vectors.<source>
+default_vectors.<source>                                              of every source layer, also of other targets
 layers.<target>.norm.<name>, .router.<name>, .router_arguments.<n>    the target's
 layers.<target>.post_norm.<name>                                      its nearest source's, if it has one
 """
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..predictors.speculation import Router, Wiring
@@ -14,18 +15,21 @@ from .columns import Columns
 from .manifest import LayerEntry
 
 
-def vectors_name(source: int) -> str:
+def vectors_name(source: int | str) -> str:
     """The name of a source layer's default vectors."""
     return f"default_vectors.{source}"
 
 
-def wiring_state(wirings: dict[int, Wiring], sources: dict[int, int | None]) -> Columns:
-    """CPU copies, by name, of the tensors in the wiring of a trace's targets, which read `sources`."""
-    state: Columns = {}
+def vectors_in(state: Columns) -> dict[int, torch.Tensor]:
+    """The default vectors by source layer, `[experts, hidden]`, fp32."""
+    prefix = vectors_name("")
+    return {int(name.removeprefix(prefix)): part for name, part in state.items() if name.startswith(prefix)}
+
+
+def wiring_state(wirings: dict[int, Wiring], default_vectors: dict[int, torch.Tensor]) -> Columns:
+    """CPU copies, by name, of the tensors in the wiring of a trace's targets, and of the default vectors of all sources."""
+    state: Columns = {vectors_name(source): vectors for source, vectors in default_vectors.items()}
     for target, wiring in wirings.items():
-        source = sources[target]
-        if source is not None and wiring.default_vectors is not None:
-            state[vectors_name(source)] = wiring.default_vectors
         parts = {"norm": wiring.norm, "router": wiring.router.router, "post_norm": wiring.post_norm}
         for part, module in parts.items():
             held = [] if module is None else [*module.named_parameters(), *module.named_buffers()]

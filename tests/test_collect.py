@@ -314,6 +314,11 @@ def test_auto_takes_the_layers_below_the_threshold(collected, tiny_moe_folder, t
     with pytest.raises(UserError, match="no layer's training-free hit rate is below"):
         collect(CollectConfig(**common, out=tmp_path / "none", threshold=0.01), quiet())
     assert not (tmp_path / "none").exists()
+    # At inference all layers are guessed, so the default vectors of all sources are there.
+    every = collect(CollectConfig(**(common | {"layers": "all"}), out=tmp_path / "all"), quiet())
+    found, whole = (Trace.open(path).default_vectors() for path in (out, every))
+    assert list(found) == list(whole) == [0, 1, 2]
+    assert all(torch.equal(found[source], whole[source]) for source in whole)
 
 
 def test_a_list_of_layers_records_them_and_their_sources(tiny_moe_folder, text_corpus, tmp_path):

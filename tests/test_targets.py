@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from predict_train.data_collection.collect import CollectConfig, collect
 from predict_train.data_collection.statistics import SAMPLE_ROWS, hit_rates
 from predict_train.data_collection.trace import Trace
+from predict_train.predictors.architecture import farther
 from predict_train.predictors.checkpoint import load_predictors
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.runtime import offloaded
@@ -22,7 +24,7 @@ from predict_train.train.export import export
 from predict_train.train.fit import FitConfig, fit
 from predict_train.train.losses import LOSSES
 from predict_train.train.settings import ExportConfig
-from predict_train.train.targets import Target, choose_targets, hit_rates_of, parameters_in, share_out
+from predict_train.train.targets import Target, choose_targets, hit_rates_of, parameters_in, share_out, sources_in
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -77,6 +79,25 @@ def test_a_trace_without_what_is_to_be_read_is_refused(collected, tmp_path, tiny
     )
     with pytest.raises(FitError, match="collect it with --layers all"):
         choose(collect(some, Console(quiet=True)), horizon=2)
+
+
+def test_a_horizon_is_right_or_refused_whatever_layers_a_trace_has(collected):
+    whole = Trace.open(collected)
+    right, refused = farther(whole.sources, 2), []
+    for count in range(1, 5):
+        for layers in itertools.combinations(whole.manifest.layers, count):
+            trace = Trace(whole.path, whole.manifest.model_copy(update={"layers": list(layers)}))
+            held = set(trace.sources.values())
+            try:
+                found = sources_in(trace, "quasi_hidden", 2)
+            except FitError:
+                refused.append(sorted(trace.sources))
+                assert not {right[target] for target in trace.sources} <= held
+            else:
+                assert found == {target: right[target] for target in trace.sources}
+                assert set(found.values()) <= held
+    assert [3] in refused
+    assert [0, 1, 2, 3] not in refused
 
 
 def test_the_own_input_says_more_than_the_source_does(with_inputs):
