@@ -7,7 +7,7 @@ eighth; then it runs the router again only if the norm's output differs from the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -20,6 +20,16 @@ from ..predictors.metrics import HitRate
 from ..predictors.speculation import Router, Routing
 
 CONTROL_STRIDE = 8
+
+
+class OverflowingExpertError(ArithmeticError):
+    """An expert gave a value that is not finite."""
+
+    def __init__(self, layer: int, expert: int, row: int):
+        super().__init__(f"expert {expert} of layer {layer}, row {row}")
+        self.layer, self.expert = layer, expert
+        self.row = row
+        """Of the pass, recorded or not."""
 
 
 class LayerRecord(NamedTuple):
@@ -90,6 +100,15 @@ class Recorder:
         self._control.update(torch.stack(recomputed), torch.stack(used))
         return {index: tap.take() for index, tap in self._taps.items()}
 
+    def first_not_finite(self) -> tuple[int, int] | None:
+        """The first recorded layer whose norm read something not finite in the last pass, and the first such row of the
+        pass, recorded or not; or None. To be called before `take`."""
+        for index, tap in self._taps.items():
+            rows = (~tap.seen["norm_input"].flatten(0, -2).isfinite()).any(-1).nonzero()
+            if len(rows):
+                return index, int(rows[0])
+        return None
+
     def control_hit_rates(self) -> dict[int, float]:
         """By target: how often norm and router, given their recorded input again, find the experts used. It must be 1.0."""
         return dict(zip(self.sources, self._control.rates(), strict=True))
@@ -138,16 +157,28 @@ class _Sums:
         self.sums = self.sums.to(x.device)
 
         def add(groups: Groups, outputs: torch.Tensor) -> None:
-            sizes = groups.sizes
+            sizes, rows = groups.sizes, groups.order // ids.shape[-1]
             if self.keep is not None:
-                kept = self.keep[groups.order // ids.shape[-1]]
-                outputs = outputs[kept]
+                kept = self.keep[rows]
+                outputs, rows = outputs[kept], rows[kept]
                 sizes = [int(part.sum()) for part in kept.cpu().split(sizes)]
             sums = torch.stack([part.sum(0, dtype=torch.float32) for part in outputs.split(sizes)])
+            if not sums.sum().isfinite():
+                self.refuse(groups.experts, rows.split(sizes), outputs.split(sizes))
             self.sums[torch.tensor(groups.experts, device=x.device)] += self.layer.join.in_stream(sums)
             self.counts[groups.experts] += torch.tensor(sizes)
 
         return run_experts(self.layer.experts, x, ids, weights, on_outputs=add)
+
+    def refuse(self, experts: list[int], rows: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
+        """Raises `OverflowingExpertError` naming the first row with an output that is not finite, if there is one."""
+        found = []
+        for expert, own, output in zip(experts, rows, outputs, strict=True):
+            if len(wrong := own[(~output.isfinite()).any(-1)]):
+                found.append((int(wrong.min()), expert))
+        if found:
+            row, expert = min(found)
+            raise OverflowingExpertError(self.layer.index, expert, row)
 
     def means(self) -> torch.Tensor:
         """`[experts, hidden]`, fp32, on the CPU."""

@@ -7,16 +7,25 @@ decode    the batch prompts the model; the tokens that it generates are fed back
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..predictors.architecture import MoELayer
 from .batches import TokenBatch, sample_mask
-from .columns import POSITION, SEQUENCE, TOKEN_IDS, Column, Columns
-from .hooks import LayerRecord, Recorder
-from .settings import CollectConfig
+from .columns import POSITION, SEQUENCE, TOKEN_IDS, Column, Columns, first_not_finite
+from .hooks import LayerRecord, OverflowingExpertError, Recorder
+from .settings import CollectConfig, CollectError
 
 
 class Run(NamedTuple):
@@ -31,11 +40,36 @@ class Run(NamedTuple):
 def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
     """Runs `batch` in the phase of `config`; returns its rows for the trace, on the CPU.
 
-    The tokens that a model draws depend on the seed and the batch only, also in a resumed or shared collection.
+    The tokens that a model draws depend on the seed and the batch only, also in a resumed or shared collection. Raises
+    `CollectError` if something to record is not finite.
     """
     torch.manual_seed(hash((config.seed, batch.number)) & 0x7FFF_FFFF_FFFF_FFFF)
     run = _decode if config.phase == "decode" else _prefill
-    return run(model, recorder, batch, config)
+    columns = run(model, recorder, batch, config)
+    if found := first_not_finite(columns):
+        layer, kind, row = found
+        where = int(columns[POSITION][row]), int(columns[SEQUENCE][row])
+        raise _overflow(f"{kind} of layer {layer}", *where, model.dtype)
+    return columns
+
+
+@contextmanager
+def _told(model: PreTrainedModel, place: Callable[[int], tuple[int, int]]) -> Iterator[None]:
+    """Turns an overflowing expert into a `CollectError`; `place` gives position and sequence of a row of the pass."""
+    try:
+        yield
+    except OverflowingExpertError as error:
+        what = f"output of expert {error.expert} of layer {error.layer}"
+        raise _overflow(what, *place(error.row), model.dtype) from error
+
+
+def _overflow(what: str, position: int, sequence: int, dtype: torch.dtype) -> CollectError:
+    name = str(dtype).removeprefix("torch.")
+    return CollectError(
+        f"a value of the {what} is not finite at token {position} of sequence {sequence}, and nothing can be learned from it: "
+        + (f"the model overflows in {name}; give --dtype bfloat16 or float32" if dtype == torch.float16
+           else f"that is no overflow of {name} but the model's own fault; check its weights")
+    )  # fmt: skip
 
 
 def most_rows(batch: TokenBatch, config: CollectConfig) -> int:
@@ -61,7 +95,8 @@ def _prefill(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, conf
     kept = _kept(batch, config)
     recorder.keep(None if kept.all() else kept.flatten())
     # The body without the head: logits over a large vocabulary cost more than a layer and are not needed.
-    model.base_model(input_ids=batch.token_ids.to(model.device), use_cache=False)
+    with _told(model, lambda row: (row % batch.token_ids.shape[1], batch.first + row // batch.token_ids.shape[1])):
+        model.base_model(input_ids=batch.token_ids.to(model.device), use_cache=False)
     columns = layer_columns(recorder.take(), recorder.sources)
     sequence, position = kept.nonzero(as_tuple=True)
     columns[TOKEN_IDS] = batch.token_ids[kept].int()
@@ -73,15 +108,17 @@ def _prefill(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, conf
 def _decode(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
     step = _Steps(recorder, batch, _kept(batch, config), _ends(model))
     prompt = batch.token_ids.to(model.device)
-    model.generate(  # type: ignore[operator]
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=True,
-        # The last token that is drawn is never fed back, so no router sees it.
-        max_new_tokens=config.max_new_tokens + 1,
-        pad_token_id=int(prompt[0, 0]),  # any token: nothing is recorded after a sequence's end
-        stopping_criteria=StoppingCriteriaList([step]),
-    )
+    with _told(model, step.place):
+        model.generate(  # type: ignore[operator]
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            # The last token that is drawn is never fed back, so no router sees it.
+            max_new_tokens=config.max_new_tokens + 1,
+            pad_token_id=int(prompt[0, 0]),  # any token: nothing is recorded after a sequence's end
+            logits_processor=LogitsProcessorList([_Finite(step, model.dtype)]),
+            stopping_criteria=StoppingCriteriaList([step]),
+        )
     return {name: torch.cat([columns[name] for columns in step.columns]) for name in step.columns[0]}
 
 
@@ -99,6 +136,16 @@ class _Steps(StoppingCriteria):
         self.mask = torch.zeros(len(kept), dtype=torch.bool)
         recorder.keep(torch.zeros(batch.token_ids.numel(), dtype=torch.bool))  # nothing of the prompt
 
+    @property
+    def length(self) -> int:
+        """How many tokens of each sequence the pass reads that runs now."""
+        return 1 if self.columns else self.batch.token_ids.shape[1]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Position and sequence of a row of the pass that runs now."""
+        start = self.batch.token_ids.shape[1] + len(self.columns) - 1 if self.columns else 0
+        return start + row % self.length, self.batch.first + row // self.length
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002
         columns = layer_columns(self.recorder.take(), self.recorder.sources)
         position = input_ids.shape[1] - 2  # of the token that was fed; the last one has just been drawn
@@ -112,6 +159,22 @@ class _Steps(StoppingCriteria):
             self.mask = self.running & self.kept[:, step]
             self.recorder.keep(self.mask)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Finite(LogitsProcessor):
+    """Raises `CollectError` before a draw from logits that are not finite: the draw itself would crash."""
+
+    def __init__(self, steps: _Steps, dtype: torch.dtype):
+        self.steps, self.dtype = steps, dtype
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        wrong = (scores.isnan() | scores.isposinf()).any(-1).cpu() & self.steps.running
+        if not wrong.any():
+            return scores
+        found = self.steps.recorder.first_not_finite()
+        what = "logits of the model" if found is None else f"residual of layer {found[0]}"
+        row = int(wrong.nonzero()[0]) * self.steps.length if found is None else found[1]
+        raise _overflow(what, *self.steps.place(row), self.dtype)
 
 
 def _ends(model: PreTrainedModel) -> list[int]:

@@ -89,8 +89,13 @@ def _estimate(run: Run, targets: list[int]) -> tuple[Plan, float]:
 
 
 def speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:
-    """What a trace's speculators need beside its rows."""
+    """What a trace's speculators need beside its rows. Raises `CollectError` if a default vector is not finite."""
     vectors = recorder.default_vectors()
+    for source, own in vectors.items():
+        if wrong := (~own.isfinite()).any(-1).nonzero().flatten().tolist():
+            raise CollectError(
+                f"the mean output of expert {wrong[0]} of layer {source} is not finite; give --dtype bfloat16 or float32"
+            )
     return wiring_state(wire(layers, recorder.sources, vectors), vectors)
 
 

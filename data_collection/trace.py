@@ -33,7 +33,7 @@ from transformers import AutoConfig
 from ..predictors.architecture import skeleton
 from ..predictors.speculation import Routing, Wiring
 from ..predictors.stacked import StackedSpeculators
-from .columns import POSITION, ROW_COLUMNS, SEQUENCE, Column, Columns, column_shapes
+from .columns import POSITION, ROW_COLUMNS, SEQUENCE, Column, Columns, column_shapes, first_not_finite
 from .manifest import Manifest, TraceError, read_manifest
 from .wiring import rebuilt_wirings, vectors_in
 
@@ -132,7 +132,10 @@ class Trace:
         return self.gather([(shard, rows)], names)
 
     def gather(self, pieces: Sequence[Piece], names: Iterable[str] | None = None) -> Columns:
-        """The rows of several shards, one piece after another; columns as in `read`."""
+        """The rows of several shards, one piece after another; columns as in `read`.
+
+        Raises `TraceError` naming layer and token if a value is not finite.
+        """
         if names is None:
             names = [name for name in column_shapes(self.manifest) if name not in ROW_COLUMNS]
         count, columns = sum(len(rows) for _, rows in pieces), {}
@@ -142,6 +145,14 @@ class Trace:
             places = columns[name].split([len(rows) for _, rows in pieces])
             for (shard, rows), place in zip(pieces, places, strict=True):
                 torch.index_select(self.column(shard, name), 0, rows, out=place)
+        if found := first_not_finite(columns):
+            layer, kind, row = found
+            shard, row = [(shard, int(row)) for shard, rows in pieces for row in rows][row]
+            sequence, position = (int(numbers[row]) for numbers in self.places(shard))
+            raise TraceError(
+                f"{self.path}: a value of the {kind} of layer {layer} is not finite at token {position} of sequence {sequence}; "
+                "collect the trace again with --dtype bfloat16 or float32"
+            )
         return columns
 
     def row_bytes(self, names: Iterable[str]) -> int:
@@ -195,7 +206,10 @@ class Trace:
             self.unmap()
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
-        """By source layer: `[experts, hidden]`, fp32; of every source layer of the model, not only of the targets'."""
+        """By source layer: `[experts, hidden]`, fp32; of every source layer of the model, not only of the targets'.
+
+        Raises `TraceError` if one is not finite.
+        """
         return dict(sorted(vectors_in(self._speculation()).items()))
 
     def wirings(self, sources: dict[int, int | None] | None = None) -> dict[int, Wiring]:
@@ -206,6 +220,8 @@ class Trace:
         try:
             bones, state = skeleton(AutoConfig.from_pretrained(self.path)), self._speculation()
             return rebuilt_wirings(bones, self.manifest.layers, state, self.sources if sources is None else sources)
+        except TraceError:
+            raise
         except (KeyError, AttributeError, ValueError, RuntimeError, OSError) as error:
             raise TraceError(
                 f"the routers of {self.path} can't be rebuilt ({type(error).__name__}: {error}); collect the trace again"
@@ -217,9 +233,16 @@ class Trace:
 
     def _speculation(self) -> Columns:
         try:
-            return load_file(self.path / SPECULATION)
+            state = load_file(self.path / SPECULATION)
         except (OSError, SafetensorError) as error:
             raise TraceError(f"{self.path / SPECULATION} is broken ({error}); collect the trace again") from error
+        for source, vectors in vectors_in(state).items():
+            if not vectors.isfinite().all():
+                raise TraceError(
+                    f"{self.path}: the default vectors of layer {source} are not finite; collect the trace again with "
+                    "--dtype bfloat16 or float32"
+                )
+        return state
 
 
 def checksum(file: Path) -> str:

@@ -126,6 +126,11 @@ def make_speculators(
             copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width)
             copy.load_state_dict(mlp.state_dict(), assign=True)  # no second copy if the dtype is the model's
             speculator.mlp = copy.to(weight.device, weight.dtype)
+            if not_finite(speculator.mlp.state_dict()):
+                raise PredictorsError(
+                    f"the predictor of layer {layer.index} overflows in {str(weight.dtype).removeprefix('torch.')}; load the "
+                    "model in bfloat16 or float32"
+                )
         speculators[layer.index] = speculator.requires_grad_(False).eval()
     return speculators
 
@@ -160,6 +165,8 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
     )
     tensors = {f"default_vectors.{source}": d.contiguous() for source, d in predictors.default_vectors.items()}
     tensors |= {name: p.detach().contiguous() for name, p in _modules(predictors.mlps).named_parameters()}
+    if wrong := not_finite(tensors):
+        raise PredictorsError(f"{wrong} holds values that are not finite, so nothing is exported; train again")
     try:
         with written_whole(folder) as aside:
             aside.mkdir(parents=True)
@@ -261,10 +268,14 @@ def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
         raise PredictorsError(
             f"{file} is missing or broken ({shown(str(error))}); export the predictors again"
         ) from error
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise PredictorsError(f"{file}: {name} holds values that are not finite; train and export again")
+    if wrong := not_finite(tensors):
+        raise PredictorsError(f"{file}: {wrong} holds values that are not finite; train and export again")
     return tensors
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite, or None."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def _check_header_length(file: Path) -> None:

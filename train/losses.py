@@ -29,9 +29,8 @@ def bce(speculated: torch.Tensor, true: torch.Tensor, ids: torch.Tensor) -> torc
     """
     top_k = ids.shape[-1]
     border = true.topk(top_k + 1, dim=-1).values[..., -2:].mean(-1, keepdim=True)
-    spread = true.std(-1, keepdim=True)
     return F.binary_cross_entropy_with_logits(
-        (speculated - border) * (4 / spread), _chosen(speculated, ids), reduction="none"
+        (speculated - border) * _unit(true), _chosen(speculated, ids), reduction="none"
     ).mean(-1)
 
 
@@ -40,11 +39,16 @@ def ranking(speculated: torch.Tensor, true: torch.Tensor, ids: torch.Tensor) -> 
 
     Logits are in units of the true logits' spread.
     """
-    z = speculated * (4 / true.std(-1, keepdim=True))
+    z = speculated * _unit(true)
     chosen = z.gather(-1, ids)
     pairs = F.softplus(z.unsqueeze(-2) - chosen.unsqueeze(-1))
     others = (1 - _chosen(speculated, ids)).unsqueeze(-2)
     return (pairs * others).sum((-2, -1)) / (ids.shape[-1] * others.sum((-2, -1)).clamp(min=1))
+
+
+def _unit(true: torch.Tensor) -> torch.Tensor:
+    """Four over the spread of the true logits; 0 if they are all equal, since then there is nothing to learn."""
+    return (4 / true.std(-1, keepdim=True)).nan_to_num(nan=0.0, posinf=0.0)
 
 
 def _chosen(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import get_cosine_schedule_with_warmup
 from ..data_collection.examples import Batch, make_batch
 from ..data_collection.trace import Trace
 from ..predictors.mlp import StackedResidualMLPs
-from .data import Rows
+from .data import FitError, Rows
 from .losses import LOSSES
 from .measures import Kind, Measured, Measures
 from .targets import Target
@@ -88,6 +88,15 @@ class PredictorTraining(lightning.LightningModule):
         self.log("loss/validation", loss, batch_size=rows.in_all, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
+        # Once a loss is not finite, weights never are again: they are looked at once an epoch.
+        wrong = {
+            layer for p in self.mlps.parameters() for layer in (~p.isfinite()).flatten(1).any(1).nonzero().flatten()
+        }
+        if wrong:
+            raise FitError(
+                f"the loss of layer {list(self.sources)[min(wrong)]} is not finite any more in epoch "
+                f"{self.current_epoch}; give a smaller --learning-rate than {self.learning_rate}, or another --loss"
+            )
         self.measured = self.measures.compute()
         self.measures.reset()
         self.results = {

@@ -56,7 +56,11 @@ def choose_targets(trace: Trace, config: FitConfig) -> list[Target]:
 
     Raises `FitError` if there are none, or the budget is too small.
     """
-    layers, budget = config.layers, config.budget
+    layers, budget, model = config.layers, config.budget, trace.manifest.model
+    if model.top_k >= model.num_experts:
+        raise FitError(
+            f"the routers of {model.name} choose all {model.top_k} experts for every token; nothing is to be guessed"
+        )
     sources = sources_in(trace, config.source, config.horizon)
     named = sources.keys() if isinstance(layers, str) else set(layers)
     if unknown := sorted(named - sources.keys()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -97,7 +98,10 @@ def evaluate(
 
 @torch.inference_mode()
 def _cross_entropy(model: PreTrainedModel, batches: list[torch.Tensor], bar: tqdm) -> float:
-    """Mean cross-entropy of the next token, in nats, over all tokens of `batches` but the first of each sequence."""
+    """Mean cross-entropy of the next token, in nats, over all tokens of `batches` but the first of each sequence.
+
+    Raises `UserError` if it is not finite.
+    """
     total, count = 0.0, 0
     for batch in batches:
         ids = batch.to(model.device)
@@ -105,6 +109,10 @@ def _cross_entropy(model: PreTrainedModel, batches: list[torch.Tensor], bar: tqd
         total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").item()
         count += ids[:, 1:].numel()
         bar.update(batch.numel())
+    if not math.isfinite(total):
+        raise UserError(
+            f"the model's logits are not finite in {str(model.dtype).removeprefix('torch.')}; give --dtype bfloat16 or float32"
+        )
     return total / count
 
 
