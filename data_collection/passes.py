@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ..predictors.architecture import MoELayer
+from ..predictors.loading import check_tokens
 from .batches import TokenBatch, sample_mask
 from .columns import POSITION, SEQUENCE, TOKEN_IDS, Column, Columns, first_not_finite
 from .hooks import LayerRecord, OverflowingExpertError, Recorder
@@ -43,6 +44,7 @@ def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, con
     The tokens that a model draws depend on the seed and the batch only, also in a resumed or shared collection. Raises
     `CollectError` if something to record is not finite.
     """
+    check_tokens(batch.token_ids, model)
     torch.manual_seed(hash((config.seed, batch.number)) & 0x7FFF_FFFF_FFFF_FFFF)
     run = _decode if config.phase == "decode" else _prefill
     columns = run(model, recorder, batch, config)

@@ -14,7 +14,7 @@ from .data_collection.trace import Trace
 from .predictors.checkpoint import Predictors, as_predictors, load_predictors
 from .predictors.discovery import find_moe_layers
 from .predictors.errors import UserError
-from .predictors.loading import load_tokenizer, read_model_config, resolve_device, resolve_dtype
+from .predictors.loading import check_tokens, load_tokenizer, read_model_config, resolve_device, resolve_dtype
 from .predictors.provenance import command, hardware, versions
 from .runtime.load import load_to_host
 from .runtime.measure import plan as planning
@@ -125,6 +125,7 @@ def _load(config: BenchConfig) -> tuple[PreTrainedModel, torch.Tensor]:
     token_ids: torch.Tensor = load_tokenizer(config.model)(config.prompt, return_tensors="pt")["input_ids"]
     if token_ids.shape[-1] == 0:
         raise UserError("the prompt is empty; give --prompt some text to go on from")
+    check_tokens(token_ids, model)
     return model, token_ids
 
 

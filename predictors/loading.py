@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from transformers import (
 )
 
 from .errors import UserError
+from .weights import local_folder, what_is_wrong
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,10 +57,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 def read_model_config(name: str | Path) -> PretrainedConfig:
     """The config of a model: a .json file, a folder or a Hub repository. Raises `LoadingError` if there is none."""
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a wrong value leads to
         raise LoadingError(
-            f"no config can be read from {name} ({_first_line(error)}); give a .json file, a folder or a Hub name"
+            f"no config can be read from {name} ({_reason(error)}); give a .json file, a folder or a Hub name"
         ) from error
 
 
@@ -64,38 +68,119 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or Hub repository. Raises `LoadingError` if there is none."""
     _check_name(name)
     try:
-        return AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadingError(f"no tokenizer can be loaded from {name} ({_first_line(error)})") from error
+        # By default transformers would ask whether it may run a repository's code.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        learned = tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() - set(tokenizer.all_special_tokens)
+    except Exception as error:
+        raise LoadingError(f"no tokenizer can be loaded from {name} ({_explained(name, error)})") from error
+    if not learned:  # for some types transformers makes an empty one, which loses all text
+        raise LoadingError(f"{name} holds no tokenizer; put its tokenizer.json and tokenizer_config.json there")
+    return tokenizer
 
 
 def load_model(
-    name: str | Path, device: torch.device, dtype: torch.dtype | str, device_map: str | None = None
+    name: str | Path,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    device_map: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """The causal language model of a folder or Hub repository, in evaluation mode.
 
-    It is whole on `device`; with a `device_map` (`auto`) accelerate spreads it over all GPUs. Raises `LoadingError` if
-    it can't be found or read, or does not fit.
+    It is whole on `device`; with a `device_map` (`auto`) accelerate spreads it over all GPUs. `options` are passed on to
+    transformers: `revision`, `token`, `trust_remote_code`, `attn_implementation`. Raises `LoadingError` if the model can't
+    be found or read, if weights are missing, or if it does not fit.
     """
     _check_name(name)
-    # Loading straight to the GPU needs less host memory.
-    placement: dict[str, Any] = {"device_map": {"": device}} if device.type == "cuda" else {}
+    # By default transformers would ask whether it may run a repository's code.
+    arguments: dict[str, Any] = {"trust_remote_code": False, **options, "dtype": dtype}
     if device_map is not None:
-        placement = {"device_map": device_map}
+        arguments["device_map"] = device_map
+    elif device.type == "cuda":  # loading straight to the GPU needs less host memory
+        arguments["device_map"] = {"": device}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype, **placement)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(name), output_loading_info=True, **arguments)
     except UserError:  # raised by code that watches the loading
         raise
     except torch.OutOfMemoryError as error:
         raise LoadingError(
             f"{name} does not fit into the memory of {device}; give a smaller --dtype or --device cpu"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise LoadingError(f"no causal language model can be loaded from {name} ({_first_line(error)})") from error
+    except Exception as error:  # whatever files, weights and the libraries of other formats raise
+        _check_weights(name, _loading_info(error))
+        raise LoadingError(f"no causal language model can be loaded from {name} ({_explained(name, error)})") from error
+    model: PreTrainedModel
+    model, info = loaded
+    _check_weights(name, info)
+    _check_quantisation(name, model)
+    _tell_unused(name, model, info)
     places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     if device.type == "cuda" and any(str(part) in ("cpu", "disk") for part in places.values()):
         raise LoadingError(f"{name} does not fit into the memory of the GPUs; give a smaller --dtype or --device cpu")
     return model.eval()
+
+
+def check_tokens(token_ids: torch.Tensor, model: PreTrainedModel) -> None:
+    """Raises `LoadingError` if the model's embedding has no row for one of the `token_ids`, which may have any shape."""
+    embedding: Any = model.get_input_embeddings()
+    rows = embedding.weight.shape[0]
+    highest = int(token_ids.max()) if token_ids.numel() else 0
+    if highest >= rows:
+        raise LoadingError(
+            f"the tokenizer gives the token {highest}, and the model's embedding has only {rows} rows; give the model its "
+            "own tokenizer"
+        )
+
+
+def _check_weights(name: str | Path, info: dict[str, Any]) -> None:
+    """Raises `LoadingError` if the report of a loading names weights that were not loaded: they would be random.
+
+    Transformers' report leaves out tied weights and what the model does not need.
+    """
+    mismatched = {key for key, *_ in info.get("mismatched_keys", ())}
+    if absent := {*info.get("missing_keys", ()), *info.get("conversion_errors", ())} - mismatched:
+        raise LoadingError(f"the checkpoint {name} lacks {_few(absent)}; give a whole one")
+    if mismatched:
+        raise LoadingError(
+            f"the checkpoint {name} has other shapes or fewer experts than its config says for {_few(mismatched)}; give "
+            "a whole one with its own config"
+        )
+
+
+def _loading_info(error: Exception) -> dict[str, Any]:
+    """The report of the loading that `error` ended. Transformers does not return it then, so it is taken from there."""
+    frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
+    return next(
+        (vars(found["loading_info"]) for found in frames if hasattr(found.get("loading_info"), "missing_keys")), {}
+    )
+
+
+def _check_quantisation(name: str | Path, model: PreTrainedModel) -> None:
+    """Raises `LoadingError` if the weights are quantised and nothing will undo it.
+
+    Transformers ignores a method that it does not know, and leaves weights whose scales are missing as they are.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    if config := getattr(model.config, "quantization_config", None):
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        raise LoadingError(f"{name} is quantised by {method}, which transformers does not know; give it unquantised")
+    if small := {key for key, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize < 2}:
+        raise LoadingError(f"the checkpoint {name} lacks the scales of {_few(small)}; give a whole one")
+
+
+def _tell_unused(name: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Warns of weights that the model has no place for; its config may be another model's."""
+    # Experts that stay in a packed file are not loaded, and transformers takes them for unknown.
+    unused = set(info["unexpected_keys"]) - {key for key, _ in model.named_parameters()}
+    if unused:
+        warnings.warn(f"the checkpoint {name} has weights that the model leaves out: {_few(unused)}", stacklevel=3)
+
+
+def _few(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    first, *rest = sorted(names)
+    return f"{first} and {len(rest)} more" if rest else first
 
 
 def _check_name(name: str | Path) -> None:
@@ -109,5 +194,12 @@ def _check_name(name: str | Path) -> None:
         raise LoadingError(f"there is no model at {name}; give the folder of a transformers model or a Hub name")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _explained(name: str | Path, error: Exception) -> str:
+    """Why a checkpoint can't be loaded: the file that is wrong, or else what `error` says."""
+    folder = local_folder(name)
+    return (folder and what_is_wrong(folder)) or _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."

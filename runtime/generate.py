@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..predictors.errors import UserError
+from ..predictors.loading import check_tokens
 from .engine import Counters
 from .offload import ExpertOffload
 
@@ -87,11 +88,12 @@ def generate(
 ) -> Generation:
     """Continues `prompt` with a model, offloaded or not. Temperature 0 is greedy.
 
-    `on_text` gets the text as it comes. Raises `UserError` for an empty prompt.
+    `on_text` gets the text as it comes. Raises `UserError` for an empty prompt, or one that the model has no tokens for.
     """
     token_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if token_ids.shape[-1] == 0:
         raise UserError("the prompt is empty; give --prompt some text to go on from")
+    check_tokens(token_ids, model)
     offload: ExpertOffload | None = vars(model).get("expert_offload")
     streamer = _Streamer(tokenizer, on_text, offload)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

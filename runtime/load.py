@@ -23,6 +23,9 @@ from .packfile import PackedStore, read_header
 from .settings import LoadConfig, Loading, OffloadConfig
 from .store import empty_blocks
 
+PASSED_ON = ("revision", "token", "trust_remote_code", "attn_implementation")
+"""What `load_offloaded` passes on to transformers."""
+
 
 def load_offloaded(
     model: str | Path | PretrainedConfig,
@@ -35,30 +38,41 @@ def load_offloaded(
     Args:
         model: folder or Hub name; or a config, for a model with random weights.
         predictors: what `load_predictors` returned, or a path or name for it; without them speculation is training-free.
-        config, settings: the fields of `LoadConfig`, as one object or by name. Those given by name win.
+        config, settings: the fields of `LoadConfig`, as one object or by name. Those given by name win. The settings
+            `revision`, `token`, `trust_remote_code` and `attn_implementation` go to transformers' `from_pretrained`.
 
     After `model.expert_offload.detach()`, a model with its experts in host memory is an ordinary model. A model with a packed
     file then has no experts. It can be offloaded again, or `load_experts` loads them; when it is run, it says so.
 
     Raises `SettingsError`, `OffloadError`, `StoreError`, `LoadingError`, `UnsupportedModelError` or `PredictorsError`.
     """
+    options = {name: settings.pop(name) for name in PASSED_ON if name in settings}
+    if options and isinstance(model, PretrainedConfig):
+        raise OffloadError(
+            f"{min(options)} is for a checkpoint, and the model is a config; set it there, or leave it out"
+        )
+    if "device_map" in settings:
+        raise OffloadError("device_map can't be given, since the runtime places the weights itself; give device")
     chosen = make(LoadConfig, **((config.model_dump() if config is not None else {}) | settings))
     resolve_device(chosen.device)
-    loaded = load_to_host(model, chosen)
+    loaded = load_to_host(model, chosen, **options)
     return offload_experts(loaded, predictors, make(OffloadConfig, **chosen.values_of(OffloadConfig)))
 
 
-def load_to_host(model: str | Path | PretrainedConfig, config: Loading) -> PreTrainedModel:
-    """Loads a model into host memory, not offloaded yet. Its experts stay in the packed file, if `config` names one."""
+def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **options: Any) -> PreTrainedModel:
+    """Loads a model into host memory, not offloaded yet. Its experts stay in the packed file, if `config` names one.
+
+    A checkpoint is loaded with the `options` of `load_model`.
+    """
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # for CUDA, auto leaves the dtype to the checkpoint
     if config.pack is None:
         if not isinstance(model, PretrainedConfig):
-            return load_model(model, torch.device("cpu"), dtype)
+            return load_model(model, torch.device("cpu"), dtype, **options)
         loaded = random_without_experts(model, dtype, config.seed)
         draw_experts(loaded, lambda module, name, values: setattr(module, name, nn.Parameter(values)), config.seed)
         return loaded
     if not config.pack.exists():
-        loaded, _ = load_and_pack(model, config.pack, dtype, config.seed)
+        loaded, _ = load_and_pack(model, config.pack, dtype, config.seed, **options)
     else:
         if dtype == "auto":
             dtype = read_header(config.pack).format().dtype
@@ -66,7 +80,7 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading) -> PreTr
             loaded = random_without_experts(model, dtype, config.seed)
         else:
             with experts_ignored():
-                loaded = load_model(model, torch.device("cpu"), dtype)
+                loaded = load_model(model, torch.device("cpu"), dtype, **options)
     vars(loaded)["expert_pack"] = config.pack
     for experts in expert_modules(loaded).values():
         experts.forward = partial(_refuse, config.pack)

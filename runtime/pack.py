@@ -23,7 +23,6 @@ from ..predictors.architecture import skeleton
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_modules, is_experts
 from ..predictors.loading import load_model
-from .errors import StoreError
 from .packfile import PackWriter
 
 ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -41,9 +40,12 @@ def pack(name: str | Path, out: str | Path, dtype: torch.dtype | str = "auto") -
 
 
 def load_and_pack(
-    source: str | Path | PretrainedConfig, out: str | Path, dtype: torch.dtype | str, seed: int = 0
+    source: str | Path | PretrainedConfig, out: str | Path, dtype: torch.dtype | str, seed: int = 0, **options: Any
 ) -> tuple[PreTrainedModel, Path]:
-    """Returns the model with its experts on the meta device, and the file that they were packed into."""
+    """Returns the model with its experts on the meta device, and the file that they were packed into.
+
+    A checkpoint is loaded with the `options` of `load_model`.
+    """
     writer = PackWriter(out)
     try:
         if isinstance(source, PretrainedConfig):
@@ -52,7 +54,7 @@ def load_and_pack(
             name = f"random {source.model_type}"
         else:
             with experts_taken(writer.take):
-                model = load_model(source, torch.device("cpu"), dtype)
+                model = load_model(source, torch.device("cpu"), dtype, **options)
             name = str(source)
         return model, writer.finish(model, find_moe_layers(model), name)
     finally:
@@ -69,18 +71,15 @@ def pack_random(config: PretrainedConfig, out: str | Path, dtype: torch.dtype | 
 
 @contextmanager
 def experts_taken(take: Take) -> Iterator[None]:
-    """Within it, `take` gets the experts of a model that this thread loads. In the model they stay on the meta device.
-
-    Raises `StoreError` where the checkpoint lacks experts.
-    """
+    """Within it, `take` gets the experts of a model that this thread loads. In the model they stay on the meta device."""
     owner = threading.get_ident()
 
     def divert(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
         if threading.get_ident() != owner or parameter is None or parameter.is_meta or not is_experts(module):
             return None
-        if not getattr(parameter, "_is_hf_initialized", False):  # by which transformers marks what it has read
-            raise StoreError(f"the checkpoint lacks experts' weights ({name}); give a whole one")
-        take(module, name, parameter.data)
+        # By this transformers marks what it has read. If experts are missing, `load_model` says which.
+        if getattr(parameter, "_is_hf_initialized", False):
+            take(module, name, parameter.data)
         absent: Any = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad)
         absent._is_hf_initialized = True
         return absent

@@ -19,6 +19,7 @@ from ...predictors.architecture import MoELayer, first_tensor
 from ...predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
+from ...predictors.loading import check_tokens
 from ...predictors.speculation import Speculator, flat_routing
 from ..control import RoutingControl
 from ..offload import offloaded
@@ -42,11 +43,13 @@ def evaluate(
 
     Returns `layers` (for each target layer `layer` and the hit rates `training_free`, `predictor` (None without one) and
     `control`), `cross_entropy` in nats per token, `training_free_cross_entropy` (without predictors), and `tokens`.
-    Raises `UserError` where there is no token to predict.
+    Raises `UserError` where there is no token to predict, or one that the model does not have.
     """
     batches = [batch for batch in batches if batch.shape[-1] > 1]
     if not batches:
         raise UserError("there is no text to evaluate on; give a corpus of at least two tokens")
+    for batch in batches:
+        check_tokens(batch, model)
     config = Evaluating() if config is None else config
     predictors = as_predictors(predictors)
     layers = find_moe_layers(model)
