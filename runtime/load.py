@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_modules
 from ..predictors.loading import load_model, resolve_device, resolve_dtype
 from ..predictors.settings import make
-from .errors import OffloadError
+from ..predictors.weights import checkpoint_fingerprint, local_folder
+from .errors import OffloadError, StoreError
 from .offload import offload_experts
 from .pack import draw_experts, experts_ignored, load_and_pack, random_without_experts
 from .packfile import PackedStore, read_header
@@ -81,10 +83,26 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
         else:
             with experts_ignored():
                 loaded = load_model(model, torch.device("cpu"), dtype, **options)
+            _check_checkpoint(config.pack, model, options.get("revision"))
     vars(loaded)["expert_pack"] = config.pack
+    vars(loaded)["expert_samples"] = read_header(config.pack).sample_of
     for experts in expert_modules(loaded).values():
         experts.forward = partial(_refuse, config.pack)
     return loaded
+
+
+def _check_checkpoint(pack: Path, model: str | Path, revision: str | None) -> None:
+    """Raises `StoreError` unless a file was packed from the checkpoint `model`, whose experts were not loaded."""
+    header, checkpoint = read_header(pack), checkpoint_fingerprint(local_folder(model, revision))
+    if header.checkpoint is None or checkpoint is None:
+        warnings.warn(
+            f"{pack} does not say which checkpoint it was packed from, so it is not compared with {model}; pack the model again",
+            stacklevel=3,
+        )
+    elif header.checkpoint != checkpoint:
+        raise StoreError(
+            f"{pack} was packed from {header.model.get('name')} with other weights files than those of {model}; pack this model"
+        )
 
 
 def _refuse(pack: Path, *_: Any, **__: Any) -> torch.Tensor:
@@ -126,3 +144,4 @@ def load_experts(model: PreTrainedModel) -> None:
             setattr(layer.experts, name, nn.Parameter(values, requires_grad=getattr(layer.experts, name).requires_grad))
         vars(layer.experts).pop("forward")
     vars(model).pop("expert_pack")
+    vars(model).pop("expert_samples", None)

@@ -23,6 +23,7 @@ from ..predictors.architecture import skeleton
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_modules, is_experts
 from ..predictors.loading import load_model
+from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .packfile import PackWriter
 
 ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -51,12 +52,12 @@ def load_and_pack(
         if isinstance(source, PretrainedConfig):
             model = random_without_experts(source, dtype, seed)
             draw_experts(model, writer.take, seed)
-            name = f"random {source.model_type}"
+            name, checkpoint = f"random {source.model_type}", None
         else:
             with experts_taken(writer.take):
                 model = load_model(source, torch.device("cpu"), dtype, **options)
-            name = str(source)
-        return model, writer.finish(model, find_moe_layers(model), name)
+            name, checkpoint = str(source), checkpoint_fingerprint(local_folder(source, options.get("revision")))
+        return model, writer.finish(model, find_moe_layers(model), name, checkpoint)
     finally:
         writer.abort()
 

@@ -1,8 +1,9 @@
 """The packed file: each expert of a model is one block. Blocks begin at multiples of 4096 bytes, for direct reads.
 
-    page 0      magic, format version, offset and length of the header
+    page 0      magic, format version, offset, length and checksum (xxh3_64) of the header, then zeros
     blocks      layer by layer, expert by expert
-    header      JSON: the model, the layout of a block, the layers, a checksum (xxh3_64) of every block
+    header      JSON: the model, the layout of a block, the layers, a checksum (xxh3_64) of every block, and whose experts
+                they are: samples of each layer's, and the fingerprint of the checkpoint
 
 The file is written under another name and renamed when it is whole. A file that is wrong in any way ends in a `StoreError`.
 """
@@ -13,6 +14,7 @@ import json
 import mmap
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +35,7 @@ from .formats.full import FullFormat
 from .store import Bytes, empty_blocks
 
 FORMAT_VERSION = 1
-_START = struct.Struct("<8sQQQ")
+_START = struct.Struct("<8sQQQQ")
 _MAGIC = b"EXPERTS\n"
 
 
@@ -62,6 +64,15 @@ class Header(BaseModel):
     num_experts: int = Field(gt=0)
     checksums: list[list[int]]
     """xxh3_64 of each block, by layer and expert."""
+    samples: list[str] | None = None
+    """By layer, what `sample_experts` returns. Files of older releases have none."""
+    checkpoint: str | None = None
+    """The `checkpoint_fingerprint` of what was packed; None for random weights and in older files."""
+
+    @property
+    def sample_of(self) -> dict[str, str]:
+        """The samples by the names of `layers`; empty where there are none."""
+        return dict(zip(self.layers, self.samples or [], strict=False))
 
     def format(self) -> FullFormat:
         """The format of the blocks. Raises `ValueError` where parts of the header contradict each other."""
@@ -76,6 +87,8 @@ class Header(BaseModel):
             raise ValueError("a tensor lies beyond its block")
         if [len(row) for row in self.checksums] != [self.num_experts] * len(self.layers):
             raise ValueError("it has not one checksum a block")
+        if self.samples is not None and len(self.samples) != len(self.layers):
+            raise ValueError("it has not one sample a layer")
         return FullFormat(places, self.block_bytes)
 
 
@@ -99,6 +112,27 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+RUN, RUNS = 64, 8
+"""A sample of a tensor: so many bytes at so many evenly spaced places in it."""
+
+
+def sample_experts(tensors: dict[str, torch.Tensor]) -> str:
+    """A hash of some bytes of every expert in the stacked `tensors` `[num_experts, ...]` of one layer.
+
+    It tells experts of one shape apart, in milliseconds for a layer of gigabytes: whatever trains an expert changes nearly
+    all of its weights.
+    """
+    digest = xxhash.xxh3_64()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().flatten(1).view(torch.uint8)
+        last = max(0, values.shape[1] - RUN)
+        starts = torch.tensor([last * number // (RUNS - 1) for number in range(RUNS)])
+        places = (starts[:, None] + torch.arange(RUN)).flatten().clamp(max=values.shape[1] - 1)
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(values.index_select(1, places.to(values.device)).cpu().numpy().data)
+    return digest.hexdigest()
+
+
 class PackWriter:
     """Writes a packed file layer by layer. The file appears at `finish`; `abort` removes what was written."""
 
@@ -112,6 +146,7 @@ class PackWriter:
         self._format: FullFormat | None = None
         self._modules: list[nn.Module] = []
         self._checksums: list[list[int]] = []
+        self._samples: list[str] = []
         self._open: dict[nn.Module, tuple[torch.Tensor, set[str]]] = {}
         self._file.write(bytes(PAGE))
 
@@ -132,6 +167,7 @@ class PackWriter:
         missing.discard(name)
         if not missing:
             del self._open[experts]
+            self._samples.append(sample_experts(self._format.views(blocks)))
             self._write(experts, blocks.numpy())
 
     def _write(self, experts: nn.Module, blocks: Bytes) -> None:
@@ -145,8 +181,11 @@ class PackWriter:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def finish(self, model: PreTrainedModel, layers: list[MoELayer], name: str) -> Path:
-        """Writes the header and gives the file its name. Raises `StoreError` where experts of `layers` are missing."""
+    def finish(self, model: PreTrainedModel, layers: list[MoELayer], name: str, checkpoint: str | None = None) -> Path:
+        """Writes the header and gives the file its name. Raises `StoreError` where experts of `layers` are missing.
+
+        `checkpoint` is the fingerprint of the model's checkpoint.
+        """
         experts = {layer.experts for layer in layers}
         if self._open or self._format is None or set(self._modules) != experts:
             raise StoreError(
@@ -166,13 +205,15 @@ class PackWriter:
             layers=[names[module] for module in self._modules],
             num_experts=layers[0].num_experts,
             checksums=self._checksums,
+            samples=self._samples,
+            checkpoint=checkpoint,
         )
         text = header.model_dump_json().encode()
         with _told(self.out, "written", "make room for it"):
             offset = self._file.tell()
             self._file.write(text)
             self._file.seek(0)
-            self._file.write(_START.pack(_MAGIC, FORMAT_VERSION, offset, len(text)))
+            self._file.write(_START.pack(_MAGIC, FORMAT_VERSION, offset, len(text), xxhash.xxh3_64_intdigest(text)))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
@@ -243,6 +284,24 @@ class PackedStore:
             self._position = [places[names[layer.experts]] for layer in layers]
         except KeyError as error:
             raise StoreError(f"{self.path} lacks the experts of {error.args[0]}; pack this model again") from error
+        self._check_experts(model, {names[layer.experts]: layer.experts for layer in layers})
+
+    def _check_experts(self, model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+        """Compares the experts with those of a model, by their `modules`. If they are not in memory, it knows their samples."""
+        known: dict[str, str] = vars(model).get("expert_samples", {})
+        for name, experts in modules.items():
+            tensors: dict[str, torch.Tensor] = {part: experts.get_parameter(part) for part in self.format.places}
+            is_absent = any(tensor.is_meta for tensor in tensors.values())
+            sample = known.get(name) if is_absent else sample_experts(tensors)
+            if sample is not None and self.header.samples is None:
+                warnings.warn(
+                    f"{self.path} is of an older release and does not say whose experts it holds, so they are not compared "
+                    "with the model's; pack the model again",
+                    stacklevel=2,
+                )
+                return
+            if sample is not None and sample != self.header.sample_of[name]:
+                raise StoreError(f"{self.path} holds other experts than those of this model ({name}); pack this model")
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:
         position, size = self._position[layer], self.format.bytes
@@ -283,11 +342,11 @@ def read_header(path: str | Path) -> Header:
     """Reads the header of a packed file. Raises `StoreError` where the file is missing, not a packed file, or not whole."""
     path = Path(path)
     with _told(path, "read", "give the file that predict-train pack wrote"), path.open("rb") as file:
-        start = file.read(_START.size)
+        page = file.read(PAGE)
         size = os.fstat(file.fileno()).st_size
-        if len(start) < _START.size or not start.startswith(_MAGIC):
+        if len(page) < PAGE or not page.startswith(_MAGIC):
             raise StoreError(f"{path} is no packed file; make one with predict-train pack")
-        _, version, offset, length = _START.unpack(start)
+        _, version, offset, length, checksum = _START.unpack_from(page)
         if version != FORMAT_VERSION:
             raise StoreError(
                 f"{path} has format version {version}, and this release reads {FORMAT_VERSION}; pack the model again"
@@ -301,6 +360,10 @@ def read_header(path: str | Path) -> Header:
         header.format()
         if offset != PAGE + len(header.layers) * header.num_experts * header.block_bytes:
             raise ValueError("its blocks are not as many as it says")
+        # Older releases wrote neither samples nor a checksum of the header.
+        is_older = header.samples is None and not checksum
+        if any(page[_START.size :]) or not (is_older or checksum == xxhash.xxh3_64_intdigest(text)):
+            raise ValueError("it is not what was written")
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "it"

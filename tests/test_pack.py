@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
+import xxhash
+from conftest import build_model, save_model
+from predict_train.predictors import weights
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.runtime import offload_experts
+from predict_train.predictors.weights import checkpoint_fingerprint
+from predict_train.runtime import load_offloaded, offload_experts
 from predict_train.runtime.errors import StoreError
 from predict_train.runtime.formats import PAGE
 from predict_train.runtime.pack import pack, pack_random
 from predict_train.runtime.packfile import PackedStore, read_header
 from predict_train.runtime.store import empty_blocks
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from predict_train.running import load_whole
+from predict_train.settings import EvaluateConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -113,11 +121,98 @@ def test_the_pack_of_another_model_is_refused(packed: Path, tiny_moe: PreTrained
         assert not hasattr(model, "expert_offload")
 
 
-def break_header(data: bytes, change: Any) -> bytes:
-    magic, version, offset, length = struct.unpack_from("<8sQQQ", data)
-    header = json.loads(data[offset : offset + length])
-    text = json.dumps(change(header)).encode()
-    return struct.pack("<8sQQQ", magic, version, offset, len(text)) + data[32:offset] + text
+def other(model: PreTrainedModel, change: Callable[[torch.nn.Module], None]) -> PreTrainedModel:
+    """The model with the experts of its third layer changed, and nothing else."""
+    with torch.no_grad():
+        change(find_moe_layers(model)[2].experts)
+    return model
+
+
+OTHERS: list[Callable[[Any], Any]] = [
+    lambda experts: experts.down_proj[5].add_(1e-3),  # one expert, as expert-specialised fine-tuning changes it
+    lambda experts: experts.gate_up_proj[1, 16:].add_(torch.full((16, 1), 1e-3) @ torch.ones(1, 32)),  # LoRA, up only
+    lambda experts: experts.down_proj[:2].copy_(experts.down_proj[:2].flip(0)),
+    lambda experts: [p.normal_() for p in experts.parameters()],
+]
+
+
+def test_a_pack_of_other_experts_of_the_same_shape_is_refused(
+    packed: Path, tiny_moe_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Whether the model's experts are in memory, or are not loaded at all, or are those of another pack."""
+
+    def fresh() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(tiny_moe_folder, dtype=torch.float32).eval()
+
+    for number, change in enumerate(OTHERS):
+        model = other(fresh(), change)
+        with pytest.raises(
+            StoreError, match=r"other experts than those of this model \(model\.layers\.2\.mlp\.experts\)"
+        ):
+            offload_experts(model, store=packed)
+        folder = save_model(model, tokenizer, tmp_path / str(number))
+        with pytest.raises(StoreError, match="with other weights files than those of"):
+            load_offloaded(folder, device="cpu", pack=packed)
+        with pytest.raises(StoreError, match="with other weights files"):
+            load_whole(EvaluateConfig(model=str(folder), pack=packed, device="cpu"))
+        own = load_offloaded(folder, device="cpu", pack=tmp_path / f"{number}.experts")
+        own.expert_offload.detach()
+        with pytest.raises(StoreError, match="other experts than those of this model"):
+            offload_experts(own, store=packed)
+        offload_experts(own, store=tmp_path / f"{number}.experts")
+    # The same weights in another place, or in memory, are no others.
+    load_offloaded(shutil.copytree(tiny_moe_folder, tmp_path / "copy"), device="cpu", pack=packed)
+    offload_experts(fresh(), store=packed)
+    assert checkpoint_fingerprint(tmp_path / "copy") == checkpoint_fingerprint(tiny_moe_folder) is not None
+
+
+def test_a_large_checkpoint_is_told_by_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = os.urandom(40 * PAGE + 7)
+    monkeypatch.setattr(weights, "MOST_PIECES", 21)
+
+    def fingerprint(data: bytes) -> str | None:
+        (tmp_path / "model.safetensors").write_bytes(data)
+        return checkpoint_fingerprint(tmp_path)
+
+    def flipped(place: int) -> bytes:
+        return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+    whole = fingerprint(content)
+    seen = [fingerprint(flipped(page * PAGE + 5)) != whole for page in range(40)]
+    assert seen == [True, False] * 20
+    assert fingerprint(content + b"x") != whole
+    assert fingerprint(content) == whole
+
+
+def as_an_older_release_wrote_it(data: bytes) -> bytes:
+    """Without samples, the checkpoint and the header's checksum."""
+    return rewritten(data, lambda h: {k: v for k, v in h.items() if k not in ("samples", "checkpoint")}, sealed=False)
+
+
+def test_a_pack_of_an_older_release_is_used_with_a_warning(packed: Path, tiny_moe_folder: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older"
+    older.write_bytes(as_an_older_release_wrote_it(packed.read_bytes()))
+    ids = torch.randint(1, 256, (2, 12))
+    whole = AutoModelForCausalLM.from_pretrained(tiny_moe_folder, dtype=torch.float32).eval()
+    offload_experts(whole, policy="on_demand", store=packed)
+    expected = whole(ids).logits
+    whole.expert_offload.detach()
+    with pytest.warns(UserWarning, match="does not say whose experts it holds") as told:
+        offload_experts(whole, policy="on_demand", store=older)
+    assert torch.equal(whole(ids).logits, expected)
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="does not say which checkpoint it was packed from") as told:
+        model = load_offloaded(tiny_moe_folder, policy="on_demand", device="cpu", pack=older)
+    assert torch.equal(model(ids).logits, expected)
+    assert len(told) == 1
+
+
+def rewritten(data: bytes, change: Any, sealed: bool = True) -> bytes:
+    """A packed file with another header, and the checksum of that header."""
+    magic, version, offset, length, _ = struct.unpack_from("<8sQQQQ", data)
+    text = json.dumps(change(json.loads(data[offset : offset + length]))).encode()
+    checksum = xxhash.xxh3_64_intdigest(text) if sealed else 0
+    return struct.pack("<8sQQQQ", magic, version, offset, len(text), checksum) + data[40:offset] + text
 
 
 BROKEN: list[tuple[str, Any, str]] = [
@@ -128,16 +223,20 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("longer", lambda data: data + b"\0", "was added to"),
     ("of the future", lambda data: data[:8] + b"\x63" + data[9:], "format version 99, and this release reads 1"),
     ("not JSON", lambda data: data[:-2] + b"\xff\xff", "header of .* is broken"),
-    ("a list", lambda data: break_header(data, lambda h: [h]), "header of .* is broken"),
-    ("without layers", lambda data: break_header(data, lambda h: h | {"layers": None}), "layers"),
-    ("a number as text", lambda data: break_header(data, lambda h: h | {"num_experts": "8"}), "num_experts"),
-    ("fewer experts", lambda data: break_header(data, lambda h: h | {"num_experts": 7}), "one checksum a block"),
-    ("an odd size", lambda data: break_header(data, lambda h: h | {"block_bytes": 100}), "block_bytes"),
-    ("too large a size", lambda data: break_header(data, lambda h: h | {"block_bytes": 1 << 40}), "blocks are not as many"),
-    ("no such dtype", lambda data: break_header(data, lambda h: h | {"dtype": "nn"}), "nn is no dtype"),
+    ("a list", lambda data: rewritten(data, lambda h: [h]), "header of .* is broken"),
+    ("without layers", lambda data: rewritten(data, lambda h: h | {"layers": None}), "layers"),
+    ("a number as text", lambda data: rewritten(data, lambda h: h | {"num_experts": "8"}), "num_experts"),
+    ("fewer experts", lambda data: rewritten(data, lambda h: h | {"num_experts": 7}), "one checksum a block"),
+    ("an odd size", lambda data: rewritten(data, lambda h: h | {"block_bytes": 100}), "block_bytes"),
+    ("too large a size", lambda data: rewritten(data, lambda h: h | {"block_bytes": 1 << 40}), "blocks are not as many"),
+    ("no such dtype", lambda data: rewritten(data, lambda h: h | {"dtype": "nn"}), "nn is no dtype"),
+    ("fewer samples", lambda data: rewritten(data, lambda h: h | {"samples": h["samples"][1:]}), "one sample a layer"),
+    ("another name", lambda data: data.replace(b'"name":"/', b'"name":"?'), "not what was written"),
+    ("no checksum", lambda data: rewritten(data, dict, sealed=False), "not what was written"),
+    ("a mark in the first page", lambda data: data[:100] + b"x" + data[101:], "not what was written"),
     (
         "a tensor beyond",
-        lambda data: break_header(data, lambda h: h | {"tensors": {"down_proj": {"shape": [1 << 40], "offset": 0}}}),
+        lambda data: rewritten(data, lambda h: h | {"tensors": {"down_proj": {"shape": [1 << 40], "offset": 0}}}),
         "beyond its block",
     ),
 ]  # fmt: skip
