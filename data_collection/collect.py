@@ -22,10 +22,11 @@ from ..predictors.architecture import MoELayer, moe_shape
 from ..predictors.discovery import find_moe_layers
 from ..predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from ..predictors.provenance import command, versions
+from ..predictors.weights import commit_of, local_folder
 from .batches import TokenBatch, read_batches
 from .columns import TOKEN_IDS
 from .hooks import Recorder
-from .manifest import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry, ShardEntry
+from .manifest import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry
 from .memory import keep_freed_memory
 from .passes import Run, most_rows, run_batch
 from .pilot import make_plan, speculation_state
@@ -35,10 +36,13 @@ from .progress import (
     Progress,
     Snapshot,
     add_tokens,
+    check_origin,
     check_settings,
+    common_origin,
     is_finished,
     load_progress,
     locked,
+    origin_of,
     remove_progress,
     remove_unfinished,
     save_progress,
@@ -61,7 +65,7 @@ def collect(config: CollectConfig, console: Console | None = None) -> Path:
         console = console or Console(quiet=not group.is_first)
         try:
             with locked(config.out) if group.is_first else nullcontext():
-                finished = group.share(is_finished(config, group.count) if group.is_first else False)
+                finished = group.share(is_finished(config, group.count, group.device) if group.is_first else False)
                 if finished:
                     console.print(f"{config.out} is finished already", highlight=False)
                 else:
@@ -86,7 +90,9 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
     dtype = resolve_dtype(config.dtype, group.device)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, group.device, dtype, config.device_map)
-    layers = find_moe_layers(model)
+    layers, origin = find_moe_layers(model), origin_of(config, group.device)
+    if before is not None:
+        check_origin(config, before.progress.origin, origin)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and config.sequence_length > limit:
         raise CollectError(
@@ -99,7 +105,7 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
     plan = group.share(plan)
     if before is None:
         before = Snapshot(
-            Progress(settings=config.decides(), processes=group.count, plan=plan),
+            Progress(settings=config.decides(), origin=origin, processes=group.count, plan=plan),
             Recorder(layers, plan.targets, config.inputs).state(),
         )
         with disk(config.out):
@@ -181,8 +187,7 @@ def _work(batch: TokenBatch, config: CollectConfig) -> int:
 def _finish(run: Run, group: Group) -> Manifest:
     """Makes one trace of everything that the processes have written to the folder."""
     config, model, layers, _ = run
-    shards: list[ShardEntry] = []
-    sequences = 0
+    parts: list[Progress] = []
     recorder: Recorder | None = None
     for rank in range(group.count):
         part = load_progress(config.out, rank)
@@ -190,10 +195,9 @@ def _finish(run: Run, group: Group) -> Manifest:
             raise CollectError(f"process {rank} left nothing in {config.out}; all must write to one shared folder")
         recorder = recorder or Recorder(layers, part.progress.plan.targets, config.inputs)
         recorder.add_state(part.sums)
-        shards += part.progress.shards
-        sequences = max(sequences, part.progress.sequences)
+        parts.append(part.progress)
     assert recorder is not None
-    if not shards:
+    if not any(part.shards for part in parts):
         remove_progress(config.out)
         raise CollectError(
             "not one token was recorded: not even one batch fits; give a larger --max-bytes, or a smaller --batch-size"
@@ -201,7 +205,7 @@ def _finish(run: Run, group: Group) -> Manifest:
             else "not one token was recorded; give a larger --sample, or more --tokens"
         )
     digest = write_speculation(config.out, speculation_state(layers, recorder), model.config.to_json_string())
-    manifest = _manifest(run, group, recorder, shards, digest, sequences)
+    manifest = _manifest(run, parts, recorder, digest)
     # Measured on the trace itself, as `fit` will read it.
     trace = Trace(config.out, manifest)
     sample, top_k = trace.sample(SAMPLE_ROWS), manifest.model.top_k
@@ -213,17 +217,16 @@ def _finish(run: Run, group: Group) -> Manifest:
     return manifest
 
 
-def _manifest(
-    run: Run, group: Group, recorder: Recorder, shards: list[ShardEntry], speculation_xxh3: str, sequences: int
-) -> Manifest:
+def _manifest(run: Run, parts: list[Progress], recorder: Recorder, speculation_xxh3: str) -> Manifest:
     config, model, layers, _ = run
     by_index = {layer.index: layer for layer in layers}
     control = recorder.control_hit_rates()
+    shards = [shard for part in parts for shard in part.shards]
     return Manifest(
         format_version=FORMAT_VERSION,
         model=ModelEntry(
             name=config.model,
-            revision=getattr(model.config, "_commit_hash", None),
+            revision=commit_of(local_folder(config.model)),
             architecture=type(model).__name__,
             **moe_shape(model.config, layers),
         ),
@@ -243,12 +246,13 @@ def _manifest(
         dtype=str(model.dtype).removeprefix("torch."),
         corpus=", ".join(config.corpora),
         **config.model_dump(include={"phase", "split", "seed", "sequence_length"}),
-        sequences=sequences,
+        sequences=max(part.sequences for part in parts),
         tokens=sum(shard.rows for shard in shards),
         speculation_xxh3=speculation_xxh3,
         shards=shards,
         settings=config.decides(),
-        processes=group.count,
+        origin=common_origin(parts),
+        processes=len(parts),
         versions=versions(),
         command=command(),
     )

@@ -9,9 +9,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..predictors.errors import UserError
-from ..predictors.settings import describe
+from ..predictors.settings import describe, shown
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = (2, FORMAT_VERSION)
+"""Version 2 had no `origin`."""
 MANIFEST = "manifest.json"
 
 
@@ -98,6 +100,8 @@ class Manifest(_Entry):
     shards: list[ShardEntry] = Field(min_length=1)
     settings: dict[str, Any] = {}
     """The settings of `collect` that decide what is recorded."""
+    origin: dict[str, str | None] = {}
+    """The files of the model, as hashes, and how it was run: `progress.origin_of`. Older releases wrote nothing."""
     processes: int = 1
     """How many processes shared the collection; the shards of each follow one another."""
     versions: dict[str, str]
@@ -121,9 +125,10 @@ def read_manifest(path: Path) -> Manifest:
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TraceError(f"{file} is not a trace's manifest; collect the trace again") from error
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise TraceError(
-            f"{file} has format version {version}, and this release reads {FORMAT_VERSION}; collect the trace again"
+            f"{file} has format version {shown(version)}, and this release reads {' and '.join(map(str, READABLE))}; collect "
+            "the trace again, or update predict-train"
         )
     try:
         manifest = Manifest(**content)

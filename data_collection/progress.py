@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..predictors.files import written_whole
+from ..predictors.loading import resolve_dtype
+from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .columns import Columns
 from .manifest import MANIFEST, ShardEntry
 from .settings import CollectConfig, CollectError
@@ -65,6 +68,8 @@ class Progress(BaseModel):
 
     settings: dict[str, Any]
     """`CollectConfig.decides()` of the collection."""
+    origin: dict[str, str | None] = {}
+    """What `origin_of` returned; older releases wrote nothing."""
     processes: int
     """How many processes share the collection."""
     plan: Plan
@@ -110,6 +115,43 @@ def load_progress(folder: Path, rank: int) -> Snapshot | None:
         raise CollectError(
             f"{file} is broken, so {folder} can't be resumed; remove the folder and collect again"
         ) from error
+
+
+def origin_of(config: CollectConfig, device: torch.device) -> dict[str, str | None]:
+    """What a trace comes from beside its settings: the model's `weights` and `config` files, as hashes, and how it is `run`.
+
+    A hash is None if the model's files are not on this machine.
+    """
+    folder, text = local_folder(config.model), None
+    if folder is not None:
+        files = [folder / name for name in ("config.json", "generation_config.json")]
+        text = xxhash.xxh3_128_hexdigest(repr([file.read_bytes() for file in files if file.is_file()]).encode())
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.").replace("auto", "its own dtype")
+    return {"weights": checkpoint_fingerprint(folder), "config": text, "run": f"on {device.type} in {dtype}"}
+
+
+def check_origin(config: CollectConfig, before: dict[str, str | None], now: dict[str, str | None]) -> None:
+    """Raises `CollectError` if the trace in the folder of `config` does not come from where it would `now`."""
+    for name, then in before.items():
+        if None in (then, now.get(name)) or then == now[name]:
+            continue
+        if name == "run":
+            raise CollectError(
+                f"the trace in {config.out} was started {then}, not {now[name]}; resume it so, by --device and --dtype, or "
+                "name another folder"
+            )
+        raise CollectError(
+            f"the trace in {config.out} was started with another {name} of {config.model} than it has now; give the model "
+            "back as it was, or name another folder"
+        )
+
+
+def common_origin(parts: list[Progress]) -> dict[str, str | None]:
+    """The origin of all processes' parts. Raises `CollectError` if they differ: each node may have its own copy of a model."""
+    for rank, part in enumerate(parts):
+        if part.origin != parts[0].origin:
+            raise CollectError(f"process {rank} ran another model than the first; collect again, with one copy of it")
+    return parts[0].origin
 
 
 def check_settings(config: CollectConfig, before: dict[str, Any], processes: int, now: int) -> None:
@@ -180,7 +222,7 @@ def locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def is_finished(config: CollectConfig, processes: int) -> bool:
+def is_finished(config: CollectConfig, processes: int, device: torch.device) -> bool:
     """Whether the folder of `config`, which this process has locked, holds exactly this trace, finished.
 
     Raises `CollectError` if the folder holds something that the collection may neither replace nor resume.
@@ -198,6 +240,8 @@ def is_finished(config: CollectConfig, processes: int) -> bool:
     if (folder / MANIFEST).exists():
         manifest = Trace.open(folder).manifest
         check_settings(config, manifest.settings, manifest.processes, processes)
+        # Where it was run is no matter any more.
+        check_origin(config, {**manifest.origin, "run": None}, origin_of(config, device))
         remove_progress(folder)
         return True
     if others and not progress:

@@ -33,6 +33,11 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
+def commit_of(folder: Path | None) -> str | None:
+    """The commit that a folder of the Hub's cache is a snapshot of; None for other folders."""
+    return folder.name if folder is not None and folder.parent.name == "snapshots" else None
+
+
 def weights_files(folder: Path) -> list[Path]:
     """The files that transformers reads a checkpoint's weights from, sorted; none if it has no index that can be read."""
     for name in ("model.safetensors", "pytorch_model.bin"):

@@ -129,7 +129,7 @@ def test_folders_that_are_no_traces_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 1}, "format version 1, and this release reads 2"),
+        ({"format_version": 1}, "format version 1, and this release reads 2 and 3"),
         ({"tokens": "many"}, "tokens: input should be a valid integer"),
         ({"shards": []}, "shards: list should have at least 1 item"),
         ({"extra": 1}, "extra: extra inputs are not permitted"),

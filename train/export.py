@@ -25,7 +25,7 @@ from ..predictors.mlp import ResidualMLP, StackedResidualMLPs
 from ..predictors.provenance import command, versions
 from .card import Rounding, layer_table, model_card, remarks
 from .data import FitError, held_out_sequences
-from .fit import RESULT, read_run
+from .fit import RESULT, is_trained_on, read_run
 from .settings import ExportConfig
 
 ROUNDING_ROWS = 20_000
@@ -46,7 +46,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     except (OSError, ValueError) as error:
         raise FitError(f"the run in {run} is not finished (no {RESULT}); go on with it by fit --resume") from error
     source = Trace.open(config.trace or settings["trace"]["path"])
-    if [shard.xxh3 for shard in source.manifest.shards] != settings["trace"]["shards"]:
+    if not is_trained_on(settings, source):
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
     entries = {entry["layer"]: entry for entry in result["layers"]}
     trained = _trained(run / result["checkpoint"], {t: entry["width"] for t, entry in entries.items()}, source)

@@ -122,6 +122,12 @@ def read_run(run: Path) -> dict[str, Any]:
     return settings
 
 
+def is_trained_on(run: dict[str, Any], trace: Trace) -> bool:
+    """Whether a run, by the content of its config.json, reads this trace. Older releases did not write `speculation`."""
+    before, now = run["trace"], _identity(trace)
+    return all(before.get(name, now[name]) == now[name] for name in ("shards", "speculation"))
+
+
 def _check_folder(config: FitConfig) -> None:
     """Raises `FitError` unless `out` is new, or holds this run and `resume` is set."""
     if not config.resume:
@@ -136,7 +142,7 @@ def _check_folder(config: FitConfig) -> None:
                 f"the run in {config.out} was started with {name} {before['settings'].get(name)}, not {now[name]}; "
                 "resume it with the same settings, or start another"
             )
-    if before["trace"]["shards"] != _identity(Trace.open(config.trace))["shards"]:
+    if not is_trained_on(before, Trace.open(config.trace)):
         raise FitError(f"the run in {config.out} was started on another trace than {config.trace}; give that one")
 
 
@@ -146,6 +152,7 @@ def _identity(trace: Trace) -> dict[str, Any]:
         "path": str(trace.path.resolve()),
         "model": manifest.model.identity(),
         "shards": [shard.xxh3 for shard in manifest.shards],
+        "speculation": manifest.speculation_xxh3,
         **{name: getattr(manifest, name) for name in ("corpus", "split", "tokens", "command")},
     }
 
