@@ -16,7 +16,7 @@ import torch
 from ..predictors.architecture import first_tensor, override_forward
 from ..predictors.speculation import Routing, Speculator, flat_routing
 from .engine import Ahead
-from .gating import RouterCall, decider
+from .gating import RouterCall, decider, prefetch
 from .guess import Guess, Guesser, make_guesser
 from .hits import HitCount
 from .observer import Observer
@@ -82,7 +82,8 @@ class RoutingControl:
     """Guesses for every MoE layer of a model and applies a policy, until it is detached.
 
     It copies nothing itself. It announces the candidates of a target layer to `engine` as soon as they are known. In a forward
-    pass over more than `max_tokens` tokens nothing is guessed, and the routers decide alone.
+    pass over more than `max_tokens` tokens nothing is guessed, and the routers decide alone. In an exact pass guesses are only
+    announced, whatever the policy.
     """
 
     def __init__(
@@ -96,6 +97,8 @@ class RoutingControl:
     ):
         self.is_on = True
         """While it is off, new forward passes are executed as under `on_demand`."""
+        self.is_exact = False
+        """Whether the next forward pass is executed as under `prefetch`, whatever the policy."""
         self.observer: Observer | None = None
         self._decide = decider(policy, gating)
         self._max_tokens, self._engine = max_tokens, engine
@@ -212,6 +215,7 @@ class RoutingControl:
             return own()
         self._engine.guessed(number)
         call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: self._engine.absent(number), routed)
-        routing, chosen, layer.known = self._decide(call)
+        decide = prefetch if self.is_exact else self._decide
+        routing, chosen, layer.known = decide(call)
         layer.count.add(guess.candidates, chosen)
         return routing

@@ -21,6 +21,8 @@ class HitCount:
 
     def add(self, chosen: torch.Tensor, own: torch.Tensor) -> None:
         """Counts candidates `[tokens, m]` against the choice: ids `[tokens, top_k]`, or logits `[tokens, experts]`."""
+        if self._waiting and self._waiting[-1][1].is_floating_point() != own.is_floating_point():
+            self._settle()
         # Many tokens are compared at once: one by one this would cost as much as a router.
         self._waiting.append((chosen, own))
         if len(self._waiting) >= COUNTED_AT_ONCE:

@@ -37,6 +37,7 @@ from .observer import Observer
 from .packfile import PackedStore
 from .policy import Gating, Policy
 from .settings import OffloadConfig, Slots
+from .steps import Steps, shape_of
 from .store import ExpertStore, HostStore
 from .targets import Target, targets_of
 
@@ -174,6 +175,7 @@ class ExpertOffload:
         self._depth = 0
         self._passed = 0
         """Tokens of the current forward pass."""
+        self._steps = Steps()
         self._observer: Observer | None = None
         self._move_rest(attached)
         with on_device(self.device):
@@ -297,6 +299,7 @@ class ExpertOffload:
                     return original(*args, **kwargs)
                 try:
                     self._depth = 1
+                    self._control.is_exact = not self._steps.is_step(args, kwargs)
                     return self._timed(functools.partial(self._captured, original, args, kwargs))
                 finally:
                     self._depth = 0
@@ -318,13 +321,15 @@ class ExpertOffload:
 
     def _captured(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pass, replayed as a graph where the device decides in it."""
-        tokens = _tokens(args, kwargs)
-        if self._graphs is None or tokens is None:
+        shape = shape_of(args, kwargs)
+        if self._graphs is None or shape is None:
             return original(*args, **kwargs)
+        tokens = shape.numel()
         if not self._engine.prepare(tokens):
             self._graphs.look_at(self._model)
             return original(*args, **kwargs)
-        output = self._graphs.run(original, args, kwargs, self._control.is_on)
+        mode = (self._control.is_on, self._control.is_exact)
+        output = self._graphs.run(original, args, kwargs, mode)
         self._passed = tokens  # where a graph was replayed, no hook has counted them
         return output
 
@@ -364,14 +369,6 @@ class ExpertOffload:
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Within it, kernels that Triton starts run on `device`."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The number of tokens of a forward pass, if its arguments say it."""
-    ids, states = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
-    if isinstance(ids, torch.Tensor):
-        return ids.numel()
-    return states.shape[:-1].numel() if isinstance(states, torch.Tensor) else None
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> None:

@@ -217,7 +217,7 @@ def test_a_replayed_routing_is_executed_on_the_device(monkeypatch: pytest.Monkey
             policies="on_demand,prefetch,speculative", device=device, tokens=4, warmup=1, rounds=1, slots=20
         )
         with simulated(Plan.RANDOM) if device != "cpu" else nullcontext(), decided_by("host"):
-            measured = bench(model(), torch.arange(1, 12).view(1, -1), config, routing=routing)
+            measured = bench(model(), torch.arange(1, 20).view(1, -1), config, routing=routing)
         found.append(
             {way: (r[0].hit_rate, r[0].bytes_per_token, r[0].cache_hit_rate) for way, r in measured.rounds.items()}
         )

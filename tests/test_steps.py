@@ -1,0 +1,67 @@
+"""What is a decode step and what is a prompt: under `speculative`, prompts are exact and decode steps are guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from predict_train.runtime import Gating, offloaded
+from predict_train.runtime.settings import OffloadConfig
+from predict_train.runtime.steps import Steps
+from test_offload import everything_resident, prompt
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+MOST = OffloadConfig().speculated_tokens
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_step_is_one_token_of_each_sequence_after_others(tiny_moe: PreTrainedModel, kind: type) -> None:
+    arguments = {"max_cache_len": 20} if kind is StaticCache else {}
+    steps, cache = Steps(), kind(config=tiny_moe.config, **arguments)
+
+    def is_step(*args: Any, **kwargs: Any) -> bool:
+        found = steps.is_step(args, kwargs)
+        with torch.no_grad():
+            tiny_moe(*args, **kwargs)
+        return found
+
+    ids, batch = prompt(3, 5), prompt(3, 1)
+    assert not is_step(batch, past_key_values=cache), "the cache is empty"
+    assert is_step(batch, past_key_values=cache)
+    assert is_step(batch, None, None, cache)
+    assert is_step(inputs_embeds=torch.ones(3, 1, 32), past_key_values=cache)
+    assert not is_step(ids, past_key_values=cache), (
+        "a further turn of a chat, a part of a prompt, an assistant's tokens"
+    )
+    assert is_step(input_ids=batch, past_key_values=cache)
+    assert not is_step(ids)
+    assert not is_step(ids[:, :1]), "there is no cache"
+    cache.reset()
+    assert not is_step(batch, past_key_values=cache), "the cache is empty again"
+
+
+@pytest.mark.parametrize("gating", Gating)
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3"])
+def test_a_short_prompt_is_exact_and_what_follows_is_guessed(
+    build_moe: Callable[..., PreTrainedModel], architecture: str, gating: Gating
+) -> None:
+    model = build_moe(architecture)
+    prompts = [prompt(1, 1), prompt(1, 5), prompt(3, 5), prompt(1, MOST), prompt(MOST, 1)]
+
+    def turns(ids: torch.Tensor) -> list[torch.Tensor]:
+        """Logits of a prompt, of another turn over its cache, of a prompt without a cache, and of a decode step."""
+        cache, more = DynamicCache(config=model.config), torch.cat([ids, ids], dim=1)
+        exact = [model(ids, past_key_values=cache).logits, model(more, past_key_values=cache).logits, model(ids).logits]
+        return [*exact, model(ids[:, -1:], past_key_values=cache).logits]
+
+    with torch.no_grad():
+        with everything_resident(model):
+            expected = [turns(ids) for ids in prompts]
+        with offloaded(model, policy="speculative", gating=gating, slots=3, device="cpu"):
+            found = [turns(ids) for ids in prompts]
+    same = [[torch.equal(*logits) for logits in zip(*pair, strict=True)] for pair in zip(found, expected, strict=True)]
+    assert all(all(exact) for *exact, _ in same)
+    *_, step_of_many = same[-1]
+    assert not step_of_many, "decode steps of up to 16 sequences are guessed"
