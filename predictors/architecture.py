@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -145,6 +145,17 @@ def first_tensor(values: Any) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
         return values
     return next(x for x in values if isinstance(x, torch.Tensor))
+
+
+def with_first_tensor(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A module's arguments with `change` made to the `first_tensor` among them."""
+    for place, value in enumerate(args):
+        if isinstance(value, torch.Tensor):
+            return (*args[:place], change(value), *args[place + 1 :]), kwargs
+    name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+    return args, kwargs | {name: change(kwargs[name])}
 
 
 def sources(layers: list[MoELayer], horizon: int = 1) -> dict[int, int | None]:

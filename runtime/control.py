@@ -6,6 +6,7 @@ and announced. When the router of t is called, `runtime.gating` decides what the
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,8 +14,9 @@ from typing import Any
 
 import torch
 
-from ..predictors.architecture import first_tensor, override_forward
-from ..predictors.speculation import Routing, Speculator, flat_routing
+from ..predictors.architecture import MoELayer, first_tensor, override_forward, with_first_tensor
+from ..predictors.speculation import Router, Routing, Speculator, flat_routing
+from . import operations
 from .engine import Ahead
 from .gating import RouterCall, decider, prefetch
 from .guess import Guess, Guesser, make_guesser
@@ -24,6 +26,13 @@ from .policy import Gating, Policy
 from .targets import Target
 
 
+@torch.no_grad()
+def form_of(layer: MoELayer) -> Routing:
+    """A routing as the router of `layer` makes it, `[2, columns]`, for what its columns and dtypes are."""
+    weight, expert = next(layer.router.parameters()), next(layer.experts.parameters())
+    return Router.of(layer)(torch.zeros(2, layer.hidden_size, dtype=expert.dtype, device=weight.device))
+
+
 class LayerControl:
     """One MoE layer under control: the guess for it as a target, and the residual for guesses that it is the source of."""
 
@@ -31,20 +40,22 @@ class LayerControl:
         self.target, self.guesser, self.count = target, guesser, count
         self.targets: list[LayerControl] = []
         """The layers whose source it is, the nearest first."""
-        self.guess: Guess | None = None
-        """The guess for it in this forward pass, until its router is called."""
         self.known = False
         """`known` of its last decision; see `engine.Decision`."""
         self.is_guessing = False
         """Whether its guess is being made. Meanwhile it is the speculation that calls its router."""
-        self._stream = torch.empty(0)
-        self._beside = [torch.empty(0) for _ in target.layer.join.beside]
+        self.own: Callable[..., Any]
+        """The router's own forward."""
+        self.form: Routing
+        """A routing of its router, for what the columns and dtypes of all its routings are."""
+        self._stream: torch.Tensor | None = None
+        self._beside: dict[int, torch.Tensor] = {}
         self._shared: torch.Tensor | None = None
 
     def forget(self) -> None:
         """Forgets the counts, and what is left of a forward pass that broke off."""
         self.count.clear()
-        self.guess, self._shared = None, None
+        self._shared = None
 
     def watch_residual(self, attached: ExitStack) -> None:
         """Hooks the parts of the residual and keeps them for `residual`."""
@@ -74,8 +85,21 @@ class LayerControl:
 
     def residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The residual of this pass and `inner`, from the router's input `x` `[tokens, hidden]`; see `Join.residual`."""
-        join = self.target.layer.join
-        return join.residual(self._stream, x, self._beside, join.shared_term(x))
+        join, stream = self.target.layer.join, self._stream
+        assert stream is not None
+        beside = [self._beside[number] for number in range(len(join.beside))]
+        # What a graph leaves in attributes, it would have to return.
+        self._stream = None
+        self._beside.clear()
+        return join.residual(stream, x, beside, join.shared_term(x))
+
+
+class Pass(threading.local):
+    """What a thread's forward pass keeps from layer to layer. Compiled passes of several threads can alternate."""
+
+    def __init__(self) -> None:
+        self.guesses: dict[int, Guess] = {}
+        """By the target's number, until its router is called."""
 
 
 class RoutingControl:
@@ -95,6 +119,8 @@ class RoutingControl:
         max_tokens: int | None = None,
         engine: Ahead = Ahead(),  # noqa: B008  # it has no state
     ):
+        self.handle = 0
+        """By this number, compiled graphs know the offload that it belongs to. 0 where it belongs to none."""
         self.is_on = True
         """While it is off, new forward passes are executed as under `on_demand`."""
         self.is_exact = False
@@ -103,6 +129,7 @@ class RoutingControl:
         self._decide = decider(policy, gating)
         self._max_tokens, self._engine = max_tokens, engine
         self._attached = ExitStack()
+        self._pass = Pass()
         self.layers: list[LayerControl] = []
         """In the model's order. Empty where nothing is guessed."""
         if self._decide is None:
@@ -142,39 +169,68 @@ class RoutingControl:
 
     def reset(self) -> None:
         """Forgets the counts, and what is left of a forward pass that broke off."""
+        self._pass.guesses.clear()
         for layer in self.layers:
             layer.forget()
 
+    def enter(self, layer: LayerControl, x: torch.Tensor) -> None:
+        """Guesses a layer without a source from its own input `x` `[..., hidden]`."""
+        if layer is self.layers[0]:
+            self._pass.guesses.clear()
+        state = x.reshape(-1, layer.target.layer.hidden_size)
+        if self._guesses(len(state)):
+            begun = time.perf_counter()
+            self._guess([layer], state, None, None)
+            if self.observer is not None:
+                self.observer.controlled(layer.target.number, begun, time.perf_counter())
+
+    def route(
+        self,
+        layer: LayerControl,
+        x: torch.Tensor,
+        own: Callable[[], Any],
+        residual: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
+    ) -> Routing:
+        """What a layer executes, and the guesses of the layers whose source it is.
+
+        `x` `[..., hidden]` is its router's input, and `own` calls the router. `residual` is `LayerControl.residual`, or what has
+        been computed by it.
+        """
+        begun = time.perf_counter()
+        state = x.reshape(-1, layer.target.layer.hidden_size)
+        routing = self._decided(layer, state, own)
+        if self._guesses(len(state)):
+            if layer.targets:
+                known, inner = residual(state)
+                self._guess(layer.targets, known, routing, inner)
+            if self.observer is not None:
+                self.observer.controlled(layer.target.number, begun, time.perf_counter())
+        return routing
+
     def _attach_router(self, layer: LayerControl) -> None:
         def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return self._compiled(layer, x)
             if layer.is_guessing:
                 return original(x, *args, **kwargs)
-            begun = time.perf_counter()
-            state = x.reshape(-1, layer.target.layer.hidden_size)
-            routing = self._decided(layer, state, lambda: original(x, *args, **kwargs))
-            if self._guesses(len(state)):
-                if layer.targets:
-                    residual, inner = layer.residual(state)
-                    self._guess(layer.targets, residual, routing, inner)
-                if self.observer is not None:
-                    self.observer.controlled(layer.target.number, begun, time.perf_counter())
-            return routing
+            return self.route(layer, x, lambda: original(x, *args, **kwargs), layer.residual)
 
-        original = self._attached.enter_context(override_forward(layer.target.layer.router, route))
+        layer.form = form_of(layer.target.layer)
+        original = layer.own = self._attached.enter_context(override_forward(layer.target.layer.router, route))
+
+    def _compiled(self, layer: LayerControl, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`route` as a compiler sees it. The residual belongs to the graph, which computes most of it anyway."""
+        with torch.no_grad():
+            state = x.reshape(-1, layer.target.layer.hidden_size)
+            residual, inner = layer.residual(state) if layer.targets else (state, None)
+            return operations.route(x, residual, inner, self.handle, layer.target.number)
 
     def _attach_entry(self, layer: LayerControl) -> None:
-        """Guesses a layer without a source from its own input."""
-
-        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if layer is self.layers[0]:
-                for other in self.layers:
-                    other.guess = None
-            state = first_tensor((*args, *kwargs.values())).reshape(-1, layer.target.layer.hidden_size)
-            if self._guesses(len(state)):
-                begun = time.perf_counter()
-                self._guess([layer], state, None, None)
-                if self.observer is not None:
-                    self.observer.controlled(layer.target.number, begun, time.perf_counter())
+        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if torch.compiler.is_compiling():
+                return with_first_tensor(args, kwargs, lambda x: operations.enter(x, self.handle, layer.target.number))
+            self.enter(layer, first_tensor((*args, *kwargs.values())))
+            return None
 
         self._attached.callback(layer.target.layer.decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
 
@@ -189,11 +245,12 @@ class RoutingControl:
                 begun = time.perf_counter()
                 target.is_guessing = True
                 try:
-                    target.guess = target.guesser.guess(residual, source, inner)
+                    guess = target.guesser.guess(residual, source, inner)
                 finally:
                     target.is_guessing = False
                 # For a target without a source no layer computes before it. So its copies begin at once.
-                self._engine.announce(target.target.number, target.guess.candidates, now=source is None)
+                self._pass.guesses[target.target.number] = guess
+                self._engine.announce(target.target.number, guess.candidates, now=source is None)
                 if self.observer is not None:
                     self.observer.guessed(target.target.number, begun, time.perf_counter())
 
@@ -210,7 +267,7 @@ class RoutingControl:
             routed(begun)
             return routing
 
-        guess, layer.guess, layer.known = layer.guess, None, False
+        guess, layer.known = self._pass.guesses.pop(number, None), False
         if guess is None or self._decide is None:
             return own()
         self._engine.guessed(number)

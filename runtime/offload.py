@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import functools
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..predictors.architecture import MoELayer, first_tensor, override_forward
+from ..predictors.architecture import MoELayer, first_tensor, override_forward, with_first_tensor
 from ..predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_parameters
 from ..predictors.loading import resolve_device
 from ..predictors.settings import make
+from . import operations
 from .automatic import AUTO, Trial
 from .control import RoutingControl
 from .device.graphs import StepGraphs, wants_static_cache
@@ -34,7 +34,9 @@ from .errors import OffloadError
 from .formats.full import FullFormat
 from .guess import Guesser
 from .observer import Observer
+from .operations import on_device
 from .packfile import PackedStore
+from .passes import Passes
 from .policy import Gating, Policy
 from .settings import OffloadConfig, Slots
 from .steps import Steps, shape_of
@@ -173,10 +175,7 @@ class ExpertOffload:
         self._trial = Trial() if config.policy == AUTO else None
         self._turn = threading.RLock()
         self._depth = 0
-        self._passed = 0
-        """Tokens of the current forward pass."""
         self._steps = Steps()
-        self._observer: Observer | None = None
         self._move_rest(attached)
         with on_device(self.device):
             engine, self.why_host = make_engine(store, [target.layer for target in targets], config)
@@ -189,6 +188,8 @@ class ExpertOffload:
             attached.callback(self._graphs.clear)
             if getattr(model, "_can_compile_fullgraph", False):
                 self._generate_statically(attached)
+        self._passes = Passes(self._turn, self.device, engine, targets, self._trial, config.speculated_tokens)
+        attached.callback(operations.unregister, self._passes.handle)
         self._take_turns(attached)
         for target in targets:
             self._attach(target, attached)
@@ -202,6 +203,7 @@ class ExpertOffload:
             engine=engine,
         )
         attached.callback(self._control.detach)
+        self._control.handle, self._passes.control = self._passes.handle, self._control
         self._known = {layer.target.number: layer for layer in self._control.layers}
         self._attached = attached.pop_all()
 
@@ -271,7 +273,8 @@ class ExpertOffload:
             original = attached.enter_context(override_forward(module, None))
             module.forward = self._in_turn(original)
         generation_config = getattr(self._model, "generation_config", None)
-        if generation_config is not None:  # a compiled graph can't ask where the experts are
+        if generation_config is not None and self.device.type != "cpu":
+            # `generate` would compile by itself there: for minutes, and past the steps that are captured.
             attached.callback(setattr, generation_config, "disable_compile", generation_config.disable_compile)
             generation_config.disable_compile = True
 
@@ -294,6 +297,8 @@ class ExpertOffload:
     def _in_turn(self, original: Any) -> Any:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # each operation takes a turn
+                return original(*args, **kwargs)
             with self._turn, on_device(self.device):
                 if self._depth:  # a part of the forward pass that has its turn
                     return original(*args, **kwargs)
@@ -310,13 +315,9 @@ class ExpertOffload:
         """A forward pass. Under policy `auto`, the times of decoded tokens decide how the next ones are executed."""
         if self._trial is None:
             return forward()
-        self._control.is_on = self._trial.prefetches
-        self._passed, begun = 0, time.perf_counter()
+        begun = self._passes.start()
         output = forward()
-        if self._graphs is not None and not self._trial.is_over:
-            torch.cuda.synchronize(self.device)
-        if 0 < self._passed <= self.config.speculated_tokens:
-            self._trial.took(time.perf_counter() - begun)
+        self._passes.end(begun)
         return output
 
     def _captured(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -330,45 +331,37 @@ class ExpertOffload:
             return original(*args, **kwargs)
         mode = (self._control.is_on, self._control.is_exact)
         output = self._graphs.run(original, args, kwargs, mode)
-        self._passed = tokens  # where a graph was replayed, no hook has counted them
+        self._passes.tokens = tokens  # where a graph was replayed, no hook has counted them
         return output
 
     def _attach(self, target: Target, attached: ExitStack) -> None:
-        number, layer = target.number, target.layer
+        number, layer, handle = target.number, target.layer, self._passes.handle
 
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *_: Any, **__: Any
         ) -> torch.Tensor:
-            begun = time.perf_counter()
-            control = self._known.get(number)
-            known = control is not None and control.known
             with torch.no_grad():
-                output = self._engine.execute(
-                    number, layer.experts, hidden_states, Decision(top_k_index, top_k_weights, known)
-                )
-            if number == 0:
-                self._passed += len(hidden_states)
-            if self._observer is not None:
-                self._observer.executed(number, begun, time.perf_counter())
-            return output
+                if torch.compiler.is_compiling():
+                    return operations.experts(hidden_states, top_k_index, top_k_weights, handle, number)
+                control = self._known.get(number)
+                known = control is not None and control.known
+                return self._passes.execute(number, hidden_states, Decision(top_k_index, top_k_weights, known))
 
         if number == 0:
 
-            def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if torch.compiler.is_compiling():
+                    return with_first_tensor(args, kwargs, lambda x: operations.begin(x, handle))
                 self._engine.begin_pass(first_tensor((*args, *kwargs.values())).numel() // layer.hidden_size)
+                return None
 
             begin = layer.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
             attached.callback(begin.remove)
         attached.enter_context(override_forward(layer.experts, forward))
 
     def _observe(self, observer: Observer | None) -> None:
-        self._observer = self._control.observer = observer
+        self._passes.observer = self._control.observer = observer
         self._engine.observe(observer)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, kernels that Triton starts run on `device`."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _move(tensor: torch.Tensor, device: torch.device) -> None:
