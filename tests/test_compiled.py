@@ -1,0 +1,192 @@
+"""Offloaded models through `torch.compile(model.forward, fullgraph=True)`: the same logits as eagerly, and the same counts."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from predict_train.runtime import offload_experts, offloaded, operations
+from predict_train.runtime.automatic import BLOCK, BLOCKS
+from predict_train.runtime.errors import OffloadError
+from predict_train.runtime.observer import Observer
+from test_offload import greedy, prompt
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import PreTrainedModel, StaticCache
+
+CASES = [
+    ("qwen3_moe", "on_demand", "true", "aot_eager"),
+    ("qwen2_moe", "speculative", "true", "aot_eager"),
+    ("deepseek_v3", "speculative", "resident", "eager"),
+    ("gpt_oss", "prefetch", "true", "eager"),
+    ("mixtral", "speculative", "speculated", "eager"),
+]
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """No test sees what another one has compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: PreTrainedModel, backend: Any = "aot_eager", **options: Any) -> Any:
+    return torch.compile(model.forward, fullgraph=True, backend=backend, **options)
+
+
+class Events(Observer):
+    """Counts what it is told of each layer."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def executed(self, layer: int, begin: float, end: float) -> None:
+        assert begin <= end
+        self.seen.append(("executed", layer))
+
+    def routed(self, layer: int, begin: float, end: float) -> None:
+        assert begin <= end
+        self.seen.append(("routed", layer))
+
+    def guessed(self, target: int, begin: float, end: float) -> None:
+        assert begin <= end
+        self.seen.append(("guessed", target))
+
+    def controlled(self, layer: int, begin: float, end: float) -> None:
+        assert begin <= end
+        self.seen.append(("controlled", layer))
+
+
+def run(model: PreTrainedModel, forward: Callable[..., Any], ids: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+    """Logits, and all that is counted or told."""
+    offload, events = model.expert_offload, Events()
+    offload.reset()
+    with offload.observed(events), torch.no_grad():
+        logits = forward(ids).logits
+    return logits, [events.seen, offload.counters.tokens, offload.counters.speculation_hit_rate]
+
+
+@pytest.mark.parametrize(("architecture", "policy", "gating", "backend"), CASES)
+def test_logits_counts_and_events_are_those_of_the_eager_model(
+    build_moe: Callable[..., PreTrainedModel], architecture: str, policy: str, gating: str, backend: str
+) -> None:
+    model, ids, found = (
+        build_moe(architecture, num_hidden_layers=3 if architecture == "deepseek_v3" else 2),
+        prompt(2, 3),
+        [],
+    )
+    for compiles in (False, True):
+        with offloaded(model, policy=policy, gating=gating, slots=16, device="cpu"):
+            run(model, model, prompt(2, 40))  # leaves all experts in slots
+            forward = compiled(model, backend) if compiles else model
+            found += [run(model, forward, ids), run(model, forward, ids.flip(1))]
+    for eager, same in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(same[0], eager[0])
+        assert same[1] == eager[1]
+
+
+def test_one_graph_is_enough_for_prompts_of_any_length(build_moe: Callable[..., PreTrainedModel]) -> None:
+    """Also for those that are too long to be speculated on."""
+    model, graphs = build_moe("qwen3_moe", num_hidden_layers=2), CompileCounterWithBackend("eager")
+    with offloaded(model, policy="prefetch", slots=6, device="cpu"):
+        forward = compiled(model, graphs, dynamic=True)
+        for ids in (prompt(2, 3), prompt(2, 40), prompt(2, 7)):
+            (logits, told), (expected, eager) = run(model, forward, ids), run(model, model, ids)
+            assert torch.equal(logits, expected)
+            assert told == eager
+    assert graphs.frame_count == 1
+
+
+def test_decoding_over_a_static_cache_compiles_once_and_auto_chooses_a_policy(
+    build_moe: Callable[..., PreTrainedModel],
+) -> None:
+    model, ids, steps = build_moe("qwen3_moe", num_hidden_layers=2), prompt(1, 5), BLOCK * BLOCKS + 4
+    with offloaded(model, policy="auto", slots=6, device="cpu") as offload, torch.no_grad():
+        expected = greedy(model, ids, steps)
+        cache, graphs = (
+            StaticCache(model.config, max_cache_len=ids.shape[1] + steps),
+            CompileCounterWithBackend("aot_eager"),
+        )
+        step = compiled(model, graphs)
+        assert offload._trial is not None
+        offload._trial.__init__()  # type: ignore[misc]  # the trial begins anew
+        tokens, modes = [ids], set()
+        for _ in range(steps):
+            forward = model if len(tokens) == 1 else step
+            tokens.append(forward(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            modes.add(offload._control.is_on)
+        assert torch.equal(torch.cat(tokens, 1), expected)
+        assert graphs.frame_count == 1
+        assert offload._trial.is_over
+        assert modes == {True, False}
+
+
+def test_the_operations_are_what_they_say(tiny_moe: PreTrainedModel) -> None:
+    offload_experts(tiny_moe, policy="prefetch", slots=8, device="cpu")
+    handle, x = tiny_moe.expert_offload._passes.handle, torch.randn(3, 32)
+    ids, weights = torch.tensor([[0, 1], [2, 0], [7, 3]]), torch.rand(3, 2)
+    for operation, arguments in (
+        (operations.begin, (x.view(1, 3, 32), handle)),
+        (operations.enter, (x.view(1, 3, 32), handle, 0)),
+        (operations.route, (x, x, None, handle, 0)),
+        (operations.experts, (x, ids, weights, handle, 3)),
+    ):
+        torch.library.opcheck(operation, arguments)
+
+
+def test_a_graph_never_calls_an_offload_that_is_gone(build_moe: Callable[..., PreTrainedModel]) -> None:
+    model, ids = build_moe("qwen3_moe", num_hidden_layers=1), prompt(1, 5)
+    with torch.no_grad():
+        own, before = model(ids).logits, compiled(model, "eager")
+        before(ids)
+        with offloaded(model, policy="on_demand", slots=4, device="cpu") as offload:
+            expected, handle = model(ids).logits, offload._passes.handle
+            forward = compiled(model, "eager")
+            for function in (forward, before):  # what was compiled before is compiled again
+                offload.reset()
+                assert torch.equal(function(ids).logits, expected)
+                assert offload.counters.tokens == ids.numel()
+        assert torch.equal(forward(ids).logits, own)
+        with offloaded(model, policy="prefetch", slots=4, device="cpu") as offload:
+            assert torch.equal(forward(ids).logits, expected)
+            assert offload.counters.tokens == ids.numel()
+            assert offload.counters.speculation_hit_rate is not None
+    for call in (lambda: operations.begin(own, handle), lambda: operations.experts(own, ids, ids, handle, 0)):
+        with pytest.raises(OffloadError, match="is detached; compile"):
+            call()
+
+
+def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedModel]) -> None:
+    """They alternate layer by layer. Each executes its own guesses."""
+    model, prompts = build_moe("qwen3_moe", num_hidden_layers=2), [prompt(1, 4), prompt(1, 4).flip(1)]
+    interval = sys.getswitchinterval()
+    with offloaded(model, policy="speculative", gating="speculated", slots=8, device="cpu"), torch.no_grad():
+        expected, forward = [model(ids).logits for ids in prompts], compiled(model, "eager")
+        forward(prompts[0])
+
+        def passes(number: int) -> bool:
+            with torch.no_grad():
+                return all(torch.equal(forward(prompts[number]).logits, expected[number]) for _ in range(40))
+
+        sys.setswitchinterval(1e-5)
+        try:
+            with ThreadPoolExecutor(2) as threads:
+                assert all(threads.map(passes, range(2)))
+        finally:
+            sys.setswitchinterval(interval)
+
+
+def test_gradients_pass_a_compiled_model_as_they_pass_the_eager_one(build_moe: Callable[..., PreTrainedModel]) -> None:
+    model, gradients = build_moe("qwen3_moe", num_hidden_layers=1), []
+    with offloaded(model, policy="on_demand", slots=8, device="cpu"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*autograd kernel")
+        for forward in (model.forward, compiled(model)):
+            model.zero_grad()
+            forward(prompt(1, 5)).logits.sum().backward()
+            gradients.append(model.get_input_embeddings().weight.grad.clone())
+    torch.testing.assert_close(gradients[1], gradients[0])
