@@ -63,4 +63,5 @@ def test_a_short_prompt_is_exact_and_what_follows_is_guessed(
     same = [[torch.equal(*logits) for logits in zip(*pair, strict=True)] for pair in zip(found, expected, strict=True)]
     assert all(all(exact) for *exact, _ in same)
     *_, step_of_many = same[-1]
-    assert not step_of_many, "decode steps of up to 16 sequences are guessed"
+    # Where the experts on the device are those that the router wants, resident is exact as well.
+    assert gating is Gating.RESIDENT or not step_of_many, "decode steps of up to 16 sequences are guessed"
