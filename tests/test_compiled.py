@@ -137,6 +137,16 @@ def test_the_operations_are_what_they_say(tiny_moe: PreTrainedModel) -> None:
         (operations.experts, (x, ids, weights, handle, 3)),
     ):
         torch.library.opcheck(operation, arguments)
+    rates = []
+    for overwrites in (False, True):  # a graph may write to all that it gets
+        tiny_moe.expert_offload.reset()
+        operations.begin(x, handle)
+        operations.enter(x, handle, 0)
+        routing = operations.route(x, x, None, handle, 0)
+        if overwrites:
+            [part.fill_(-1) for part in routing]
+        rates.append(tiny_moe.expert_offload.counters.speculation_hit_rate)
+    assert rates[1] == rates[0] > 0
 
 
 def test_a_graph_never_calls_an_offload_that_is_gone(build_moe: Callable[..., PreTrainedModel]) -> None:
@@ -163,7 +173,7 @@ def test_a_graph_never_calls_an_offload_that_is_gone(build_moe: Callable[..., Pr
 
 def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedModel]) -> None:
     """They alternate layer by layer. Each executes its own guesses."""
-    model, prompts = build_moe("qwen3_moe", num_hidden_layers=2), [prompt(1, 4), prompt(1, 4).flip(1)]
+    model, prompts = build_moe("qwen3_moe", num_hidden_layers=3), [torch.tensor([[token]]) for token in (5, 9)]
     interval = sys.getswitchinterval()
     with offloaded(model, policy="speculative", gating="speculated", slots=8, device="cpu"), torch.no_grad():
         expected, forward = [model(ids).logits for ids in prompts], compiled(model, "eager")
