@@ -10,6 +10,8 @@ The file is written under another name and renamed when it is whole. A file that
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import mmap
 import os
@@ -137,18 +139,28 @@ class PackWriter:
     """Writes a packed file layer by layer. The file appears at `finish`; `abort` removes what was written."""
 
     def __init__(self, out: str | Path):
-        self.out = Path(out)
+        self.out = Path(out).absolute()
         if self.out.exists():
             raise StoreError(f"{self.out} exists already; name a new file or remove it")
         self._aside = self.out.with_name(f"{self.out.name}.{os.getpid()}.partial")
         with _told(self.out, "written", "name a file in a folder"):
             self._file = self._aside.open("wb")
+            self._sweep()
         self._format: FullFormat | None = None
         self._modules: list[nn.Module] = []
         self._checksums: list[list[int]] = []
         self._samples: list[str] = []
         self._open: dict[nn.Module, tuple[torch.Tensor, set[str]]] = {}
         self._file.write(bytes(PAGE))
+
+    def _sweep(self) -> None:
+        """Removes what is left of earlier attempts that were killed. Whoever still writes holds a lock on its file."""
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        for left in self.out.parent.glob(f"{glob.escape(self.out.name)}.*.partial"):
+            with suppress(OSError), left.open("rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
     def take(self, experts: nn.Module, name: str, values: torch.Tensor) -> None:
         """Takes one stacked parameter `[num_experts, ...]` of an experts module. With the last one, the module is written."""
@@ -235,7 +247,7 @@ class PackedStore:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.header = read_header(self.path)
         self.format: ExpertFormat = self.header.format()
         self.extent = len(self.header.layers), self.header.num_experts
@@ -327,6 +339,10 @@ class PackedStore:
                     "model again"
                 )
             self._verified[position, expert] = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy opens the file itself."""
+        return PackedStore, (self.path,), {"_position": self._position}
 
     def close(self) -> None:
         if self._file >= 0:

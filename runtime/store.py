@@ -6,15 +6,16 @@ import mmap
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ..predictors.architecture import MoELayer
 from .errors import StoreError
-from .formats import ExpertFormat
+from .formats import ExpertFormat, Place
 from .formats.full import FullFormat
 from .registered import Registration, register
 
@@ -46,6 +47,7 @@ def _pages(size: int) -> mmap.mmap:
     return pages
 
 
+@runtime_checkable
 class ExpertStore(Protocol):
     """Holds all experts of a model. Whoever opens a store closes it."""
 
@@ -118,6 +120,15 @@ class HostStore:
             stacklevel=2,
         )
 
+    def check(self, layers: list[MoELayer]) -> None:
+        """Raises `StoreError` unless these are the layers whose experts it holds."""
+        if len(layers) != len(self._layers) or any(
+            not mine.holds(layer.experts) for mine, layer in zip(self._layers, layers, strict=True)
+        ):
+            raise StoreError(
+                "the store is closed or holds the experts of another model; give this model's own, or none"
+            )
+
     def block(self, layer: int, expert: int) -> torch.Tensor:
         """The block `[bytes]` of one expert."""
         return self.blocks[layer][expert]
@@ -140,10 +151,19 @@ class _Layer:
         self.blocks = empty_blocks(layer.num_experts, blocks_format.bytes, torch.device("cpu"))
         self.bytes: Bytes = self.blocks.numpy()
         self.registration: Registration | None = None
-        self._views = blocks_format.views(self.blocks)
+        self._views = {name: self._view(place, blocks_format.bytes) for name, place in blocks_format.places.items()}
         self._parameters = {name: layer.experts.get_parameter(name) for name in self._views}
         self._origin = next(iter(self._parameters.values())).device
         self._filling: list[Future[None]] = [pool.submit(self._fill, expert) for expert in range(layer.num_experts)]
+
+    def _view(self, place: Place, size: int) -> torch.Tensor:
+        """One tensor of all experts `[experts, ...]`, in blocks of `size` bytes.
+
+        To torch it has memory of its own. Transformers would not save weights that share some.
+        """
+        memory = torch.frombuffer(self.bytes, dtype=place.dtype, offset=place.offset)
+        inner = torch.empty(place.shape, device="meta").stride()
+        return memory.as_strided((len(self.blocks), *place.shape), (size // place.dtype.itemsize, *inner))
 
     @property
     def was_on_device(self) -> bool:
@@ -155,6 +175,10 @@ class _Layer:
             return
         for name, view in self._views.items():
             np.copyto(_as_bytes(view[expert]), _as_bytes(self._parameters[name].data[expert]))
+
+    def holds(self, experts: nn.Module) -> bool:
+        """Whether the parameters of `experts` are those that it has taken."""
+        return all(getattr(experts, name, None) is parameter for name, parameter in self._parameters.items())
 
     def wait(self) -> None:
         """Returns when the blocks are filled."""
