@@ -89,14 +89,14 @@ def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:
     return Groups(flat.argsort(), present, [counts[expert] for expert in present])
 
 
-def combine(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The experts' weighted sum `[tokens, hidden]` from `outputs` `[tokens * top_k, hidden]` in the order of `ids`.
+def combine(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The experts' weighted sum `[tokens, hidden]` in `dtype`, from `outputs` `[tokens * top_k, hidden]` in the order of `ids`.
 
     `weights` is `[tokens, top_k]`. Each product is taken in the wider of both dtypes and rounded, and then they are summed in
     the order of `ids`, as in transformers. So the result does not depend on the order in which the experts were computed.
     """
     weighted = outputs * weights.reshape(-1, 1)
-    return weighted.view(*weights.shape, outputs.shape[-1]).sum(1).to(outputs.dtype)
+    return weighted.view(*weights.shape, outputs.shape[-1]).sum(1).to(dtype)
 
 
 def run_experts(
@@ -122,4 +122,4 @@ def run_experts(
     if on_outputs is not None:
         on_outputs(groups, grouped)
     # Gathering by the inverse order is several times as fast as scattering by the order.
-    return combine(grouped.index_select(0, groups.order.argsort()), weights)
+    return combine(grouped.index_select(0, groups.order.argsort()), weights, x.dtype)

@@ -108,7 +108,7 @@ class Machine:
             for token, chosen in enumerate(ids.tolist())
             for expert in chosen
         ]
-        return combine(torch.cat(rows), weights)
+        return combine(torch.cat(rows), weights, x.dtype)
 
     def run(self, asked: Pass) -> None:
         """One forward pass, whose layers all compute what they should."""

@@ -115,9 +115,10 @@ class DeviceSlots(Engine):
     def prepare(self, tokens: int) -> bool:
         """Whether the device decides in the next pass, which is over so many tokens. If this changes, the books are handed over.
 
-        A hand-over waits for the device. So this is called before a pass is captured or replayed.
+        A hand-over waits for the device. So this is called before a pass is captured or replayed. Under autocast the host
+        decides, since the device's kernels know nothing of it.
         """
-        decides = tokens <= self._most_tokens
+        decides = tokens <= self._most_tokens and not torch.is_autocast_enabled(self._books.device.type)
         if self._broke_off:
             if self._side is not None:
                 torch.accelerator.synchronize(self._side.device)
@@ -215,7 +216,7 @@ class DeviceSlots(Engine):
         """Writes the books: for each layer the experts and their places, the least recently used first."""
         taken = {place for pairs in found for _, place in pairs}
         free = [place for place in range(len(self._host.memory)) if place not in taken]
-        written = torch.full(self._books.shape, -1, dtype=torch.int32)
+        written = torch.full(self._books.shape, -1, dtype=torch.int32, device="cpu")
         for row, tables, pairs in zip(written, self._layers, found, strict=True):
             slot_of, owner, used, pool = (part.numpy() for part in Books.of(row, self._experts, tables.slots))
             count, most = len(pairs), tables.slots

@@ -47,7 +47,7 @@ class ExpertFormat(ABC):
 
     @abstractmethod
     def output(self, experts: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """One expert's unweighted output `[n, hidden]` for `x` `[n, hidden]`, in the dtype of `x`.
+        """One expert's unweighted output `[n, hidden]` for `x` `[n, hidden]`, in the dtype of `x`; under autocast in its own.
 
         `tensors` are the expert's `views`. Only the gate and the norm are taken from `experts`, the model's module.
         """

@@ -43,8 +43,12 @@ class FullFormat(ExpertFormat):
 
     def expect(self, experts: nn.Module) -> None:
         """Raises `StoreError` where the experts of a module have another format."""
-        if self.of(experts) != self:
+        found = {name: place[:2] for name, place in self.of(experts).places.items()}
+        if found != {name: place[:2] for name, place in self.places.items()}:  # they may be registered in another order
             raise StoreError("the experts of this model's layers differ in shape; offloading needs them alike")
 
     def output(self, experts: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return expert_output(experts, tensors, x)
+        if not torch.is_autocast_enabled(x.device.type):
+            return expert_output(experts, tensors, x)
+        with torch.autocast(x.device.type, enabled=False):  # transformers' product knows nothing of autocast
+            return expert_output(experts, tensors, x.to(self.dtype))

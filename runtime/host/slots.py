@@ -172,11 +172,14 @@ class ExpertSlots(Engine):
         for expert in order:
             slot = schedule.slot(layer, expert)
             inputs, positions = jobs[expert]
-            outputs[positions] = self._format.output(experts, self._tensors[slot], inputs)
+            output = self._format.output(experts, self._tensors[slot], inputs)
+            if output.dtype != outputs.dtype:  # under autocast
+                outputs = outputs.to(output.dtype)
+            outputs[positions] = output
             self.transfers.computed(slot)
             schedule.left(layer, expert)
         self._open_mail()
-        result = combine(outputs, decision.weights)
+        result = combine(outputs, decision.weights, x.dtype)
         self._broke_off = False
         return result
 
