@@ -18,6 +18,8 @@ from transformers import Cache, GenerationConfig
 
 MOST_GRAPHS = 8
 THE_CACHE = object()
+OWN = ("torch", "transformers", "transformers_modules")
+"""The libraries whose modules models are made of."""
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -54,6 +56,9 @@ class StepGraphs:
         self._graphs: OrderedDict[tuple[Any, ...], Captured | str | None] = OrderedDict()
         """By key: the graph, or why there can't be one. None after the first step of a kind."""
         self._seen: Any = None
+        self._added: list[nn.Module] = []
+        """Modules that are not transformers' own, as those of adapters."""
+        self._switches: list[Any] = []
 
     def clear(self) -> None:
         """Forgets all graphs, since what they do is no longer what is to be done."""
@@ -86,12 +91,24 @@ class StepGraphs:
         return pytree.tree_map(partial(_returned, inputs.cache), found.output)
 
     def look_at(self, model: nn.Module) -> None:
-        """Forgets all graphs if other weights, modules or hooks are in the model than at the last look."""
-        modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
-        now = modules, [tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]]
+        """Forgets all graphs if the model is not what it was at the last look.
+
+        It may have other weights, modules, hooks or flags. By flags, for one, adapters are switched on and off.
+        """
+        weights = [tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]]
+        config: Any = getattr(model, "config", None)
+        configs = [] if config is None else [_flags(config), _flags(config.get_text_config())]
+        now = weights, configs, [_facts(module) for module in model.modules()]
         if now != self._seen:
             self._seen = now
+            self._added = [module for module in model.modules() if _library(module) not in OWN]
+            self._switches = [*map(_facts, self._added)]
             self.clear()
+
+    def look_again(self, model: nn.Module) -> None:
+        """Does the same before each step, and looks at added modules only: at all of them this would take as long as a step."""
+        if self._seen is None or [*map(_facts, self._added)] != self._switches:
+            self.look_at(model)
 
     def _first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Inputs) -> Any:
         """Runs the first step of a kind as it is."""
@@ -168,6 +185,25 @@ def _cause(error: BaseException) -> str:
     while error.__context__ is not None:  # the capture's own errors come after the one that broke it off
         error = error.__context__
     return str(error).split("\n")[0]
+
+
+def _facts(module: nn.Module) -> tuple[Any, ...]:
+    """What a module does, as far as its attributes say it."""
+    forward, hooks = id(vars(module).get("forward")), (*module._forward_hooks, *module._forward_pre_hooks)
+    return id(module), type(module), forward, hooks, _flags(module)
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
+
+
+def _flags(thing: Any) -> dict[str, str]:
+    return {name: str(value) for name, value in vars(thing).items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else [value]
+    return all(isinstance(part, PLAIN) for part in inner)
 
 
 def _counted(cache: Cache) -> list[dict[str, Any]]:
