@@ -204,10 +204,10 @@ def _finish(run: Run, group: Group) -> Manifest:
             if config.max_bytes is not None
             else "not one token was recorded; give a larger --sample, or more --tokens"
         )
-    digest = write_speculation(config.out, speculation_state(layers, recorder), model.config.to_json_string())
-    manifest = _manifest(run, parts, recorder, digest)
+    checksums = write_speculation(config.out, speculation_state(layers, recorder), model.config.to_json_string())
+    manifest = _manifest(run, parts, recorder, checksums)
     # Measured on the trace itself, as `fit` will read it.
-    trace = Trace(config.out, manifest)
+    trace = Trace(config.out, manifest, is_checked=True)
     sample, top_k = trace.sample(SAMPLE_ROWS), manifest.model.top_k
     [rates] = hit_rates(sample, trace.sources, trace.stacked(), [top_k])
     for entry in manifest.layers:
@@ -217,7 +217,7 @@ def _finish(run: Run, group: Group) -> Manifest:
     return manifest
 
 
-def _manifest(run: Run, parts: list[Progress], recorder: Recorder, speculation_xxh3: str) -> Manifest:
+def _manifest(run: Run, parts: list[Progress], recorder: Recorder, checksums: dict[str, str]) -> Manifest:
     config, model, layers, _ = run
     by_index = {layer.index: layer for layer in layers}
     control = recorder.control_hit_rates()
@@ -248,7 +248,7 @@ def _manifest(run: Run, parts: list[Progress], recorder: Recorder, speculation_x
         **config.model_dump(include={"phase", "split", "seed", "sequence_length"}),
         sequences=max(part.sequences for part in parts),
         tokens=sum(shard.rows for shard in shards),
-        speculation_xxh3=speculation_xxh3,
+        **checksums,
         shards=shards,
         settings=config.decides(),
         origin=common_origin(parts),

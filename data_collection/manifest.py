@@ -9,11 +9,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..predictors.errors import UserError
+from ..predictors.files import CHECKSUM, is_changed
 from ..predictors.settings import describe, shown
 
 FORMAT_VERSION = 3
 READABLE = (2, FORMAT_VERSION)
-"""Version 2 had no `origin`."""
+"""Version 2 had neither `origin`, nor `config_xxh3` and a checksum of its own."""
 MANIFEST = "manifest.json"
 
 
@@ -97,6 +98,7 @@ class Manifest(_Entry):
     tokens: int
     """Rows."""
     speculation_xxh3: str
+    config_xxh3: str | None = None
     shards: list[ShardEntry] = Field(min_length=1)
     settings: dict[str, Any] = {}
     """The settings of `collect` that decide what is recorded."""
@@ -123,7 +125,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TraceError(f"{file} is not a trace's manifest; collect the trace again") from error
     if version not in READABLE:
         raise TraceError(
@@ -131,9 +133,11 @@ def read_manifest(path: Path) -> Manifest:
             "the trace again, or update predict-train"
         )
     try:
-        manifest = Manifest(**content)
+        manifest = Manifest.model_validate({key: value for key, value in content.items() if key != CHECKSUM})
     except ValidationError as error:
         raise TraceError(f"{file} is broken: {describe(error)}; collect the trace again") from error
+    if is_changed(content) or (version > 2 and not (CHECKSUM in content and manifest.config_xxh3)):
+        raise TraceError(f"{file} is not what collect wrote: its checksum is another; collect the trace again")
     known = set(manifest.model.moe_layers)
     if not {i for entry in manifest.layers for i in (entry.layer, entry.source) if i is not None} <= known:
         raise TraceError(f"{file} is broken: layers names layers that are not MoE layers; collect the trace again")

@@ -98,8 +98,9 @@ def progress_file(folder: Path, rank: int) -> Path:
 def save_progress(folder: Path, rank: int, snapshot: Snapshot) -> None:
     """Writes the progress of process `rank`, whole or not at all. Raises what the disk raises."""
     with written_whole(progress_file(folder, rank)) as aside:
+        text = snapshot.progress.model_dump_json()
         # save_file uses a temporary name of its own, which would stay behind after a kill.
-        aside.write_bytes(save(snapshot.sums, metadata={"progress": snapshot.progress.model_dump_json()}))
+        aside.write_bytes(save(snapshot.sums, metadata={"progress": text, "xxh3": _digest(text, snapshot.sums)}))
 
 
 def load_progress(folder: Path, rank: int) -> Snapshot | None:
@@ -109,12 +110,25 @@ def load_progress(folder: Path, rank: int) -> Snapshot | None:
         return None
     try:
         with safe_open(file, "pt") as state:
-            progress = Progress.model_validate_json((state.metadata() or {})["progress"])
-            return Snapshot(progress, {name: state.get_tensor(name) for name in state.keys()})  # noqa: SIM118
+            metadata = state.metadata() or {}
+            progress = Progress.model_validate_json(metadata["progress"])
+            sums = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
+        # Older releases wrote no checksum.
+        if metadata.get("xxh3", "") not in ("", _digest(metadata["progress"], sums)):
+            raise KeyError("its checksum is another")
+        return Snapshot(progress, sums)
     except (OSError, SafetensorError, KeyError, ValidationError) as error:
         raise CollectError(
             f"{file} is broken, so {folder} can't be resumed; remove the folder and collect again"
         ) from error
+
+
+def _digest(progress: str, sums: Columns) -> str:
+    digest = xxhash.xxh3_128(progress.encode())
+    for name, tensor in sorted(sums.items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def origin_of(config: CollectConfig, device: torch.device) -> dict[str, str | None]:

@@ -1,6 +1,6 @@
 """The trace on disk: the record of a model's run, and everything that `fit` needs.
 
-    manifest.json            what was recorded, from which model and text, and the shards with their checksums
+    manifest.json            what was recorded, from which model and text, and the checksums of all files, itself included
     config.json              the model's config
     speculation.safetensors  default vectors, norms and routers: the wiring of its speculators (see `wiring.py`)
     shard-NNNNN.safetensors  one row a token (shard-RRRR-NNNNN of process RRRR, where many shared the collection):
@@ -19,18 +19,17 @@ trace.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from ..predictors.architecture import skeleton
+from ..predictors.files import checksum
 from ..predictors.speculation import Routing, Wiring
 from ..predictors.stacked import StackedSpeculators
 from .columns import POSITION, ROW_COLUMNS, SEQUENCE, Column, Columns, column_shapes, first_not_finite
@@ -44,12 +43,18 @@ Piece = tuple[int, torch.Tensor]
 
 
 class Trace:
-    """A finished trace; its rows are mapped from disk. Use `Trace.open`."""
+    """A finished trace; its rows are mapped from disk. Use `Trace.open`.
 
-    def __init__(self, path: Path, manifest: Manifest):
+    Each file is compared with its checksum before anything is read from it. A copy (`copy.copy`) has mappings of its own,
+    and does not compare again what this one has compared.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, is_checked: bool = False):
+        """`is_checked` says that the files are right, since this process has written them."""
         self.path, self.manifest = path, manifest
         self.sources = {entry.layer: entry.source for entry in manifest.layers}
         """The source layer of each target."""
+        self._checked = {CONFIG, SPECULATION, *(shard.file for shard in manifest.shards)} if is_checked else set()
         self._mapped: dict[int, Any] = {}
         self._columns: dict[int, Columns] = {}
 
@@ -57,7 +62,7 @@ class Trace:
     def open(cls, path: str | Path) -> Trace:
         """Opens the trace in the folder `path`; checks its manifest and that its files are complete.
 
-        Raises `TraceError` otherwise, naming the field or the file. `verify` checks the contents.
+        Raises `TraceError` otherwise, naming the field or the file. `verify` checks the contents of all files at once.
         """
         path = Path(path)
         trace = cls(path, read_manifest(path))
@@ -84,12 +89,22 @@ class Trace:
 
     def verify(self) -> None:
         """Reads every file once and compares it with its checksum. Raises `TraceError` naming the file that differs."""
-        files = {shard.file: shard.xxh3 for shard in self.manifest.shards}
-        for name, expected in {SPECULATION: self.manifest.speculation_xxh3, **files}.items():
-            if checksum(self.path / name) != expected:
-                raise TraceError(f"{self.path / name} is broken: its checksum is not the manifest's; collect it again")
+        self._check(CONFIG, self.manifest.config_xxh3)
+        self._check(SPECULATION, self.manifest.speculation_xxh3)
         for number in range(len(self.manifest.shards)):
             self._check_columns(number)
+
+    def _check(self, name: str, expected: str | None) -> None:
+        """Compares a file with its checksum, unless that was done. Older releases wrote none for the config."""
+        if name in self._checked or expected is None:
+            return
+        try:
+            found = checksum(self.path / name)
+        except OSError as error:
+            raise TraceError(f"{self.path / name} can't be read ({error.strerror}); collect the trace again") from error
+        if found != expected:
+            raise TraceError(f"{self.path / name} is broken: its checksum is not the manifest's; collect it again")
+        self._checked.add(name)
 
     def _check_columns(self, number: int) -> None:
         shard = self.manifest.shards[number]
@@ -107,7 +122,9 @@ class Trace:
 
     def _map(self, number: int) -> Any:
         if number not in self._mapped:
-            file = self.path / self.manifest.shards[number].file
+            shard = self.manifest.shards[number]
+            file = self.path / shard.file
+            self._check(shard.file, shard.xxh3)
             try:
                 self._mapped[number] = safe_open(file, "pt")
             except (OSError, SafetensorError) as error:
@@ -217,12 +234,13 @@ class Trace:
 
         `sources` gives the targets and their sources, by default the nearest. Raises `TraceError` if a part is missing.
         """
+        self._check(CONFIG, self.manifest.config_xxh3)
         try:
             bones, state = skeleton(AutoConfig.from_pretrained(self.path)), self._speculation()
             return rebuilt_wirings(bones, self.manifest.layers, state, self.sources if sources is None else sources)
         except TraceError:
             raise
-        except (KeyError, AttributeError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # a config may hold anything, and transformers raises whatever that leads to
             raise TraceError(
                 f"the routers of {self.path} can't be rebuilt ({type(error).__name__}: {error}); collect the trace again"
             ) from error
@@ -232,6 +250,7 @@ class Trace:
         return StackedSpeculators(self.wirings(sources).values(), self.manifest.model.hidden_size)
 
     def _speculation(self) -> Columns:
+        self._check(SPECULATION, self.manifest.speculation_xxh3)
         try:
             state = load_file(self.path / SPECULATION)
         except (OSError, SafetensorError) as error:
@@ -243,8 +262,3 @@ class Trace:
                     "--dtype bfloat16 or float32"
                 )
         return state
-
-
-def checksum(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, xxhash.xxh3_128).hexdigest()

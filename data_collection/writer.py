@@ -18,11 +18,11 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from ..predictors.files import written_whole
+from ..predictors.files import checksum, sealed, written_whole
 from .columns import Columns
 from .manifest import MANIFEST, Manifest, ShardEntry, TraceError
 from .progress import Snapshot, save_progress
-from .trace import CONFIG, SPECULATION, checksum
+from .trace import CONFIG, SPECULATION
 
 DTYPES = {torch.bfloat16: "BF16", torch.int16: "I16", torch.int32: "I32"}
 """The dtypes of a shard's columns, as safetensors names them."""
@@ -165,22 +165,22 @@ def write_columns(file: Path, columns: Columns) -> str:
     return digest.hexdigest()
 
 
-def write_speculation(folder: Path, tensors: Columns, config_json: str) -> str:
-    """Writes the tensors for speculation and the model's config; returns the checksum of the tensors."""
+def write_speculation(folder: Path, tensors: Columns, config_json: str) -> dict[str, str]:
+    """Writes the tensors for speculation and the model's config; returns the manifest's fields of their checksums."""
     file = folder / SPECULATION
     with disk(file):
         with written_whole(file) as aside:
             aside.write_bytes(save(tensors))  # a file of save_file could be read by its owner only
         with written_whole(folder / CONFIG) as aside:
             aside.write_text(config_json, encoding="utf-8")
-    return checksum(file)
+    return {"speculation_xxh3": checksum(file), "config_xxh3": checksum(folder / CONFIG)}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, which makes the trace a finished one."""
     file = folder / MANIFEST
     with disk(file), written_whole(file) as aside:
-        aside.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(sealed(manifest.model_dump(mode="json")), indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

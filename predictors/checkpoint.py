@@ -1,7 +1,7 @@
 """The files that `export` writes and the runtime loads: a folder shaped like a Hub repository.
 
     predictors.safetensors   `layers.<target>.{w1,v,b1,w2,b2}`, `default_vectors.<source>`
-    config.json              format version, the model they belong to, per layer source, width and hit rates
+    config.json              format version, the model they belong to, per layer source, width and hit rates, and checksums
     README.md                a model card
 
 Nothing is ever unpickled. Memory is allocated only after the header of the weights agrees with config.json. Whatever is
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 from .architecture import MoELayer, describe_shape, moe_shape, sources
 from .config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
 from .discovery import find_moe_layers
-from .files import written_whole
+from .files import checksum, sealed, written_whole
 from .mlp import ResidualMLP
 from .settings import shown
 from .speculation import Speculator, wire
@@ -148,6 +149,11 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
     """
     folder = Path(folder)
     refuse_existing(folder)
+    tensors = {f"default_vectors.{source}": d.contiguous() for source, d in predictors.default_vectors.items()}
+    tensors |= {name: p.detach().contiguous() for name, p in _modules(predictors.mlps).named_parameters()}
+    if wrong := not_finite(tensors):
+        raise PredictorsError(f"{wrong} holds values that are not finite, so nothing is exported; train again")
+    weights = save(tensors, metadata={"format": "pt"})
     config = make_config(
         model=predictors.model,
         layers=[
@@ -162,19 +168,16 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
         ],
         default_vectors=sorted(predictors.default_vectors),
         provenance=predictors.provenance,
+        weights_xxh3=xxhash.xxh3_128_hexdigest(weights),
     )
-    tensors = {f"default_vectors.{source}": d.contiguous() for source, d in predictors.default_vectors.items()}
-    tensors |= {name: p.detach().contiguous() for name, p in _modules(predictors.mlps).named_parameters()}
-    if wrong := not_finite(tensors):
-        raise PredictorsError(f"{wrong} holds values that are not finite, so nothing is exported; train again")
     try:
         with written_whole(folder) as aside:
             aside.mkdir(parents=True)
             # A file of save_file could be read by its owner only.
-            (aside / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-            (aside / CONFIG).write_text(json.dumps(config.model_dump(exclude_unset=True), indent=2) + "\n")
+            (aside / WEIGHTS).write_bytes(weights)
+            (aside / CONFIG).write_text(json.dumps(sealed(config.model_dump(exclude_unset=True)), indent=2) + "\n")
             (aside / CARD).write_text(card, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise PredictorsError(f"{folder} can't be written ({error}); name a folder that can") from error
     return folder
 
@@ -194,7 +197,7 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     }
     modules = _modules(mlps)
     shapes |= {name: tuple(p.shape) for name, p in modules.named_parameters()}
-    tensors = _read_tensors(folder / WEIGHTS, shapes)
+    tensors = _read_tensors(folder / WEIGHTS, shapes, config.weights_xxh3)
     modules.load_state_dict({name: tensors[name] for name in modules.state_dict()}, assign=True)
     modules.requires_grad_(False)
     predictors = Predictors(
@@ -243,8 +246,11 @@ def _local_folder(path_or_id: str) -> Path:
         ) from error
 
 
-def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """The tensors of `file`, as fp32 copies. It must hold exactly those of `shapes`, with finite floats."""
+def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]], xxh3: str | None) -> dict[str, torch.Tensor]:
+    """The tensors of `file`, as fp32 copies. It must hold exactly those of `shapes`, with finite floats.
+
+    Exports of older releases have no checksum `xxh3`.
+    """
     try:
         _check_header_length(file)
         with safe_open(file, "pt") as opened:
@@ -263,6 +269,11 @@ def _read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, t
                         f"{file}: {name} is {dtype} of shape {shown(found)}, and should be {', '.join(FLOATS[:-1])} or {FLOATS[-1]} of shape "
                         f"{list(shape)}; export the predictors again"
                     )
+            # Only now, since the header bounds how much there is to read.
+            if xxh3 is not None and checksum(file) != xxh3:
+                raise PredictorsError(
+                    f"{file} is not what was exported: its checksum is another; export the predictors again"
+                )
             tensors = {name: opened.get_tensor(name).to(torch.float32, copy=True) for name in shapes}
     except (OSError, SafetensorError) as error:
         raise PredictorsError(

@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from .architecture import fingerprint
 from .errors import UserError
+from .files import CHECKSUM, is_changed
 from .settings import describe, shown
 
-FORMAT_VERSION = 3
-READABLE = (2, FORMAT_VERSION)
-"""Version 2 had no `source`: every source was the nearest."""
+FORMAT_VERSION = 4
+READABLE = range(2, FORMAT_VERSION + 1)
+"""Version 2 had no `source`: every source was the nearest. Version 3 had no checksums."""
 CONFIG = "config.json"
 MOST_BYTES = 4 << 20
 """The limit for config.json and for the weights' header: a hundred times what an export of a large model needs."""
@@ -99,6 +100,8 @@ class PredictorsConfig(_Entry):
     default_vectors: list[Index]
     """The source layers that have default vectors."""
     provenance: Provenance = Provenance()
+    weights_xxh3: str | None = None
+    """Checksum (xxh3_128) of the file of the weights."""
 
     @model_validator(mode="after")
     def _agrees(self) -> PredictorsConfig:
@@ -142,13 +145,16 @@ def read_config(folder: Path) -> PredictorsConfig:
         ) from error
     if version not in READABLE:
         raise PredictorsError(
-            f"{file} has format version {shown(version)}, and this release reads {' and '.join(map(str, READABLE))}; "
+            f"{file} has format version {shown(version)}, and this release reads {READABLE[0]} to {READABLE[-1]}; "
             "update predict-train"
         )
     try:
-        return PredictorsConfig.model_validate(content)
+        config = PredictorsConfig.model_validate({key: value for key, value in content.items() if key != CHECKSUM})
     except ValidationError as error:
         raise PredictorsError(f"{file} is broken: {describe(error)}; export the predictors again") from error
+    if is_changed(content) or (version > 3 and not (CHECKSUM in content and config.weights_xxh3)):
+        raise PredictorsError(f"{file} is not what was exported: its checksum is another; export the predictors again")
+    return config
 
 
 def _read(file: Path) -> bytes:

@@ -1,12 +1,42 @@
-"""How every result is written: first under another name, then renamed when it is complete."""
+"""How every result is written: first under another name, then renamed when it is complete. And with checksums."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import xxhash
+
+CHECKSUM = "checksum"
+"""The key of `sealed`."""
+
+
+def checksum(file: Path) -> str:
+    """The xxh3_128 of a file's bytes."""
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, xxhash.xxh3_128).hexdigest()
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a JSON file with a checksum of all of it, as a last entry."""
+    values = {key: value for key, value in content.items() if key != CHECKSUM}
+    # Of the values, not of the text: white space and the order of keys may change on the way.
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return values | {CHECKSUM: xxhash.xxh3_128_hexdigest(text.encode())}
+
+
+def is_changed(content: dict[str, Any]) -> bool:
+    """Whether the content of a JSON file is not what its checksum says. Files of older releases have none."""
+    try:
+        return CHECKSUM in content and content[CHECKSUM] != sealed(content)[CHECKSUM]
+    except RecursionError:  # it is deeper than anything of ours
+        return True
 
 
 @contextmanager

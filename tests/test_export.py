@@ -16,6 +16,7 @@ from predict_train.data_collection.trace import Trace
 from predict_train.predictors.checkpoint import load_predictors, make_speculators
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
+from predict_train.predictors.files import sealed
 from predict_train.predictors.metrics import HitRate
 from predict_train.predictors.speculation import Routing
 from predict_train.train.data import held_out_sequences
@@ -123,7 +124,7 @@ def test_a_model_of_the_hub_is_named_as_the_base(fitted, collected, tmp_path):
     trace = shutil.copytree(collected, tmp_path / "trace")
     manifest = json.loads((trace / "manifest.json").read_text())
     manifest["model"]["name"] = "Qwen/Qwen3-30B-A3B"
-    (trace / "manifest.json").write_text(json.dumps(manifest))
+    (trace / "manifest.json").write_text(json.dumps(sealed(manifest)))
     folder = export(ExportConfig(run=fitted, out=tmp_path / "out", trace=trace))
     assert ModelCard.load(folder / "README.md").data.base_model == "Qwen/Qwen3-30B-A3B"
 
@@ -154,7 +155,7 @@ def test_a_predictor_that_is_no_better_than_none_is_dropped(fitted, tiny_moe, tm
     worse["predictor"]["recall"] = [rate / 2 for rate in worse["training_free"]["recall"]]
     worse["predictor"]["recall@k"] = worse["predictor"]["recall"][0]
     same["predictor"] = same["training_free"]
-    (run / "result.json").write_text(json.dumps(result))
+    (run / "result.json").write_text(json.dumps(sealed(result)))
     console = Console(record=True, quiet=False, file=StringIO(), width=120)
     folder = export(ExportConfig(run=run, out=tmp_path / "out"), console)
     told, card = console.export_text(), (folder / "README.md").read_text()
@@ -258,7 +259,7 @@ def test_what_can_not_be_exported_is_refused_with_nothing_written(fitted, export
     other = shutil.copytree(collected, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
     manifest["shards"][0]["xxh3"] = "0" * 64
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    (other / "manifest.json").write_text(json.dumps(sealed(manifest)))
     with pytest.raises(UserError, match="is not the trace that"):
         export(ExportConfig(run=fitted, out=out, trace=other))
     with pytest.raises(UserError, match="exists already"):

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from predict_train.predictors.architecture import fingerprint
 from predict_train.predictors.checkpoint import load_predictors
 from predict_train.predictors.config import MOST_BYTES, PredictorsError
+from predict_train.predictors.files import checksum, sealed
 from safetensors.torch import load, load_file, save
 
 WEIGHTS, CONFIG = "predictors.safetensors", "config.json"
@@ -43,9 +44,16 @@ def refusal(folder: Path) -> str:
 
 
 def change(folder: Path, edit: Callable[[Any], Any]) -> None:
+    """Writes another config, with checksums that are right: who means harm makes them so."""
     config = json.loads((folder / CONFIG).read_text())
     edited = edit(config)
-    (folder / CONFIG).write_text(json.dumps(config if edited is None else edited))
+    write_sealed(folder, config if edited is None else edited)
+
+
+def write_sealed(folder: Path, config: Any) -> None:
+    if isinstance(config, dict):
+        config = sealed(config | ({"weights_xxh3": checksum(folder / WEIGHTS)} if "weights_xxh3" in config else {}))
+    (folder / CONFIG).write_text(json.dumps(config))
 
 
 def put(*path: Any) -> Callable[[Any], None]:
@@ -84,7 +92,7 @@ CONFIGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a list": (lambda c: [c], "holds no predictors"),
     "a string": (lambda _: "format_version", "holds no predictors"),
     "no version": (drop("format_version"), "holds no predictors"),
-    "a version of the future": (put("format_version", 99), "format version 99, and this release reads 2 and 3"),
+    "a version of the future": (put("format_version", 99), "format version 99, and this release reads 2 to 4"),
     "a version that is a list": (put("format_version", [3] * 1000), r"format version \[3, 3.*update predict-train"),
     "a version that is a fraction": (put("format_version", 3.0), "format_version: input should be a valid integer"),
     "an unknown field": (put("extra", 1), "extra: extra inputs are not permitted"),
@@ -145,6 +153,7 @@ CONFIGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "provenance a list": (put("provenance", []), "provenance: input should be a valid dictionary"),
     "a command that is a number": (put("provenance", "commands", "fit", 1), r"provenance\.commands\.fit"),
     "a command that steers the terminal": (put("provenance", "commands", "fit", "\x1b[2J"), r"commands\.fit"),
+    "no checksum of the weights": (drop("weights_xxh3"), "config.json is not what was exported: its checksum is another"),
     "a lone surrogate": (put("model", "name", "\ud800"), r"model\.name"),
 }  # fmt: skip
 
@@ -155,6 +164,17 @@ def test_a_config_that_can_not_be_so_is_refused_by_field(folder: Path, name: str
     change(folder, edit)
     message = refusal(folder)
     assert re.search(expected, message), message
+
+
+def test_values_that_were_changed_by_no_one_are_refused(folder: Path) -> None:
+    """They are possible, so only the checksums tell."""
+    config, weights = (folder / CONFIG).read_text(), (folder / WEIGHTS).read_bytes()
+    (folder / CONFIG).write_text(config.replace('"tokens": 8000', '"tokens": 8001'))
+    assert "config.json is not what was exported" in refusal(folder)
+    (folder / CONFIG).write_text(json.dumps(json.loads(config), indent=7).replace("\n", "\r\n"))  # the same values
+    load_predictors(folder)
+    (folder / WEIGHTS).write_bytes(weights[:-2] + bytes([weights[-2] ^ 1]) + weights[-1:])
+    assert "predictors.safetensors is not what was exported" in refusal(folder)
 
 
 def header(raw: bytes) -> tuple[dict[str, Any], bytes]:
@@ -238,6 +258,7 @@ FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 def test_weights_that_are_not_as_promised_are_refused(folder: Path, name: str) -> None:
     edit, expected = FILES[name]
     (folder / WEIGHTS).write_bytes(edit((folder / WEIGHTS).read_bytes()))
+    change(folder, lambda config: config)
     message = refusal(folder)
     assert re.search(expected, message), message
 
@@ -308,6 +329,8 @@ def loads_or_refuses(exported: Path, config: bytes | None = None, weights: bytes
             (folder / CONFIG).write_bytes(config)
         if weights is not None:
             (folder / WEIGHTS).write_bytes(weights)
+        with contextlib.suppress(ValueError, RecursionError):
+            change(folder, lambda config: config)
         try:
             load_predictors(folder)
         except PredictorsError:

@@ -166,7 +166,7 @@ def test_balance_of_known_loads():
 
 
 def test_a_trace_is_told(collected):
-    found = inspect(collected, verify=True)
+    found = inspect(collected)
     text = " ".join(told(found).split())  # a long path breaks lines
     for rate in found["reuse"]["hit_rates"]:
         assert f"{rate:.3f}" in text
@@ -253,7 +253,7 @@ def test_a_broken_shard_is_named_with_exit_code_2(copy, break_it, monkeypatch, c
     else:
         content[-10] ^= 1
     shard.write_bytes(content)
-    monkeypatch.setattr(sys, "argv", ["predict-train", "inspect", str(copy), "--verify"])
+    monkeypatch.setattr(sys, "argv", ["predict-train", "inspect", str(copy)])
     with pytest.raises(SystemExit) as exit_info:
         cli.main()
     assert exit_info.value.code == 2
@@ -262,7 +262,7 @@ def test_a_broken_shard_is_named_with_exit_code_2(copy, break_it, monkeypatch, c
     assert error.count("\n") == 1
 
 
-def test_what_is_none_of_the_three_is_refused(tmp_path, tiny_moe_folder, fitted):
+def test_what_is_none_of_the_three_is_refused(tmp_path, tiny_moe_folder):
     (tmp_path / "file").write_text("text")
     for path, message in [
         (tmp_path / "nowhere", "nowhere does not exist"),
@@ -272,8 +272,6 @@ def test_what_is_none_of_the_three_is_refused(tmp_path, tiny_moe_folder, fitted)
     ]:
         with pytest.raises(InspectError, match=message):
             inspect(path)
-    with pytest.raises(InspectError, match="only a trace has checksums"):
-        inspect(fitted, verify=True)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def found(place: Place, folder: Path, tiny_moe_folder: Path, text_corpus: Path) 
         "collect": [tiny_moe_folder, *text, "--tokens", 600, "--out", "trace"],
         "fit": ["trace", "--epochs", 1, "--width", 8, "--batch-size", 128, "--out", "run"],
         "export": ["run", "--out", "predictors"],
-        "inspect": ["trace", "--verify"],
+        "inspect": ["trace"],
         "evaluate": [tiny_moe_folder, "--predictors", "predictors", *text, "--tokens", 100],
         "generate": [tiny_moe_folder, "--predictors", "predictors", "--prompt", "The", "--max-new-tokens", 4],
         "pack": [tiny_moe_folder, "--out", "experts.pack"],

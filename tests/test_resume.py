@@ -123,6 +123,26 @@ def test_a_collection_that_an_older_release_began_is_resumed(stopped: CollectCon
     assert Trace.open(collect(stopped, QUIET)).manifest.origin == {}
 
 
+def test_progress_that_rotted_is_not_gone_on_with(stopped: CollectConfig) -> None:
+    file = stopped.out / "progress-0000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1  # a sum that a default vector comes from
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"progress-0000\.safetensors is broken"):
+        collect(stopped, QUIET)
+
+
+def test_a_checkpoint_that_rotted_is_not_gone_on_with(fitted: Path, collected: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(fitted, tmp_path / "run")
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    last = run / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(UserError, match=r"last\.ckpt is missing or broken"):
+        fit(FitConfig(**settings | {"out": run, "trace": collected, "resume": True}), QUIET)
+
+
 def test_a_snapshot_of_the_hub_is_named_by_its_commit(model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     commit = "5f0f2f2f9a3f2a7c7b0d8b7cf0e4b8d7b7d2a1c3"
     snapshot = shutil.copytree(model, tmp_path / "models--some--moe" / "snapshots" / commit)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 import shutil
+from copy import copy as shallow_copy
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from predict_train.data_collection.manifest import MANIFEST, TraceError
 from predict_train.data_collection.trace import Trace
 from predict_train.data_collection.writer import TraceWriter
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.files import sealed
 from predict_train.predictors.speculation import Routing, Speculator, wire
 from safetensors.torch import load_file
 
@@ -25,7 +28,7 @@ def copy(collected: Path, tmp_path: Path) -> Path:
 
 def edit_manifest(trace: Path, **changes: object) -> None:
     file = trace / MANIFEST
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    file.write_text(json.dumps(sealed(json.loads(file.read_text()) | changes)))
 
 
 def test_what_is_written_is_what_the_manifest_says(collected):
@@ -139,6 +142,36 @@ def test_a_wrong_manifest_is_refused_by_field(copy, changes, message):
     edit_manifest(copy, **changes)
     with pytest.raises(TraceError, match=message):
         Trace.open(copy)
+
+
+def test_a_trace_of_an_older_release_is_read(copy, collected):
+    file = copy / MANIFEST
+    content = json.loads(file.read_text())
+    for name in ("checksum", "config_xxh3", "origin"):
+        del content[name]
+    file.write_text(json.dumps(content))
+    with pytest.raises(TraceError, match="not what collect wrote: its checksum is another"):
+        Trace.open(copy)  # the file of a release that writes checksums has one
+    file.write_text(json.dumps(content | {"format_version": 2}))
+    older, now = Trace.open(copy), Trace.open(collected)
+    older.verify()
+    assert older.wirings().keys() == now.wirings().keys()
+    assert torch.equal(older.column(0, "layers.1.residual"), now.column(0, "layers.1.residual"))
+
+
+def test_what_a_reader_has_compared_it_does_not_compare_again(copy):
+    """Data loaders map shards again and again, each in its own process."""
+    trace = Trace.open(copy)
+    trace.column(1, "token_ids")
+    shard = copy / trace.manifest.shards[1].file
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    trace.unmap()
+    for same in (trace, shallow_copy(trace), pickle.loads(pickle.dumps(trace))):
+        assert same.column(1, "token_ids").dtype == torch.int32
+    with pytest.raises(TraceError, match=shard.name):
+        Trace.open(copy).column(1, "token_ids")
 
 
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(copy):

@@ -6,6 +6,7 @@ once, with one gather for each column and shard, not one item a row.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import lightning
@@ -90,7 +91,7 @@ class TraceBlocks(Dataset[tuple[Columns, Block]]):
     """
 
     def __init__(self, trace: Trace, plan: list[Block], names: list[str], rank: int = 0, world: int = 1):
-        self.trace, self.plan, self.names = Trace(trace.path, trace.manifest), plan, names
+        self.trace, self.plan, self.names = copy.copy(trace), plan, names
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:

@@ -6,7 +6,6 @@ A predictor whose validation hit rate is not above that of training-free specula
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from ..predictors.mlp import ResidualMLP, StackedResidualMLPs
 from ..predictors.provenance import command, versions
 from .card import Rounding, layer_table, model_card, remarks
 from .data import FitError, held_out_sequences
-from .fit import RESULT, is_trained_on, read_run
+from .fit import RESULT, is_trained_on, read_checkpoint, read_result, read_run
 from .settings import ExportConfig
 
 ROUNDING_ROWS = 20_000
@@ -41,10 +40,9 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     run, dtype = config.run, DTYPES[config.dtype]
     settings = read_run(run)
     refuse_existing(config.out)
-    try:
-        result = json.loads((run / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FitError(f"the run in {run} is not finished (no {RESULT}); go on with it by fit --resume") from error
+    result = read_result(run)
+    if result is None:
+        raise FitError(f"the run in {run} is not finished (no {RESULT}); go on with it by fit --resume")
     source = Trace.open(config.trace or settings["trace"]["path"])
     if not is_trained_on(settings, source):
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
@@ -85,11 +83,7 @@ def _trained(checkpoint: Path, widths: dict[int, int], trace: Trace) -> dict[int
     """The predictors of a checkpoint by target layer, fp32, with these `widths`."""
     model = trace.manifest.model
     stack = StackedResidualMLPs(list(widths.values()), model.hidden_size, model.num_experts)
-    try:
-        # weights_only: no code in a checkpoint is run.
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # torch.load raises zip, pickle, key and file errors
-        raise FitError(f"{checkpoint} is missing or broken; train the run again") from error
+    state = read_checkpoint(checkpoint)["state_dict"]
     stack.load_state_dict({n.removeprefix("mlps."): tensor for n, tensor in state.items() if n.startswith("mlps.")})
     return {target: stack.layer(number) for number, target in enumerate(widths)}
 

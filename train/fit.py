@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from rich.table import Table
 
 from ..data_collection.memory import keep_freed_memory
 from ..data_collection.trace import Trace
-from ..predictors.files import written_whole
+from ..predictors.files import CHECKSUM, is_changed, sealed, written_whole
 from ..predictors.loading import resolve_device
 from ..predictors.metrics import gap_closed
 from ..predictors.provenance import command, versions
@@ -40,6 +41,8 @@ from .settings import FitConfig
 from .targets import choose_targets
 
 CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
+ENTRIES = {CONFIG: {"settings", "trace", "command", "versions"}, RESULT: {"checkpoint", "layers", "mean", "epochs"}}
+"""What these files hold beside their checksum, which those of older releases lack."""
 WHERE_AND_HOW = {"trace", "out", "resume", "device", "workers", "devices", "num_nodes", "strategy"}
 """Settings that may change when a run is resumed; the others decide what is learned."""
 
@@ -55,6 +58,8 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     trace = Trace.open(config.trace)
     if is_first():
         trace.verify()
+        if config.resume and last.is_file():
+            read_checkpoint(last)
     targets = choose_targets(trace, config)
     sources = {target.layer: target.source for target in targets}
     data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers)
@@ -86,7 +91,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
         seconds = time.perf_counter() - started
     if not is_first():
         return config.out
-    results = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["results"]
+    results = read_checkpoint(Path(best.best_model_path))["results"]
     result: dict[str, Any] = {
         "checkpoint": f"{CHECKPOINTS}/{Path(best.best_model_path).name}",
         "layers": [
@@ -117,9 +122,47 @@ def read_run(run: Path) -> dict[str, Any]:
     try:
         settings = json.loads((run / CONFIG).read_text(encoding="utf-8"))
         FitConfig(**settings["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FitError(f"{run} holds no run of fit (no {CONFIG} of one); give the folder that fit wrote") from error
+    if is_changed(settings) or settings.keys() - {CHECKSUM} != ENTRIES[CONFIG]:
+        raise FitError(f"{run / CONFIG} is not what fit wrote; train again")
+    settings.pop(CHECKSUM, None)
     return settings
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """The content of a run's result.json, or None before it is finished. Raises `FitError` if it is broken."""
+    file = run / RESULT
+    if not file.exists():
+        return None
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+        if is_changed(result) or result.keys() - {CHECKSUM} != ENTRIES[RESULT]:
+            raise ValueError("it is not what fit wrote")
+        str(result["checkpoint"]), result["mean"]
+        for entry in result["layers"]:
+            (
+                entry["layer"],
+                entry["source"],
+                float(entry["training_free"]["recall@k"]),
+                float(entry["predictor"]["recall@k"]),
+            )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FitError(f"{file} is broken ({type(error).__name__}: {error}); run fit --resume again") from error
+    return result
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint of a run. Raises `FitError` if it is missing or broken."""
+    try:
+        with zipfile.ZipFile(file) as parts:
+            if (part := parts.testzip()) is not None:  # torch does not compare the checksums that it writes
+                raise ValueError(f"{part} is not what was written")
+        # weights_only: no code in a checkpoint is run.
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return content
+    except Exception as error:  # zip, pickle, key and file errors
+        raise FitError(f"{file} is missing or broken; train the run again") from error
 
 
 def is_trained_on(run: dict[str, Any], trace: Trace) -> bool:
@@ -159,7 +202,7 @@ def _identity(trace: Trace) -> dict[str, Any]:
 
 def _write(file: Path, content: dict[str, Any]) -> None:
     with written_whole(file) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(sealed(content), indent=2) + "\n", encoding="utf-8")
 
 
 def lightning_trainer(config: FitConfig, device: torch.device, **arguments: Any) -> lightning.Trainer:

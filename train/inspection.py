@@ -30,18 +30,15 @@ class InspectError(UserError):
     """A folder that can't be inspected, or a figure that can't be written; the message says why."""
 
 
-def inspect(path: Path, verify: bool = False, sample_rows: int | None = None) -> dict[str, Any]:
+def inspect(path: Path, sample_rows: int | None = None) -> dict[str, Any]:
     """The content of the folder `path` as plain JSON values; `kind` is `trace`, `run` or `predictors`.
 
-    `verify` first reads a whole trace and compares its checksums. `sample_rows` bounds the rows that a trace's
-    training-free hit rates are measured on. Raises a `UserError` if the folder is none of the three or broken, and if
-    `verify` is given for anything but a trace.
+    `sample_rows` bounds the rows that a trace's training-free hit rates are measured on. Raises a `UserError` if the folder
+    is none of the three, or if one of its files is not what was written.
     """
     kind = _kind(path)
-    if verify and kind != "trace":
-        raise InspectError(f"{path} is a {kind} folder, and only a trace has checksums; leave --verify out")
     if kind == "trace":
-        return _trace(path, verify, sample_rows)
+        return _trace(path, sample_rows)
     return _run(path) if kind == "run" else _predictors(path)
 
 
@@ -71,33 +68,25 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _trace(path: Path, verify: bool, sample_rows: int | None) -> dict[str, Any]:
+def _trace(path: Path, sample_rows: int | None) -> dict[str, Any]:
     trace = Trace.open(path)
-    if verify:
-        trace.verify()
+    trace.verify()
     provenance = trace.manifest.model_dump(mode="json", exclude={"layers", "shards"})
     found = trace_statistics(trace, sample_rows or SAMPLE_ROWS)
-    files = {"bytes": _size(path), "shards": len(trace.manifest.shards), "verified": verify}
+    files = {"bytes": _size(path), "shards": len(trace.manifest.shards)}
     return {"kind": "trace", "path": str(path), **files, "provenance": provenance, **found}
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from .fit import RESULT, read_run
+    from .fit import read_result, read_run
 
-    settings = read_run(path)
+    settings, result = read_run(path), read_result(path)
     found = {"kind": "run", "path": str(path), "bytes": _size(path), **settings, "epochs": _epochs(path)}
-    file = path / RESULT
-    if not file.exists():
+    if result is None:
         return found | {"finished": False, "layers": []}
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        names = ("layer", "source", "training_free", "predictor")
-        layers = [{name: entry[name] for name in names} for entry in result["layers"]]
-        for entry in layers:
-            float(entry["training_free"]["recall@k"]), float(entry["predictor"]["recall@k"])
-        return found | {"finished": True, "checkpoint": result["checkpoint"], "mean": result["mean"], "layers": layers}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InspectError(f"{file} is broken ({type(error).__name__}: {error}); run fit --resume again") from error
+    names = ("layer", "source", "training_free", "predictor")
+    layers = [{name: entry[name] for name in names} for entry in result["layers"]]
+    return found | {"finished": True, "checkpoint": result["checkpoint"], "mean": result["mean"], "layers": layers}
 
 
 def _epochs(path: Path) -> list[dict[str, float]]:
@@ -189,7 +178,7 @@ def _closed(before: float | None, after: float | None) -> str:
 def _report_trace(found: dict[str, Any], console: Console) -> None:
     provenance = dict(found["provenance"])
     facts = {"model": _model(provenance.pop("model")), "bytes": found["bytes"], "shards": found["shards"]}
-    facts |= {"checksums": "right, all of them"} if found["verified"] else {"checksums": "not read (--verify)"}
+    facts["checksums"] = "right, all of them"
     _facts(console, f"trace {found['path']}", facts | provenance)
     k, rows = found["top_k"], found["rows"]
     measures = (*SIZES, "previous_token")

@@ -110,8 +110,6 @@ class InspectConfig(Figures):
 
     path: LocalPath
     """The folder that `collect`, `fit` or `export` wrote."""
-    verify: bool = False
-    """Read a trace whole and compare every checksum."""
     plot: Picture | None = None
     """Draws hit rate by layer, and of a trace the expert loads, to this .png, .pdf or .svg."""
     rows: Count | None = None
