@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from ..predictors.architecture import MoELayer, moe_shape
 from ..predictors.discovery import find_moe_layers
+from ..predictors.generation import check_generation
 from ..predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from ..predictors.provenance import command, versions
 from ..predictors.weights import commit_of, local_folder
@@ -28,7 +30,7 @@ from .columns import TOKEN_IDS
 from .hooks import Recorder
 from .manifest import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry
 from .memory import keep_freed_memory
-from .passes import Run, most_rows, run_batch
+from .passes import Run, arguments_of, most_rows, run_batch
 from .pilot import make_plan, speculation_state
 from .processes import Group, joined
 from .progress import (
@@ -89,6 +91,8 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
         )
     dtype = resolve_dtype(config.dtype, group.device)
     tokenizer = load_tokenizer(config.model)
+    if config.phase == "decode":
+        check_generation(config.model, tokenizer, partial(arguments_of, max_new_tokens=config.max_new_tokens))
     model = load_model(config.model, group.device, dtype, config.device_map)
     layers, origin = find_moe_layers(model), origin_of(config, group.device)
     if before is not None:

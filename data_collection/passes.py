@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from ..predictors.architecture import MoELayer
+from ..predictors.generation import refused, taken_over
 from ..predictors.loading import check_tokens
 from .batches import TokenBatch, sample_mask
 from .columns import POSITION, SEQUENCE, TOKEN_IDS, Column, Columns, first_not_finite
@@ -107,19 +109,33 @@ def _prefill(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, conf
     return columns
 
 
+def arguments_of(config: GenerationConfig, max_new_tokens: int) -> dict[str, Any]:
+    """The arguments of `generate` for one pass of each sequence a token, as a model's generation `config` asks.
+
+    Temperature 0 means greedy. How long a text is, neither a clock nor a word decides. Raises `UserError` for what would need
+    other passes.
+    """
+    if config.stop_strings:
+        raise refused("stop strings")
+    if config.guidance_scale not in (None, 1):
+        raise refused("guidance")
+    # The last token that is drawn is never fed back, so no router sees it.
+    own = {"max_new_tokens": max_new_tokens + 1, "do_sample": config.temperature != 0, "max_time": None}
+    return taken_over(config, **own)
+
+
 def _decode(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:
     step = _Steps(recorder, batch, _kept(batch, config), _ends(model))
     prompt = batch.token_ids.to(model.device)
+    assert model.generation_config is not None
     with _told(model, step.place):
         model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            do_sample=True,
-            # The last token that is drawn is never fed back, so no router sees it.
-            max_new_tokens=config.max_new_tokens + 1,
             pad_token_id=int(prompt[0, 0]),  # any token: nothing is recorded after a sequence's end
             logits_processor=LogitsProcessorList([_Finite(step, model.dtype)]),
             stopping_criteria=StoppingCriteriaList([step]),
+            **arguments_of(model.generation_config, config.max_new_tokens),
         )
     return {name: torch.cat([columns[name] for columns in step.columns]) for name in step.columns[0]}
 

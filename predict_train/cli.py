@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,14 +111,18 @@ def models(config: ModelsConfig) -> None:
 @command(app)
 def generate(config: GenerateConfig) -> None:
     """Streams text from MODEL with its experts in host memory or a packed file, and says what each token cost."""
+    from .predictors.generation import check_generation
     from .predictors.loading import load_tokenizer
     from .running import dtype_of
+    from .runtime.generate import arguments_of
     from .runtime.generate import generate as job
     from .runtime.load import load_offloaded
     from .runtime.settings import LoadConfig
 
     settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, config)}
     tokenizer = load_tokenizer(config.model)
+    asked = partial(arguments_of, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+    check_generation(config.model, tokenizer, asked)
     model = load_offloaded(config.model, config.predictors, **settings)
     sampling = (config.prompt, config.max_new_tokens, config.temperature, config.seed)
     result = job(model, tokenizer, *sampling, on_text=lambda text: print(text, end="", flush=True))

@@ -10,9 +10,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..predictors.errors import UserError
+from ..predictors.generation import taken_over
 from ..predictors.loading import check_tokens
 from .engine import Counters
 from .offload import ExpertOffload
@@ -77,6 +78,12 @@ class _Streamer(TextStreamer):
         self._on_text(text + "\n" if stream_end else text)
 
 
+def arguments_of(config: GenerationConfig, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """The arguments for a model's `generate`, with what its `config` asks for. Raises `UserError` for what can't be streamed."""
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    return taken_over(config, max_new_tokens=max_new_tokens, **sampling)
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,24 +95,27 @@ def generate(
 ) -> Generation:
     """Continues `prompt` with a model, offloaded or not. Temperature 0 is greedy.
 
-    `on_text` gets the text as it comes. Raises `UserError` for an empty prompt, or one that the model has no tokens for.
+    What else decides the next token is taken from the model's generation config; see `predictors.generation`. `on_text` gets the
+    text as it comes. Raises `UserError` for an empty prompt, for one that the model has no tokens for, and where the generation
+    config asks for what can't be streamed.
     """
+    assert model.generation_config is not None
+    arguments = arguments_of(model.generation_config, max_new_tokens, temperature)
     token_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     if token_ids.shape[-1] == 0:
         raise UserError("the prompt is empty; give --prompt some text to go on from")
     check_tokens(token_ids, model)
     offload: ExpertOffload | None = vars(model).get("expert_offload")
     streamer = _Streamer(tokenizer, on_text, offload)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     begun = time.perf_counter()
     model.generate(  # type: ignore[operator]  # transformers' mix-in is hidden by nn.Module's __getattr__
         token_ids,
         attention_mask=torch.ones_like(token_ids),
-        max_new_tokens=max_new_tokens,
         streamer=streamer,
+        tokenizer=tokenizer,  # for stop strings
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
+        **arguments,
     )
     steps = [after - before for before, after in pairwise(streamer.times)]
     counters = offload.counters if offload is not None else Counters()
