@@ -285,7 +285,7 @@ class ExpertOffload:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if wants_static_cache(kwargs, kwargs.get("generation_config") or self._model.generation_config):
+            if wants_static_cache(args, kwargs, self._model.generation_config):
                 kwargs["cache_implementation"] = "static"
             if self._graphs is not None:
                 self._graphs.look_at(self._model)

@@ -7,7 +7,8 @@
     speculative   true         candidates early, no others        the guess, weighted by the router as if it had chosen it
     speculative   resident     candidates early, no others        the router's choice among the experts on the device
 
-`runtime.gating` has the code of each.
+`runtime.gating` has the code of each. Whatever is no decode step (`runtime.steps`) is executed under `speculative` as under
+`prefetch`.
 """
 
 from __future__ import annotations

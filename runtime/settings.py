@@ -74,8 +74,8 @@ class Offloading(Slots):
     """How experts get to the device, whatever the policy."""
 
     speculated_tokens: Whole = 16
-    """A forward pass over more tokens than this is a prompt. It is executed exactly, and all its experts pass through the slots:
-    it needs nearly all experts, so a guess would save nothing."""
+    """In a forward pass over more tokens than this nothing is guessed, and all experts pass through the slots: it needs nearly
+    all of them, so a guess would save nothing. Prompts are exact, however short."""
     readers: Count = 2
     """Number of threads that copy experts on the CPU or read them from a file."""
     device: Device = "auto"

@@ -22,6 +22,7 @@ from predict_train.predictors.errors import UserError
 from predict_train.predictors.generation import REPLACED, read_generation_config
 from predict_train.runtime import load as load_module
 from predict_train.runtime import offloaded
+from predict_train.runtime.device.graphs import wants_static_cache
 from predict_train.runtime.generate import generate
 from test_offload import prompt
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -188,3 +189,29 @@ def test_without_a_file_the_models_config_counts(tiny_moe_folder: Path, tmp_path
     shutil.copytree(tiny_moe_folder, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").unlink()
     assert read_generation_config(tmp_path / "model").eos_token_id == 0
+
+
+def test_a_static_cache_is_used_where_nothing_speaks_against_it() -> None:
+    """Wherever it is said: by an argument, a given config (by place or by name), or the model's own."""
+    most, ids = {"max_new_tokens": 4}, prompt(1, 3)
+    for values in (most, {"num_beams": 2} | most, {"use_cache": True, "do_sample": True} | most):
+        config = GenerationConfig(**values)
+        assert wants_static_cache((ids,), values, GenerationConfig())
+        assert wants_static_cache((ids, config), {}, GenerationConfig(max_length=9))
+        assert wants_static_cache((ids,), {"generation_config": config}, GenerationConfig())
+        assert wants_static_cache((ids,), {}, config)
+    against: list[dict[str, Any]] = [
+        {"use_cache": False}, {"cache_implementation": "offloaded"}, {"prompt_lookup_num_tokens": 3}, {"use_mtp": True},
+        {"assistant_early_exit": 2}, {"penalty_alpha": 0.5, "top_k": 4}, {"dola_layers": "high"}, {"max_new_tokens": None},
+    ]  # fmt: skip
+    for values in against:
+        config = GenerationConfig(**(most | values))
+        assert not wants_static_cache((ids,), most | values, GenerationConfig())
+        assert not wants_static_cache((ids, config), {}, GenerationConfig())
+        assert not wants_static_cache((ids,), {"generation_config": config}, GenerationConfig())
+        assert not wants_static_cache((ids,), {}, config)
+    for own in against[:-1]:  # what a given config does not say is the model's
+        assert not wants_static_cache((ids, GenerationConfig(**most)), {}, GenerationConfig(**own))
+        assert wants_static_cache((ids,), most | dict.fromkeys(own) | {"use_cache": True}, GenerationConfig(**own))
+    for name in ("past_key_values", "assistant_model", "custom_generate"):
+        assert not wants_static_cache((ids,), most | {name: object()}, GenerationConfig())

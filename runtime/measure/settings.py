@@ -19,8 +19,7 @@ class Evaluating(Offloading):
     """Candidates under gating `resident`: a number, or `auto`, which takes for each layer as many as the predictors' recall
     justifies; by default the top k + 2."""
     speculated_tokens: Whole = 10**12
-    """A forward pass over more tokens than this is a prompt and is executed exactly. By default every token is speculated, as
-    in decoding."""
+    """In a forward pass over more tokens than this nothing is guessed. By default every token is speculated, as in decoding."""
 
 
 class Measuring(Offloading):
