@@ -26,6 +26,7 @@ from predict_train.predictors.checkpoint import (
 )
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
+from predict_train.predictors.files import checksum
 from predict_train.runtime.measure.evaluate import evaluate
 from predict_train.train.data import FitError
 from predict_train.train.fit import FitConfig, fit
@@ -122,6 +123,9 @@ def test_default_vectors_that_are_not_finite_are_refused(collected, tmp_path):
     state = {name: part.clone() for name, part in load_file(folder / "speculation.safetensors").items()}
     state["default_vectors.2"][0, 0] = float("inf")
     save_file(state, folder / "speculation.safetensors")
+    manifest = Trace.open(folder).manifest
+    manifest.speculation_xxh3 = checksum(folder / "speculation.safetensors")
+    write_manifest(folder, manifest)
     for use in (lambda: inspect(folder), Trace.open(folder).default_vectors):
         with pytest.raises(TraceError, match="trace: the default vectors of layer 2 are not finite; collect"):
             use()

@@ -105,11 +105,12 @@ def test_a_model_and_its_simulation_begin_the_same_copies(
     ran, simulated = Copies(), Copies()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(slots_module, "make_transfers", Lazy)
+        cache = model(torch.tensor([[1]]), use_cache=True).past_key_values  # what follows are decode steps
         with replaying(layers, routing) as replayed, offloaded(model, config=config) as offload:
             offload.guess_by(replayed.guesser)
             with offload.observed(ran):
                 for token in range(1, steps + 1):
-                    model(torch.tensor([[token]]), use_cache=False)
+                    model(torch.tensor([[token]]), past_key_values=cache)
     source_of = farther(sources(layers), config.horizon or 1)
     costs = Costs(layer=1.0, expert=1.0, copy=NEVER)
     simulate(costs, routing, config, source_of, queue=True, warmup=0, observer=simulated)
