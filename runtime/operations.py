@@ -12,16 +12,18 @@ A graph knows its offload by a number. So no graph keeps an offload alive, and a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 
 from ..predictors.speculation import Routing
 from .errors import OffloadError
+
+T = TypeVar("T")
 
 
 class Operated(Protocol):
@@ -70,37 +72,32 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@contextmanager
-def _turn_of(handle: int) -> Iterator[Operated]:
-    """The offload of a number, while nothing else runs in it. Raises `OffloadError` where it is detached."""
+def _in_turn(handle: int, call: Callable[[Operated], T]) -> T:
+    """Calls an offload while nothing else runs in it. Raises `OffloadError` where it is detached."""
     offload = _offloads.get(handle)
     if offload is not None:
         with offload.turn, on_device(offload.device):
             if handle in _offloads:  # it may have been detached while this waited
-                yield offload
-                return
+                return call(offload)
     raise OffloadError(
         "this compiled forward pass is of an offload that is detached; compile the model's forward again"
     )
 
 
 def _begin(x: torch.Tensor, handle: int) -> torch.Tensor:
-    with _turn_of(handle) as offload:
-        offload.begin(x)
+    _in_turn(handle, lambda offload: offload.begin(x))
     return x.clone()
 
 
 def _enter(x: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
-    with _turn_of(handle) as offload:
-        offload.enter(layer, x)
+    _in_turn(handle, lambda offload: offload.enter(layer, x))
     return x.clone()
 
 
 def _route(
     x: torch.Tensor, residual: torch.Tensor, inner: torch.Tensor | None, handle: int, layer: int
 ) -> tuple[torch.Tensor, ...]:
-    with _turn_of(handle) as offload:
-        routing, form = offload.route(layer, x, residual, inner), offload.form(layer)
+    routing, form = _in_turn(handle, lambda offload: (offload.route(layer, x, residual, inner), offload.form(layer)))
     # The graph may write to what it gets, so it gets copies.
     return tuple(
         part.to(its.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -109,8 +106,7 @@ def _route(
 
 
 def _experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
-    with _turn_of(handle) as offload:
-        return offload.experts(layer, x, ids, weights)
+    return _in_turn(handle, lambda offload: offload.experts(layer, x, ids, weights))
 
 
 def _as_x(x: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -118,8 +114,7 @@ def _as_x(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _as_routing(x: torch.Tensor, _: Any, __: Any, handle: int, layer: int) -> tuple[torch.Tensor, ...]:
-    with _turn_of(handle) as offload:
-        form = offload.form(layer)
+    form = _in_turn(handle, lambda offload: offload.form(layer))
     return tuple(x.new_empty((prod(x.shape[:-1]), part.shape[-1]), dtype=part.dtype) for part in form)
 
 
