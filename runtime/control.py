@@ -100,6 +100,7 @@ class Pass(threading.local):
     def __init__(self) -> None:
         self.guesses: dict[int, Guess] = {}
         """By the target's number, until its router is called."""
+        self.is_exact = False
 
 
 class RoutingControl:
@@ -123,8 +124,6 @@ class RoutingControl:
         """By this number, compiled graphs know the offload that it belongs to. 0 where it belongs to none."""
         self.is_on = True
         """While it is off, new forward passes are executed as under `on_demand`."""
-        self.is_exact = False
-        """Whether the next forward pass is executed as under `prefetch`, whatever the policy."""
         self.observer: Observer | None = None
         self._decide = decider(policy, gating)
         self._max_tokens, self._engine = max_tokens, engine
@@ -148,6 +147,15 @@ class RoutingControl:
             if layer.targets:
                 layer.watch_residual(self._attached)
             self._attach_router(layer)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether this thread's next forward pass is executed as under `prefetch`, whatever the policy."""
+        return self._pass.is_exact
+
+    @is_exact.setter
+    def is_exact(self, is_exact: bool) -> None:
+        self._pass.is_exact = is_exact
 
     def detach(self) -> None:
         """Removes all hooks. The model is then as it was."""
@@ -272,7 +280,7 @@ class RoutingControl:
             return own()
         self._engine.guessed(number)
         call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: self._engine.absent(number), routed)
-        decide = prefetch if self.is_exact else self._decide
+        decide = prefetch if self._pass.is_exact else self._decide
         routing, chosen, layer.known = decide(call)
         layer.count.add(guess.candidates, chosen)
         return routing

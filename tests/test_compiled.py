@@ -172,8 +172,8 @@ def test_a_graph_never_calls_an_offload_that_is_gone(build_moe: Callable[..., Pr
 
 
 def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedModel]) -> None:
-    """They alternate layer by layer. Each executes its own guesses."""
-    model, prompts = build_moe("qwen3_moe", num_hidden_layers=3), [torch.tensor([[token]]) for token in (5, 9)]
+    """They alternate layer by layer. Each executes its own guesses, and a prompt none."""
+    model, prompts = build_moe("qwen3_moe", num_hidden_layers=3), [torch.tensor([ids]) for ids in ([5], [9], [7, 3, 8])]
     interval = sys.getswitchinterval()
     with offloaded(model, policy="speculative", gating="speculated", slots=8, device="cpu"), torch.no_grad():
         forward = compiled(model, "eager")
@@ -185,8 +185,8 @@ def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedM
 
         sys.setswitchinterval(1e-5)
         try:
-            with ThreadPoolExecutor(2) as threads:
-                assert all(threads.map(passes, range(2)))
+            with ThreadPoolExecutor(3) as threads:
+                assert all(threads.map(passes, range(3)))
         finally:
             sys.setswitchinterval(interval)
 
