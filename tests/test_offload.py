@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from predict_train.predictors.speculation import Routing
 from predict_train.runtime import offload_experts, offloaded
 from predict_train.runtime.guess import Guess, Guesser
 from predict_train.runtime.settings import OffloadConfig
+from predict_train.runtime.store import Bytes, HostStore
 from transformers import PreTrainedModel
 
 SUPPORTED = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
@@ -132,8 +134,17 @@ def test_detaching_restores_the_model_exactly(tiny_moe: PreTrainedModel) -> None
     assert torch.equal(tiny_moe(ids).logits, logits)
 
 
+class Slow(HostStore):
+    """A store whose reads take so long that the computation waits for them, on a busy machine as well."""
+
+    def read(self, layer: int, expert: int, into: Bytes) -> None:
+        time.sleep(0.005)
+        super().read(layer, expert, into)
+
+
 def test_counters_conserve(tiny_moe: PreTrainedModel) -> None:
-    offload_experts(tiny_moe, policy="on_demand", slots=5, device="cpu")
+    store = Slow(find_moe_layers(tiny_moe), torch.device("cpu"))
+    offload_experts(tiny_moe, policy="on_demand", slots=5, device="cpu", store=store)
     offload = tiny_moe.expert_offload
     greedy(tiny_moe, prompt(1, 4), tokens=6)
     counters = offload.counters
