@@ -6,12 +6,11 @@ import mmap
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from ..predictors.architecture import MoELayer
 from .errors import StoreError
@@ -47,7 +46,6 @@ def _pages(size: int) -> mmap.mmap:
     return pages
 
 
-@runtime_checkable
 class ExpertStore(Protocol):
     """Holds all experts of a model. Whoever opens a store closes it."""
 
@@ -120,15 +118,6 @@ class HostStore:
             stacklevel=2,
         )
 
-    def check(self, layers: list[MoELayer]) -> None:
-        """Raises `StoreError` unless these are the layers whose experts it holds."""
-        if len(layers) != len(self._layers) or any(
-            not mine.holds(layer.experts) for mine, layer in zip(self._layers, layers, strict=True)
-        ):
-            raise StoreError(
-                "the store is closed or holds the experts of another model; give this model's own, or none"
-            )
-
     def block(self, layer: int, expert: int) -> torch.Tensor:
         """The block `[bytes]` of one expert."""
         return self.blocks[layer][expert]
@@ -175,10 +164,6 @@ class _Layer:
             return
         for name, view in self._views.items():
             np.copyto(_as_bytes(view[expert]), _as_bytes(self._parameters[name].data[expert]))
-
-    def holds(self, experts: nn.Module) -> bool:
-        """Whether the parameters of `experts` are those that it has taken."""
-        return all(getattr(experts, name, None) is parameter for name, parameter in self._parameters.items())
 
     def wait(self) -> None:
         """Returns when the blocks are filled."""
