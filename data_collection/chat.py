@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..predictors.errors import one_line
 from .refusals import RefusedError
 
 Message = dict[str, Any]
@@ -87,8 +88,7 @@ def _rendered(messages: list[Message], tools: list[Any] | None, tokenizer: PreTr
             text = tokenizer.apply_chat_template(as_text, tools=tools, chat_template=template, tokenize=False)
     # A template is a program of the model's authors: it raises errors of any kind.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RefusedError(f"can't be rendered with the tokenizer's chat template ({reason[:300]})") from error
+        raise RefusedError(f"can't be rendered with the tokenizer's chat template ({one_line(error)[:300]})") from error
     assert isinstance(text, str)
     return text
 

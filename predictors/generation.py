@@ -19,7 +19,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .loading import LoadingError, read_model_config
 
 REPLACED: dict[str, Any] = {
@@ -97,5 +97,6 @@ def read_generation_config(name: str | Path) -> GenerationConfig:
 
 
 def _unusable(name: str | Path, error: Exception) -> LoadingError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return LoadingError(f"{name} can't generate as its {GENERATION_CONFIG_NAME} asks ({reason}); correct that file")
+    return LoadingError(
+        f"{name} can't generate as its {GENERATION_CONFIG_NAME} asks ({one_line(error)}); correct that file"
+    )

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import UserError
+from .errors import UserError, one_line
 from .weights import local_folder, what_is_wrong
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -201,5 +201,5 @@ def _explained(name: str | Path, error: Exception) -> str:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= 300 else f"{text[:297]}..."
