@@ -21,7 +21,7 @@ from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .errors import OffloadError, StoreError
 from .offload import offload_experts
 from .pack import draw_experts, experts_ignored, load_and_pack, random_without_experts
-from .packfile import PackedStore, read_header
+from .packfile import Header, PackedStore, read_header
 from .settings import LoadConfig, Loading, OffloadConfig
 from .store import empty_blocks
 
@@ -75,25 +75,27 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
         return loaded
     if not config.pack.exists():
         loaded, _ = load_and_pack(model, config.pack, dtype, config.seed, **options)
+        header = read_header(config.pack)
     else:
+        header = read_header(config.pack)
         if dtype == "auto":
-            dtype = read_header(config.pack).format().dtype
+            dtype = header.format().dtype
         if isinstance(model, PretrainedConfig):
             loaded = random_without_experts(model, dtype, config.seed)
         else:
             with experts_ignored():
                 loaded = load_model(model, torch.device("cpu"), dtype, **options)
-            _check_checkpoint(config.pack, model, options.get("revision"))
+            _check_checkpoint(config.pack, header, model, options.get("revision"))
     vars(loaded)["expert_pack"] = config.pack
-    vars(loaded)["expert_samples"] = read_header(config.pack).sample_of
+    vars(loaded)["expert_samples"] = header.sample_of
     for experts in expert_modules(loaded).values():
         experts.forward = partial(_refuse, config.pack)
     return loaded
 
 
-def _check_checkpoint(pack: Path, model: str | Path, revision: str | None) -> None:
+def _check_checkpoint(pack: Path, header: Header, model: str | Path, revision: str | None) -> None:
     """Raises `StoreError` unless a file was packed from the checkpoint `model`, whose experts were not loaded."""
-    header, checkpoint = read_header(pack), checkpoint_fingerprint(local_folder(model, revision))
+    checkpoint = checkpoint_fingerprint(local_folder(model, revision))
     if header.checkpoint is None or checkpoint is None:
         warnings.warn(
             f"{pack} does not say which checkpoint it was packed from, so it is not compared with {model}; pack the model again",
