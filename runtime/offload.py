@@ -172,7 +172,6 @@ class ExpertOffload:
         # With its number, as tensors have it.
         self.device, self.slots = torch.empty(0, device=config.device).device, config.slots
         self._model, self._targets = model, targets
-        self._trial = Trial() if config.policy == AUTO else None
         self._turn = threading.RLock()
         self._depth = 0
         self._steps = Steps()
@@ -188,7 +187,8 @@ class ExpertOffload:
             attached.callback(self._graphs.clear)
             if getattr(model, "_can_compile_fullgraph", False):
                 self._generate_statically(attached)
-        self._passes = Passes(self._turn, self.device, engine, targets, self._trial, config.speculated_tokens)
+        trial = Trial() if config.policy == AUTO else None
+        self._passes = Passes(self._turn, self.device, engine, targets, trial, config.speculated_tokens)
         attached.callback(operations.unregister, self._passes.handle)
         self._take_turns(attached)
         for target in targets:
@@ -313,8 +313,6 @@ class ExpertOffload:
 
     def _timed(self, forward: Callable[[], Any]) -> Any:
         """A forward pass. Under policy `auto`, the times of decoded tokens decide how the next ones are executed."""
-        if self._trial is None:
-            return forward()
         begun = self._passes.start()
         output = forward()
         self._passes.end(begun)

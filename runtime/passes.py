@@ -34,14 +34,14 @@ class Passes:
         most_tokens: int,
     ):
         """`turn` is the lock of the offload. Passes over up to `most_tokens` tokens count for the `trial` of policy `auto`."""
-        self.turn, self.device = turn, device
+        self.turn, self.device, self.trial = turn, device, trial
         self.handle = operations.register(self)
         """By this number, compiled graphs know the offload."""
         self.control: RoutingControl
         self.observer: Observer | None = None
         self.tokens = 0
         """Of the current pass, as far as its first layer has executed them."""
-        self._engine, self._targets, self._trial, self._most_tokens = engine, targets, trial, most_tokens
+        self._engine, self._targets, self._most_tokens = engine, targets, most_tokens
         self._begun = 0.0
 
     def execute(self, number: int, x: torch.Tensor, decision: Decision) -> torch.Tensor:
@@ -56,19 +56,19 @@ class Passes:
 
     def start(self) -> float:
         """Has the trial decide how a pass is executed. Returns the time."""
-        if self._trial is not None:
-            self.control.is_on = self._trial.prefetches
+        if self.trial is not None:
+            self.control.is_on = self.trial.prefetches
         self.tokens = 0
         return time.perf_counter()
 
     def end(self, begun: float) -> None:
         """Tells the trial how long a pass has taken."""
-        if self._trial is None:
+        if self.trial is None:
             return
-        if self.device.type == "cuda" and not self._trial.is_over:
+        if self.device.type == "cuda" and not self.trial.is_over:
             torch.cuda.synchronize(self.device)
         if 0 < self.tokens <= self._most_tokens:
-            self._trial.took(time.perf_counter() - begun)
+            self.trial.took(time.perf_counter() - begun)
 
     def begin(self, x: torch.Tensor) -> None:
         self._begun = self.start()
