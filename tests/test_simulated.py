@@ -52,6 +52,8 @@ WAYS: dict[str, dict[str, Any]] = {
 """What is executed must not depend on when copies are over. Under gating `resident` it does, unless every expert has a slot."""
 SLOTS = {1: 11, 3: 17}
 """Of the device's engine, by the number of texts. Some layers have one more than others."""
+FEW = LAYERS * TOP_K
+"""Slots of the device's engine, of which three texts leave none for guesses."""
 MOST = 1 << 40
 STORES = {"registered": (MOST, CudaTransfers), "not registered": (0, StagedTransfers), "file": (MOST, StagedTransfers)}
 
@@ -177,12 +179,12 @@ def test_the_engine_of_the_host_is_right_in_every_order(store: str, way: str, ba
             assert torch.equal(logits(batch), right), plan
 
 
-@pytest.mark.parametrize("batch", ORDERS)
+@pytest.mark.parametrize(("batch", "slots"), [*SLOTS.items(), (3, FEW)])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_engine_of_the_device_is_right_in_every_order(way: str, batch: int) -> None:
-    right = expected(way, batch, "device", slots=SLOTS[batch])
+def test_the_engine_of_the_device_is_right_in_every_order(way: str, batch: int, slots: int) -> None:
+    right = expected(way, batch, "device", slots=slots)
     for plan in ORDERS[batch]:
-        its_own = settings(way, "cuda:0", slots=SLOTS[batch])
+        its_own = settings(way, "cuda:0", slots=slots)
         with simulated(plan), decided_by("device"), offloaded(model(), **its_own) as offload:
             assert isinstance(offload._engine, DeviceSlots)
             assert torch.equal(logits(batch), right), plan

@@ -1,7 +1,10 @@
 """The engine of the device: kernels decide which experts get slots and copy them, so a decode step never waits for the host.
 
-    main stream   attention l | router l | slots of l, missing ones copied | experts l        | attention t | router t | ...
-    second                               | guess t | slots of t, missing ones copied .....................|
+    main stream   attention l | router l | slots of l, missing ones copied | experts l       | attention t | router t | ...
+    guesses                              | guess t | slots of t                                                       | guess of the next
+    copies        those guessed for l ...................... | those guessed for t .................................... | ...
+
+So that the link is never idle, a guess does not wait for the copies of the guess before.
 
 A prompt is executed by the host's engine, in the same slots. Between the two, the books are handed over.
 """
@@ -9,7 +12,7 @@ A prompt is executed by the host's engine, in the same slots. Between the two, t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -33,10 +36,10 @@ NEARLY = 1.02
 
 
 class Announced(NamedTuple):
-    """What the second stream has been asked to do for a layer."""
+    """What the streams beside the main one have been asked to do for a layer."""
 
     table: torch.Tensor
-    """The places of the candidates, `[tokens, m]`."""
+    """The places of the best candidates, `[tokens, m]`: of as many as the layer has slots for."""
     assigned: torch.Event | None
     """When the candidates are known and have slots."""
     copied: torch.Event | None
@@ -60,10 +63,10 @@ class DeviceSlots(Engine):
             for row, share, counters, blocks in zip(self._books, shares, self._counters, store.blocks, strict=True)
         ]
         self._arithmetic = [ExpertArithmetic(module, store.format, memory) for module in modules]
-        self._side = torch.Stream(device) if device.type != "cpu" else None
+        self._guesses, self._copies = (torch.Stream(device), torch.Stream(device)) if device.type != "cpu" else (None, None)
         self._announced: dict[int, Announced] = {}
         self._read_beside: list[Any] = []
-        """What the second stream reads in this pass. Its memory must not be used again before the main stream has waited."""
+        """What the guesses read in this pass. Its memory must not be used again before the main stream has waited."""
         self._decides = False
         """Whether the device decides in this pass. In a prompt the host does."""
         self._broke_off = False
@@ -81,8 +84,9 @@ class DeviceSlots(Engine):
         self._link.programs = programs
 
     def close(self) -> None:
-        if self._side is not None:
-            self._side.synchronize()
+        for stream in (self._guesses, self._copies):
+            if stream is not None:
+                stream.synchronize()
         for held in (self._announced, self._read_beside, self._layers, self._arithmetic):
             held.clear()
         del self._link, self._books
@@ -120,8 +124,8 @@ class DeviceSlots(Engine):
         """
         decides = tokens <= self._most_tokens and not torch.is_autocast_enabled(self._books.device.type)
         if self._broke_off:
-            if self._side is not None:
-                torch.accelerator.synchronize(self._side.device)
+            if self._guesses is not None:
+                torch.accelerator.synchronize(self._guesses.device)
             self._host.take_over([])
             self._write([[] for _ in self._layers])
         elif decides and not self._decides:
@@ -146,12 +150,12 @@ class DeviceSlots(Engine):
 
     @contextmanager
     def guessing(self, *inputs: Any) -> Iterator[None]:
-        if not self._decides or self._side is None:
+        if not self._decides or self._guesses is None:
             yield
             return
         self._read_beside.append(inputs)
-        self._side.wait_stream(torch.accelerator.current_stream(self._side.device))
-        with self._side:
+        self._guesses.wait_stream(torch.accelerator.current_stream(self._guesses.device))
+        with self._guesses:
             yield
 
     def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:
@@ -159,11 +163,13 @@ class DeviceSlots(Engine):
             self._host.announce(layer, candidates, now)
             return
         tables = self._layers[layer]
-        room = min(candidates.shape[1], tables.slots // len(candidates))  # the best guesses of every token
-        if room:
-            table = tables.assign(candidates[:, :room], late=False)
-            assigned = self._mark()
-            tables.copy()
+        best = candidates[:, : tables.slots // len(candidates)]  # of every token
+        table = tables.assign(best, late=False) if best.numel() else best
+        assigned = self._mark()
+        with nullcontext() if self._copies is None else self._copies:
+            self._await(assigned)
+            if best.numel():
+                tables.copy()
             self._announced[layer] = Announced(table, assigned, self._mark())
 
     def guessed(self, layer: int) -> None:
@@ -206,7 +212,7 @@ class DeviceSlots(Engine):
         return min(programs for programs, time in times.items() if time <= NEARLY * min(times.values()))
 
     def _mark(self) -> torch.Event | None:
-        return None if self._side is None else torch.accelerator.current_stream(self._side.device).record_event()
+        return None if self._copies is None else torch.accelerator.current_stream(self._copies.device).record_event()
 
     def _await(self, event: torch.Event | None) -> None:
         if event is not None:
