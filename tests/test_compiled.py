@@ -91,6 +91,27 @@ def test_logits_counts_and_events_are_those_of_the_eager_model(
         assert same[1] == eager[1]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("architecture", "policy", "gating", "backend"), CASES)
+def test_compiled_decode_steps_on_a_gpu_are_the_eager_ones(
+    build_moe: Callable[..., PreTrainedModel], architecture: str, policy: str, gating: str, backend: str
+) -> None:
+    """The device decides in both. In the eager steps nothing is captured, and all experts are in slots before."""
+    model, found = build_moe(architecture, num_hidden_layers=3), []
+    ids = prompt(1, 40).to("cuda")
+    for compiles in (False, True):
+        with (
+            offloaded(model, policy=policy, gating=gating, slots=3 * 16, device="cuda") as offload,
+            torch.no_grad(),
+        ):
+            assert offload.why_host is None
+            offload._graphs = None
+            step = compiled(model, backend, dynamic=True) if compiles else model
+            cache = model(ids, use_cache=True).past_key_values
+            found.append(torch.cat([step(ids[:, n : n + 1], past_key_values=cache).logits for n in range(9)]))
+    assert torch.equal(*found)
+
+
 def test_one_graph_is_enough_for_prompts_of_any_length(build_moe: Callable[..., PreTrainedModel]) -> None:
     """Also for those that are too long to be speculated on."""
     model, graphs = build_moe("qwen3_moe", num_hidden_layers=2), CompileCounterWithBackend("eager")

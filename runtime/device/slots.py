@@ -63,7 +63,9 @@ class DeviceSlots(Engine):
             for row, share, counters, blocks in zip(self._books, shares, self._counters, store.blocks, strict=True)
         ]
         self._arithmetic = [ExpertArithmetic(module, store.format, memory) for module in modules]
-        self._guesses, self._copies = (torch.Stream(device), torch.Stream(device)) if device.type != "cpu" else (None, None)
+        self._guesses, self._copies = (
+            (torch.Stream(device), torch.Stream(device)) if device.type != "cpu" else (None, None)
+        )
         self._announced: dict[int, Announced] = {}
         self._read_beside: list[Any] = []
         """What the guesses read in this pass. Its memory must not be used again before the main stream has waited."""
