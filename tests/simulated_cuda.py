@@ -9,6 +9,7 @@ Nothing here is fast. With one thread a run is the same for the same seed.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any, Self
 import pytest
 import torch
 from pages import CPU, CUDA, Cudart
+from predict_train.runtime.device import slots
 from simulated_streams import Device, Event, Plan, Stream
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,6 +266,7 @@ def simulated(plan: Plan, seed: int = 0, lockable: int = 1 << 40) -> Iterator[De
         }.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch, "Stream", Stream)
+        patch.setattr(slots, "_idle", defaultdict(list))
         patch.setattr(torch.accelerator, "current_stream", lambda _=None: device.entered[-1])
         patch.setattr(torch.accelerator, "synchronize", device.synchronize)
         patch.setattr(torch.Tensor, "data", property(data_of, set_data), raising=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from predict_train.predictors.discovery import find_moe_layers
 from predict_train.runtime import offload_experts, offloaded, operations
 from predict_train.runtime.automatic import BLOCK, BLOCKS
 from predict_train.runtime.errors import OffloadError
@@ -98,10 +99,11 @@ def test_compiled_decode_steps_on_a_gpu_are_the_eager_ones(
 ) -> None:
     """The device decides in both. In the eager steps nothing is captured, and all experts are in slots before."""
     model, found = build_moe(architecture, num_hidden_layers=3), []
-    ids = prompt(1, 40).to("cuda")
+    ids, layers = prompt(1, 40).to("cuda"), find_moe_layers(model)
+    slots = len(layers) * layers[0].num_experts
     for compiles in (False, True):
         with (
-            offloaded(model, policy=policy, gating=gating, slots=3 * 16, device="cuda") as offload,
+            offloaded(model, policy=policy, gating=gating, slots=slots, device="cuda") as offload,
             torch.no_grad(),
         ):
             assert offload.why_host is None

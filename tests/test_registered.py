@@ -333,7 +333,7 @@ def test_on_a_gpu_the_experts_are_registered_and_detaching_frees_all(large: PreT
     gc.collect()
     gc.disable()
     try:
-        for policy in ("on_demand", "on_demand", "prefetch", "speculative"):
+        for policy in ("prefetch", "on_demand", "prefetch", "speculative"):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)
                 offload_experts(large, policy=policy, slots=20, device=device)

@@ -24,6 +24,7 @@ from predict_train.runtime.measure import bench as bench_module
 from predict_train.runtime.measure.bench import bench
 from predict_train.runtime.measure.routing import Statistics, draw_routing
 from predict_train.runtime.measure.settings import Measuring
+from predict_train.runtime.offload import ExpertOffload
 from predict_train.runtime.pack import pack
 from simulated_cuda import Plan, launch, simulated
 from transformers import PreTrainedModel
@@ -207,6 +208,22 @@ def test_the_host_never_waits_where_the_device_decides(way: str) -> None:
         assert device.waits.total() == before
         output.logits.cpu()
         assert device.waits.total() == before + 1
+
+
+def test_streams_are_used_again() -> None:
+    """Libraries keep memory for each stream, on a real device 32 MiB."""
+    other, way = build_model("qwen3_moe", num_hidden_layers=LAYERS), settings("prefetch", "cuda:0", slots=SLOTS[1])
+
+    def streams(offload: ExpertOffload) -> set[Any]:
+        engine: Any = offload._engine
+        return {engine._guesses, engine._copies}
+
+    with simulated(Plan.SERIAL), decided_by("device"):
+        with offloaded(model(), **way) as offload:
+            first = streams(offload)
+        with offloaded(model(), **way) as offload, offloaded(other, **way) as beside:
+            assert streams(offload) == first
+            assert len(streams(beside) | first) == 4
 
 
 def test_a_replayed_routing_is_executed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ A prompt is executed by the host's engine, in the same slots. Between the two, t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -33,6 +34,10 @@ PROGRAMS = 32, 64, 128
 """How many programs may copy."""
 NEARLY = 1.02
 """Of two times, the longer one is as good if it is not longer than by this factor."""
+
+
+_idle: defaultdict[torch.device, list[tuple[torch.Stream, torch.Stream]]] = defaultdict(list)
+"""Streams of detached models. They are used again, since libraries keep memory for each stream (cuBLAS 32 MiB) and never free it."""
 
 
 class Announced(NamedTuple):
@@ -63,9 +68,11 @@ class DeviceSlots(Engine):
             for row, share, counters, blocks in zip(self._books, shares, self._counters, store.blocks, strict=True)
         ]
         self._arithmetic = [ExpertArithmetic(module, store.format, memory) for module in modules]
-        self._guesses, self._copies = (
-            (torch.Stream(device), torch.Stream(device)) if device.type != "cpu" else (None, None)
-        )
+        self._guesses: torch.Stream | None = None
+        self._copies: torch.Stream | None = None
+        if device.type != "cpu":
+            idle = _idle[device]
+            self._guesses, self._copies = idle.pop() if idle else (torch.Stream(device), torch.Stream(device))
         self._announced: dict[int, Announced] = {}
         self._read_beside: list[Any] = []
         """What the guesses read in this pass. Its memory must not be used again before the main stream has waited."""
@@ -86,9 +93,10 @@ class DeviceSlots(Engine):
         self._link.programs = programs
 
     def close(self) -> None:
-        for stream in (self._guesses, self._copies):
-            if stream is not None:
-                stream.synchronize()
+        if self._guesses is not None and self._copies is not None:
+            self._guesses.synchronize()
+            self._copies.synchronize()
+            _idle[self._guesses.device].append((self._guesses, self._copies))
         for held in (self._announced, self._read_beside, self._layers, self._arithmetic):
             held.clear()
         del self._link, self._books
