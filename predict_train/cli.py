@@ -136,16 +136,21 @@ def evaluate(config: EvaluateConfig) -> None:
     from .data_collection.refusals import Refusals
     from .predictors.loading import load_tokenizer
     from .predictors.provenance import command, versions
-    from .running import batches_of, load_whole
+    from .running import batches_of, load_unquantized, load_whole, quantization_asked
+    from .runtime.measure.evaluate import cross_entropy
     from .runtime.measure.evaluate import evaluate as job
-    from .runtime.measure.report import print_hit_rates, print_losses
+    from .runtime.measure.report import print_hit_rates, print_losses, print_quantization
 
-    tokenizer, model, refusals = load_tokenizer(config.model), load_whole(config), Refusals()
+    tokenizer, refusals = load_tokenizer(config.model), Refusals()
     batches = batches_of(tokenizer, config, refusals.add)
-    result = job(model, batches, config.predictors, config, progress=True)
+    quantize = quantization_asked(config)
+    before = None if quantize is None else cross_entropy(load_unquantized(config), batches, progress=True)
+    result = job(load_whole(config), batches, config.predictors, config, progress=True)
+    result |= {"quantized": quantize, "unquantized_cross_entropy": before}
     result |= {"model": config.model, "predictors": config.predictors, "versions": versions(), "command": command()}
     print_hit_rates(Console(), result)
     print_losses(Console(), result, {})
+    print_quantization(Console(), result)
     refusals.report(Console())
     _write(result, config.json_file)
 
@@ -194,7 +199,7 @@ def pack(config: PackConfig) -> None:
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the checkpoint
     source = read_model_config(config.random_weights) if config.random_weights is not None else config.model
     assert source is not None, "the class requires one of both"
-    _, file = load_and_pack(source, config.out, dtype, config.seed)
+    _, file = load_and_pack(source, config.out, dtype, config.seed, config.quantize)
     print(f"{file}: {file.stat().st_size:,} bytes")
 
 

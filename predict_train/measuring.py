@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from .predictors.discovery import find_moe_layers
 from .predictors.errors import UserError
 from .predictors.loading import check_tokens, load_tokenizer, read_model_config, resolve_device, resolve_dtype
 from .predictors.provenance import command, hardware, versions
+from .running import quantization_asked
+from .runtime.errors import StoreError
 from .runtime.load import load_to_host
 from .runtime.measure import plan as planning
 from .runtime.measure.accelerated import accelerated
@@ -24,6 +27,7 @@ from .runtime.measure.bench import bench as measure
 from .runtime.measure.replay import replay
 from .runtime.measure.routing import PRESETS, ReplayedRouting, draw_routing
 from .runtime.measure.settings import BenchConfig, PlanConfig
+from .runtime.quantization import Quantization
 
 
 def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
@@ -60,6 +64,7 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
             **{name: getattr(config, name) for name in ("tokens", "warmup", "rounds")},
             "prompt_tokens": token_ids.shape[-1],
             "store": "packed file" if packed else "host memory",
+            "quantized": quantization_asked(config),
             "device": str(device),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
@@ -74,7 +79,10 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
 def plan(config: PlanConfig) -> dict[str, Any]:
     """Computes a model's time and memory on some hardware, from its config alone."""
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the config
-    shape = planning.read_shape(read_model_config(config.model), dtype if isinstance(dtype, torch.dtype) else None)
+    read = partial(
+        planning.read_shape, read_model_config(config.model), dtype if isinstance(dtype, torch.dtype) else None
+    )
+    shape = read(config.quantize)
     fitting = planning.slots_that_fit(shape, config.device_memory, config.reserve)
     slots = fitting if config.slots is None else config.slots
     if config.expert_memory is not None:
@@ -108,11 +116,27 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "slots": slots,
         "experts": shape.layers * shape.num_experts,
         "expert_bytes": shape.expert_bytes,
+        "formats": _formats(read, config),
         "resident_bytes": shape.resident_bytes,
         "routing": routing.source,
         "versions": versions(),
         "command": command(),
     }
+
+
+def _formats(read: Callable[[Quantization | None], planning.Shape], config: PlanConfig) -> dict[str, Any]:
+    """By format of the experts: the bytes of one, and how many fit on the device. None where the experts can't have the format."""
+    found: dict[str, Any] = {}
+    for quantize in (None, *Quantization):
+        try:
+            shape = read(quantize)
+            fitting = planning.slots_that_fit(shape, config.device_memory, config.reserve)
+            found[quantize or "unquantized"] = {"expert_bytes": shape.expert_bytes, "slots": fitting}
+        except StoreError:
+            found[quantize or "unquantized"] = None
+        except planning.PlanError:
+            found[quantize or "unquantized"] = {"expert_bytes": shape.expert_bytes, "slots": 0}
+    return found
 
 
 def _load(config: BenchConfig) -> tuple[PreTrainedModel, torch.Tensor]:

@@ -9,6 +9,8 @@ from .data_collection.corpus import read_documents, sequences
 from .data_collection.refusals import Refuse, refuse_all
 from .predictors.loading import load_model, resolve_device, resolve_dtype
 from .runtime.load import load_experts, load_to_host
+from .runtime.packfile import read_header
+from .runtime.resident import load_resident
 from .runtime.settings import Loading, Named, Offloading
 from .settings import EvaluateConfig
 
@@ -21,12 +23,29 @@ def dtype_of(model: Named, offloading: Offloading) -> torch.dtype | str:
     return resolve_dtype(model.dtype, device)
 
 
+def quantization_asked(config: Loading) -> str | None:
+    """What the experts are quantised to: as the settings say, or as they are in the packed file."""
+    packed = config.pack is not None and config.pack.exists()
+    return config.quantize or (read_header(config.pack).quantized if config.pack is not None and packed else None)
+
+
+def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:
+    """The model of the checkpoint on its device, in the dtype in which `load_whole` loads it."""
+    device, dtype = resolve_device(config.device), dtype_of(config, config)
+    if dtype == "auto" and config.pack is not None:
+        dtype = read_header(config.pack).format().full.dtype
+    return load_model(config.model, device, dtype)
+
+
 def load_whole(config: EvaluateConfig) -> PreTrainedModel:
     """The model on its device, with its experts."""
     device, dtype = resolve_device(config.device), dtype_of(config, config)
+    loading = Loading(**config.values_of(Loading) | {"dtype": dtype})
+    if quantization_asked(config) is not None:
+        return load_resident(config.model, loading, device)
     if config.pack is None:
         return load_model(config.model, device, dtype)
-    model = load_to_host(config.model, Loading(dtype=dtype, pack=config.pack))
+    model = load_to_host(config.model, loading)
     load_experts(model)
     return model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what torch takes
 

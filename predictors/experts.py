@@ -60,24 +60,31 @@ def expert_parameters(experts: nn.Module) -> list[str]:
     return names
 
 
-def expert_output(experts: nn.Module, weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """One expert's unweighted output `[n, hidden]` for its inputs `x` `[n, hidden]`, in the dtype of `x`.
-
-    `weights` maps each name of `expert_parameters(experts)` to this expert's slice of that parameter; `experts` gives
-    only the layout and the gate, so its own weights may lie on another device.
-    """
-    hidden = _linear(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", x)
-    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)  # type: ignore[operator]
-    output = _linear(experts, weights, "down_proj", hidden)
-    # Older releases of transformers have neither this mark nor experts with such a norm.
-    return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output  # type: ignore[operator]
+Linear = Callable[[nn.Module, dict[str, torch.Tensor], str, torch.Tensor], torch.Tensor]
+"""One linear layer of an expert, `(experts, weights, name, x)`: `[n, outputs]` for rows `[n, inputs]`, bias included."""
 
 
-def _linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+def expert_linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    """The linear layer `name` of an expert whose weights are as the model has them; see `Linear`."""
     weight, bias = weights[name], weights.get(f"{name}_bias")
     output = F.linear(x, weight.mT if experts.is_transposed else weight)
     # The product is rounded before the bias is added, as in transformers. F.linear would round once.
     return output if bias is None else output.add_(bias)
+
+
+def expert_output(
+    experts: nn.Module, weights: dict[str, torch.Tensor], x: torch.Tensor, linear: Linear = expert_linear
+) -> torch.Tensor:
+    """One expert's unweighted output `[n, hidden]` for its inputs `x` `[n, hidden]`, in the dtype of `x`.
+
+    `weights` maps each name of `expert_parameters(experts)` to this expert's slice of that parameter; `experts` gives
+    only the layout and the gate, so its own weights may lie on another device. `linear` computes other forms of weights.
+    """
+    hidden = linear(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", x)
+    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)  # type: ignore[operator]
+    output = linear(experts, weights, "down_proj", hidden)
+    # Older releases of transformers have neither this mark nor experts with such a norm.
+    return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output  # type: ignore[operator]
 
 
 def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:

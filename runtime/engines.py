@@ -11,7 +11,7 @@ from .engine import Engine
 from .host.cache import Eviction
 from .host.slots import ExpertSlots
 from .settings import OffloadConfig
-from .store import ExpertStore, HostStore
+from .store import ExpertStore, MemoryStore
 
 
 def make_engine(store: ExpertStore, layers: list[MoELayer], config: OffloadConfig) -> tuple[Engine, str | None]:
@@ -23,7 +23,7 @@ def make_engine(store: ExpertStore, layers: list[MoELayer], config: OffloadConfi
     device = torch.device(config.device)
     host = ExpertSlots(store, config.slots, device, config.readers, Eviction(config.eviction))
     hindrance = hindrance_of(store, layers, config.slots, device)
-    if hindrance is not None or not isinstance(store, HostStore):
+    if hindrance is not None or not isinstance(store, MemoryStore):
         return host, hindrance
     from .device.slots import DeviceSlots  # needs Triton
 
@@ -36,7 +36,7 @@ def hindrance_of(store: ExpertStore, layers: list[MoELayer], slots: int, device:
     needed = len(layers) * layers[0].top_k
     if device.type != "cuda":
         return f"the host decides what is copied, since the model computes on a {device.type.upper()}"
-    if not isinstance(store, HostStore):
+    if not isinstance(store, MemoryStore):
         return "the host decides what is copied, since the experts are in a file"
     if not store.is_registered:
         return "the host decides what is copied, since the system does not let so much memory be registered"

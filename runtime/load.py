@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import closing
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from ..predictors.loading import load_model, resolve_device, resolve_dtype
 from ..predictors.settings import make
 from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .errors import OffloadError, StoreError
-from .offload import offload_experts
-from .pack import draw_experts, experts_ignored, load_and_pack, random_without_experts
-from .packfile import Header, PackedStore, read_header
+from .gatherer import Gatherer
+from .offload import offload_experts, open_store
+from .pack import draw_experts, experts_ignored, load_and_pack, load_without_experts, random_without_experts
+from .packfile import Header, read_header
+from .quantization import Quantization
 from .settings import LoadConfig, Loading, OffloadConfig
-from .store import empty_blocks
+from .store import QuantizedExperts, empty_blocks
 
 PASSED_ON = ("revision", "token", "trust_remote_code", "attn_implementation")
 """What `load_offloaded` passes on to transformers."""
@@ -67,6 +69,8 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
     A checkpoint is loaded with the `options` of `load_model`.
     """
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # for CUDA, auto leaves the dtype to the checkpoint
+    if config.pack is None and config.quantize is not None:
+        return _load_quantized(model, config, dtype, **options)
     if config.pack is None:
         if not isinstance(model, PretrainedConfig):
             return load_model(model, torch.device("cpu"), dtype, **options)
@@ -74,12 +78,13 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
         draw_experts(loaded, lambda module, name, values: setattr(module, name, nn.Parameter(values)), config.seed)
         return loaded
     if not config.pack.exists():
-        loaded, _ = load_and_pack(model, config.pack, dtype, config.seed, **options)
+        loaded, _ = load_and_pack(model, config.pack, dtype, config.seed, config.quantize, **options)
         header = read_header(config.pack)
     else:
         header = read_header(config.pack)
+        _check_quantized(config.pack, header, config.quantize)
         if dtype == "auto":
-            dtype = header.format().dtype
+            dtype = header.format().full.dtype
         if isinstance(model, PretrainedConfig):
             loaded = random_without_experts(model, dtype, config.seed)
         else:
@@ -88,9 +93,37 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
             _check_checkpoint(config.pack, header, model, options.get("revision"))
     vars(loaded)["expert_pack"] = config.pack
     vars(loaded)["expert_samples"] = header.sample_of
-    for experts in expert_modules(loaded).values():
-        experts.forward = partial(_refuse, config.pack)
+    _refuse_to_run(loaded, f"in {config.pack}")
     return loaded
+
+
+def _load_quantized(
+    model: str | Path | PretrainedConfig, config: Loading, dtype: torch.dtype | str, **options: Any
+) -> PreTrainedModel:
+    """A model whose experts are quantised while they are read, layer by layer, and stay in host memory."""
+    blocks: dict[nn.Module, torch.Tensor] = {}
+    gatherer = Gatherer(config.quantize, lambda gathered: blocks.update({gathered.experts: gathered.blocks()}))
+    loaded = load_without_experts(model, gatherer.take, dtype, config.seed, **options)
+    layers = find_moe_layers(loaded)
+    form = gatherer.finish(layers, str(getattr(model, "model_type", model)))
+    vars(loaded)["expert_blocks"] = QuantizedExperts(form, [blocks[layer.experts] for layer in layers])
+    _refuse_to_run(loaded, f"quantised to {config.quantize}")
+    return loaded
+
+
+def _check_quantized(pack: Path, header: Header, quantize: Quantization | None) -> None:
+    """Raises `StoreError` where a packed file holds other experts than those that are asked for."""
+    if quantize is not None and header.quantized != quantize:
+        kept = f"quantised to {header.quantized}" if header.quantized else f"in {header.dtype}"
+        raise StoreError(
+            f"{pack} holds experts {kept}, and {quantize} is asked for; leave quantize out or name another file"
+        )
+
+
+def _refuse_to_run(model: PreTrainedModel, where: str) -> None:
+    """Has the experts of a model say that they are not in memory, whenever they are run."""
+    for experts in expert_modules(model).values():
+        experts.forward = partial(_refuse, where)
 
 
 def _check_checkpoint(pack: Path, header: Header, model: str | Path, revision: str | None) -> None:
@@ -107,43 +140,44 @@ def _check_checkpoint(pack: Path, header: Header, model: str | Path, revision: s
         )
 
 
-def _refuse(pack: Path, *_: Any, **__: Any) -> torch.Tensor:
+def _refuse(where: str, *_: Any, **__: Any) -> torch.Tensor:
     """The forward of experts that are not in memory."""
     raise OffloadError(
-        f"the experts of this model are in {pack}; offload it again (offload_experts) or load them (load_experts)"
+        f"the experts of this model are {where}; offload it again (offload_experts) or load them (load_experts)"
     )
 
 
 def load_experts(model: PreTrainedModel) -> None:
-    """Reads the experts of a detached model from its packed file into memory. It is then an ordinary model.
+    """Brings the experts of a detached model into memory, from its packed file or widened from their quantised form.
 
-    Each layer's experts go to the device of its router. Raises `OffloadError` for a model that is offloaded or has no packed
-    file, and `StoreError` where the file can't be read. The model is then as it was.
+    It is then an ordinary model. Each layer's experts go to the device of its router. Raises `OffloadError` for a model that
+    is offloaded or has its experts in memory, and `StoreError` where the file can't be read. The model is then as it was.
     """
     if getattr(model, "expert_offload", None) is not None:
         raise OffloadError("the model's experts are offloaded; detach it first: model.expert_offload.detach()")
-    pack: Path | None = getattr(model, "expert_pack", None)
-    if pack is None:
-        raise OffloadError("this model was not loaded with a packed file; its experts are in memory")
+    if not {"expert_pack", "expert_blocks"} & vars(model).keys():
+        raise OffloadError(
+            "the experts of this model are in memory; it was not loaded with a packed file, nor quantised"
+        )
     layers = find_moe_layers(model)
     loaded = []
-    with closing(PackedStore(pack)) as store:
-        store.check(model, layers)
-        (block,) = empty_blocks(1, store.format.bytes, torch.device("cpu"))
-        views = store.format.views(block)
+    with ExitStack() as opened:
+        store = open_store(opened, model, layers, None, torch.device("cpu"))
+        (block,) = blocks = empty_blocks(1, store.format.bytes, torch.device("cpu"))
         for number, layer in enumerate(layers):
             stacked = {
-                name: torch.empty(layer.num_experts, *view.shape, dtype=view.dtype) for name, view in views.items()
+                name: torch.empty(layer.num_experts, *place.shape, dtype=place.dtype)
+                for name, place in store.format.full.places.items()
             }
             for expert in range(layer.num_experts):
                 store.read(number, expert, block.numpy())
-                for name, view in views.items():
-                    stacked[name][expert] = view
+                for name, values in store.format.read(blocks).items():
+                    stacked[name][expert] = values[0]
             device = next(layer.router.parameters()).device
             loaded.append({name: values.to(device) for name, values in stacked.items()})
     for layer, weights in zip(layers, loaded, strict=True):
         for name, values in weights.items():
             setattr(layer.experts, name, nn.Parameter(values, requires_grad=getattr(layer.experts, name).requires_grad))
         vars(layer.experts).pop("forward")
-    vars(model).pop("expert_pack")
-    vars(model).pop("expert_samples", None)
+    for name in ("expert_pack", "expert_samples", "expert_blocks"):
+        vars(model).pop(name, None)

@@ -35,12 +35,12 @@ from .formats.full import FullFormat
 from .guess import Guesser
 from .observer import Observer
 from .operations import on_device
-from .packfile import PackedStore
+from .packfile import PackedStore, read_header
 from .passes import Passes
 from .policy import Gating, Policy
 from .settings import OffloadConfig, Slots
 from .steps import Steps, shape_of
-from .store import ExpertStore, HostStore
+from .store import ExpertStore, HostStore, QuantizedExperts, QuantizedStore
 from .targets import Target, targets_of
 
 
@@ -72,7 +72,10 @@ def offload_experts(
     if getattr(model, "expert_offload", None) is not None:
         raise OffloadError("the model's experts are offloaded already; detach it first: model.expert_offload.detach()")
     layers = find_moe_layers(model)
-    config = config.model_copy(update={"slots": slots_of(config, layers), "expert_memory": None, "device": str(device)})
+    size = block_bytes(model, layers, store)
+    config = config.model_copy(
+        update={"slots": slots_of(config, layers, size), "expert_memory": None, "device": str(device)}
+    )
     predictors = as_predictors(predictors)
     if predictors is not None:
         predictors.check(model, layers)
@@ -92,12 +95,22 @@ def policy_of(config: OffloadConfig) -> Policy:
     return Policy.PREFETCH if config.policy == AUTO else Policy(config.policy)
 
 
-def slots_of(config: Slots, layers: list[MoELayer]) -> int:
-    """How many experts are on the device at a time; by default a quarter of them."""
+def block_bytes(model: PreTrainedModel, layers: list[MoELayer], store: ExpertStore | str | Path | None) -> int:
+    """Bytes of one expert's block in the store that `open_store` would open, which reads no block for it."""
+    store = vars(model).get("expert_pack") if store is None else store
+    quantized: QuantizedExperts | None = vars(model).get("expert_blocks")
+    if isinstance(store, str | Path):
+        return read_header(store).block_bytes
+    if store is not None:
+        return store.format.bytes
+    return (FullFormat.common([layer.experts for layer in layers]) if quantized is None else quantized.format).bytes
+
+
+def slots_of(config: Slots, layers: list[MoELayer], size: int) -> int:
+    """How many experts are on the device at a time, if each has `size` bytes; by default a quarter of them."""
     top_k, total = layers[0].top_k, sum(layer.num_experts for layer in layers)
     slots = config.slots
     if config.expert_memory is not None:
-        size = FullFormat.common([layer.experts for layer in layers]).bytes
         slots = min(config.expert_memory // size, total)
         if slots < top_k:
             raise OffloadError(
@@ -122,7 +135,11 @@ def open_store(
 ) -> ExpertStore:
     """The store that is given. If it is not open yet, it is opened here, and `attached` closes it."""
     store = vars(model).get("expert_pack") if store is None else store
-    if store is None:
+    quantized: QuantizedExperts | None = vars(model).get("expert_blocks")
+    if store is None and quantized is not None:
+        store = QuantizedStore(quantized, device)
+        attached.callback(store.close)
+    elif store is None:
         if any(p.is_meta for layer in layers for p in layer.experts.parameters(recurse=False)):
             raise OffloadError("the experts of this model are not in memory; name their packed file: store=PATH")
         store = HostStore(layers, device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PretrainedConfig, PreTrainedModel
@@ -24,50 +25,88 @@ from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_modules, is_experts
 from ..predictors.loading import load_model
 from ..predictors.weights import checkpoint_fingerprint, local_folder
-from .packfile import PackWriter
+from .packwriter import PackWriter
+from .quantization import Quantization, quantization
 
 ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"
 Take = Callable[[nn.Module, str, torch.Tensor], None]
 """Takes one stacked parameter of an experts module: `(module, name, values [num_experts, ...])`."""
 
 
-def pack(name: str | Path, out: str | Path, dtype: torch.dtype | str = "auto") -> Path:
+def pack(
+    name: str | Path,
+    out: str | Path,
+    dtype: torch.dtype | str = "auto",
+    quantize: Quantization | str | None = None,
+) -> Path:
     """Packs the experts of a model folder or Hub repository into the file `out`, in `dtype` (`auto`: the checkpoint's).
 
-    In memory are only the other weights and two to three times the experts of one layer. Raises `StoreError`, `LoadingError`
-    or `UnsupportedModelError`, and then leaves no file behind.
+    XX `StoreError`, `LoadingError`
+        or `UnsupportedModelError`, and then leaves no file behind.
     """
-    return load_and_pack(name, out, dtype)[1]
+    return load_and_pack(name, out, dtype, quantize=quantization(quantize))[1]
 
 
 def load_and_pack(
-    source: str | Path | PretrainedConfig, out: str | Path, dtype: torch.dtype | str, seed: int = 0, **options: Any
+    source: str | Path | PretrainedConfig,
+    out: str | Path,
+    dtype: torch.dtype | str,
+    seed: int = 0,
+    quantize: Quantization | None = None,
+    **options: Any,
 ) -> tuple[PreTrainedModel, Path]:
     """Returns the model with its experts on the meta device, and the file that they were packed into.
 
     A checkpoint is loaded with the `options` of `load_model`.
     """
-    writer = PackWriter(out)
+    checkpoint = None
+    if not isinstance(source, PretrainedConfig):
+        checkpoint = checkpoint_fingerprint(local_folder(source, options.get("revision")))
+    writer = PackWriter(out, quantize, _key(source, checkpoint, dtype, seed, quantize))
     try:
-        if isinstance(source, PretrainedConfig):
-            model = random_without_experts(source, dtype, seed)
-            draw_experts(model, writer.take, seed)
-            name, checkpoint = f"random {source.model_type}", None
-        else:
-            with experts_taken(writer.take):
-                model = load_model(source, torch.device("cpu"), dtype, **options)
-            name, checkpoint = str(source), checkpoint_fingerprint(local_folder(source, options.get("revision")))
+        model = load_without_experts(source, writer.take, dtype, seed, **options)
+        name = f"random {source.model_type}" if isinstance(source, PretrainedConfig) else str(source)
         return model, writer.finish(model, find_moe_layers(model), name, checkpoint)
-    finally:
+    except Exception:
         writer.abort()
+        raise
+    finally:  # after Ctrl-C or SIGTERM a later call goes on
+        writer.interrupt()
 
 
-def pack_random(config: PretrainedConfig, out: str | Path, dtype: torch.dtype | str = "auto", seed: int = 0) -> Path:
-    """Packs random experts for a model of `config`, layer by layer, in `dtype` (`auto`: the config's).
+def _key(source: str | Path | PretrainedConfig, checkpoint: str | None, *how: Any) -> str | None:
+    """A hash of what is packed and how. None for a checkpoint that is not on this machine yet."""
+    what = source.to_json_string() if isinstance(source, PretrainedConfig) else checkpoint
+    return None if what is None else xxhash.xxh3_64_hexdigest(f"{what} {how}".encode())
+
+
+def load_without_experts(
+    source: str | Path | PretrainedConfig, take: Take, dtype: torch.dtype | str, seed: int = 0, **options: Any
+) -> PreTrainedModel:
+    """A model in host memory with its experts on the meta device. `take` gets the experts, layer by layer.
+
+    `source` is a checkpoint, which is loaded with the `options` of `load_model`, or the config of a model with random weights.
+    """
+    if not isinstance(source, PretrainedConfig):
+        with experts_taken(take):
+            return load_model(source, torch.device("cpu"), dtype, **options)
+    model = random_without_experts(source, dtype, seed)
+    draw_experts(model, take, seed)
+    return model
+
+
+def pack_random(
+    config: PretrainedConfig,
+    out: str | Path,
+    dtype: torch.dtype | str = "auto",
+    seed: int = 0,
+    quantize: Quantization | str | None = None,
+) -> Path:
+    """Packs random experts for a model of `config`, layer by layer, in `dtype` (`auto`: the config's), quantised as by `pack`.
 
     `load_offloaded(config, pack=out, dtype=dtype, seed=seed)` makes the model to which they belong.
     """
-    return load_and_pack(config, out, dtype, seed)[1]
+    return load_and_pack(config, out, dtype, seed, quantization(quantize))[1]
 
 
 @contextmanager

@@ -10,8 +10,6 @@ The file is written under another name and renamed when it is whole. A file that
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import json
 import mmap
 import os
@@ -32,13 +30,18 @@ from transformers import PreTrainedModel
 from ..predictors.architecture import MoELayer, describe_shape, moe_shape
 from ..predictors.experts import expert_modules
 from .errors import StoreError
-from .formats import PAGE, ExpertFormat, Place
+from .formats import PAGE, ExpertFormat, Place, laid_out
 from .formats.full import FullFormat
-from .store import Bytes, empty_blocks
+from .formats.quantized import QuantizedFormat
+from .formats.registry import QUANTIZED, quantization_of
+from .gatherer import sample_experts
+from .quantization import Quantization
+from .store import Bytes
 
-FORMAT_VERSION = 1
-_START = struct.Struct("<8sQQQQ")
-_MAGIC = b"EXPERTS\n"
+FORMAT_VERSION, QUANTIZED_VERSION = 1, 2
+"""Older releases read no quantised experts, so these have another version."""
+START = struct.Struct("<8sQQQQ")
+MAGIC = b"EXPERTS\n"
 
 
 class TensorPlace(BaseModel):
@@ -59,7 +62,13 @@ class Header(BaseModel):
     model: dict[str, Any]
     """`name`, the facts of `architecture.moe_shape`, and `weights`: what `weights_fingerprint` returns."""
     dtype: str
+    """Of the experts before they were quantised."""
     tensors: dict[str, TensorPlace]
+    """The tensors of an expert before it was quantised."""
+    quantized: str | None = None
+    """What they were quantised to, a `Quantization`; None if they are unchanged."""
+    is_transposed: bool = False
+    """Of quantised experts: whether their weights are `[inputs, outputs]` in the model."""
     block_bytes: int = Field(gt=0, multiple_of=PAGE)
     layers: list[str] = Field(min_length=1)
     """The names of the experts modules in the model, in the order of their blocks."""
@@ -76,7 +85,12 @@ class Header(BaseModel):
         """The samples by the names of `layers`; empty where there are none."""
         return dict(zip(self.layers, self.samples or [], strict=False))
 
-    def format(self) -> FullFormat:
+    @property
+    def version(self) -> int:
+        """The format version of the file."""
+        return FORMAT_VERSION if self.quantized is None else QUANTIZED_VERSION
+
+    def format(self) -> ExpertFormat:
         """The format of the blocks. Raises `ValueError` where parts of the header contradict each other."""
         dtype = getattr(torch, self.dtype, None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -85,17 +99,38 @@ class Header(BaseModel):
             name: Place(dtype, torch.Size(tensor.shape), tensor.offset * dtype.itemsize)
             for name, tensor in self.tensors.items()
         }
-        if any(min(p.shape) < 1 or p.offset + p.bytes > self.block_bytes for p in places.values()):
+        form: ExpertFormat = FullFormat(places, self.block_bytes)
+        if self.quantized is not None:
+            full = FullFormat(*laid_out({name: place[:2] for name, place in places.items()}))
+            form = QUANTIZED[Quantization(self.quantized)].of(full, self.is_transposed)
+        inside = form.bytes == self.block_bytes and all(p.offset + p.bytes <= form.bytes for p in form.places.values())
+        if any(min(p.shape) < 1 for p in places.values()) or not inside:
             raise ValueError("a tensor lies beyond its block")
         if [len(row) for row in self.checksums] != [self.num_experts] * len(self.layers):
             raise ValueError("it has not one checksum a block")
         if self.samples is not None and len(self.samples) != len(self.layers):
             raise ValueError("it has not one sample a layer")
-        return FullFormat(places, self.block_bytes)
+        return form
+
+
+def described(form: ExpertFormat) -> dict[str, Any]:
+    """What a `Header` says of a format."""
+    tensors = {
+        name: TensorPlace(shape=list(place.shape), offset=place.offset // place.dtype.itemsize)
+        for name, place in form.full.places.items()
+    }
+    dtype = str(form.full.dtype).removeprefix("torch.")
+    is_transposed = isinstance(form, QuantizedFormat) and form.is_transposed
+    return {
+        "dtype": dtype,
+        "tensors": tensors,
+        "quantized": quantization_of(form),
+        "is_transposed": is_transposed,
+    }
 
 
 @contextmanager
-def _told(path: Path, done: str, advice: str) -> Iterator[None]:
+def told(path: Path, done: str, advice: str) -> Iterator[None]:
     """Turns an error of the disk into a `StoreError`: `path` can't be `done`, and what to do."""
     try:
         yield
@@ -114,131 +149,6 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-RUN, RUNS = 64, 8
-"""A sample of a tensor: so many bytes at so many evenly spaced places in it."""
-
-
-def sample_experts(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of some bytes of every expert in the stacked `tensors` `[num_experts, ...]` of one layer.
-
-    It tells experts of one shape apart, in milliseconds for a layer of gigabytes: whatever trains an expert changes nearly
-    all of its weights.
-    """
-    digest = xxhash.xxh3_64()
-    for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().flatten(1).view(torch.uint8)
-        last = max(0, values.shape[1] - RUN)
-        starts = torch.tensor([last * number // (RUNS - 1) for number in range(RUNS)])
-        places = (starts[:, None] + torch.arange(RUN)).flatten().clamp(max=values.shape[1] - 1)
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(values.index_select(1, places.to(values.device)).cpu().numpy().data)
-    return digest.hexdigest()
-
-
-class PackWriter:
-    """Writes a packed file layer by layer. The file appears at `finish`; `abort` removes what was written."""
-
-    def __init__(self, out: str | Path):
-        self.out = Path(out).absolute()
-        if self.out.exists():
-            raise StoreError(f"{self.out} exists already; name a new file or remove it")
-        self._aside = self.out.with_name(f"{self.out.name}.{os.getpid()}.partial")
-        with _told(self.out, "written", "name a file in a folder"):
-            self._file = self._aside.open("wb")
-            self._sweep()
-        self._format: FullFormat | None = None
-        self._modules: list[nn.Module] = []
-        self._checksums: list[list[int]] = []
-        self._samples: list[str] = []
-        self._open: dict[nn.Module, tuple[torch.Tensor, set[str]]] = {}
-        self._file.write(bytes(PAGE))
-
-    def _sweep(self) -> None:
-        """Removes what is left of earlier attempts that were killed. Whoever still writes holds a lock on its file."""
-        with suppress(OSError):  # some file systems have no locks
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        for left in self.out.parent.glob(f"{glob.escape(self.out.name)}.*.partial"):
-            with suppress(OSError), left.open("rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                left.unlink()
-
-    def take(self, experts: nn.Module, name: str, values: torch.Tensor) -> None:
-        """Takes one stacked parameter `[num_experts, ...]` of an experts module. With the last one, the module is written."""
-        if experts not in self._open:
-            self._format = self._format or FullFormat.of(experts)
-            self._format.expect(experts)
-            blocks = empty_blocks(len(values), self._format.bytes, torch.device("cpu")).zero_()
-            self._open[experts] = blocks, set(self._format.places)
-        assert self._format is not None
-        blocks, missing = self._open[experts]
-        if values.dtype != self._format.dtype:
-            raise StoreError(
-                f"the experts mix the dtypes {values.dtype} and {self._format.dtype}; give one with dtype="
-            )
-        self._format.views(blocks)[name].copy_(values)
-        missing.discard(name)
-        if not missing:
-            del self._open[experts]
-            self._samples.append(sample_experts(self._format.views(blocks)))
-            self._write(experts, blocks.numpy())
-
-    def _write(self, experts: nn.Module, blocks: Bytes) -> None:
-        self._checksums.append([xxhash.xxh3_64_intdigest(block.data) for block in blocks])
-        self._modules.append(experts)
-        with _told(self.out, "written", "make room for it"):
-            self._file.write(blocks.data)
-            # What is on the disk is dropped from the page cache, since packed experts are not needed in memory.
-            self._file.flush()
-            os.fdatasync(self._file.fileno())
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def finish(self, model: PreTrainedModel, layers: list[MoELayer], name: str, checkpoint: str | None = None) -> Path:
-        """Writes the header and gives the file its name. Raises `StoreError` where experts of `layers` are missing.
-
-        `checkpoint` is the fingerprint of the model's checkpoint.
-        """
-        experts = {layer.experts for layer in layers}
-        if self._open or self._format is None or set(self._modules) != experts:
-            raise StoreError(
-                f"the checkpoint of {name} has weights for {len(self._modules)} layers of experts, and the model has "
-                f"{len(experts)} that are routed to; it can't be packed"
-            )
-        names = {module: path for path, module in model.named_modules()}
-        tensors = {
-            part: TensorPlace(shape=list(place.shape), offset=place.offset // place.dtype.itemsize)
-            for part, place in self._format.places.items()
-        }
-        header = Header(
-            model={"name": name} | moe_shape(model.config, layers) | {"weights": weights_fingerprint(model)},
-            dtype=str(self._format.dtype).removeprefix("torch."),
-            tensors=tensors,
-            block_bytes=self._format.bytes,
-            layers=[names[module] for module in self._modules],
-            num_experts=layers[0].num_experts,
-            checksums=self._checksums,
-            samples=self._samples,
-            checkpoint=checkpoint,
-        )
-        text = header.model_dump_json().encode()
-        with _told(self.out, "written", "make room for it"):
-            offset = self._file.tell()
-            self._file.write(text)
-            self._file.seek(0)
-            self._file.write(_START.pack(_MAGIC, FORMAT_VERSION, offset, len(text), xxhash.xxh3_64_intdigest(text)))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._aside, self.out)
-        return self.out
-
-    def abort(self) -> None:
-        """Removes what was written, unless the file is finished."""
-        with suppress(OSError):
-            self._file.close()
-        self._aside.unlink(missing_ok=True)
-
-
 class PackedStore:
     """The experts of a model in a packed file. They are read past the page cache where the file system allows it.
 
@@ -255,7 +165,7 @@ class PackedStore:
         self._position = list(range(len(self.header.layers)))  # in the file, of each layer of the model
         self.direct = False
         self._file = -1
-        with _told(self.path, "read", "check its disk and its rights"):
+        with told(self.path, "read", "check its disk and its rights"):
             self._file = self._open()
 
     def _open(self) -> int:
@@ -280,7 +190,7 @@ class PackedStore:
                 "pack this model"
             )
         wanted = FullFormat.of(layers[0].experts)
-        if wanted != self.format:
+        if wanted != self.format.full:
             raise StoreError(
                 f"{self.path} holds experts in torch.{self.header.dtype}, and the model's are in {wanted.dtype} or laid out "
                 "otherwise; load the model in that dtype or pack it again"
@@ -302,7 +212,7 @@ class PackedStore:
         """Compares the experts with those of a model, by their `modules`. If they are not in memory, it knows their samples."""
         known: dict[str, str] = vars(model).get("expert_samples", {})
         for name, experts in modules.items():
-            tensors: dict[str, torch.Tensor] = {part: experts.get_parameter(part) for part in self.format.places}
+            tensors: dict[str, torch.Tensor] = {part: experts.get_parameter(part) for part in self.format.full.places}
             is_absent = any(tensor.is_meta for tensor in tensors.values())
             sample = known.get(name) if is_absent else sample_experts(tensors)
             if sample is not None and self.header.samples is None:
@@ -357,15 +267,15 @@ class PackedStore:
 def read_header(path: str | Path) -> Header:
     """Reads the header of a packed file. Raises `StoreError` where the file is missing, not a packed file, or not whole."""
     path = Path(path)
-    with _told(path, "read", "give the file that predict-train pack wrote"), path.open("rb") as file:
+    with told(path, "read", "give the file that predict-train pack wrote"), path.open("rb") as file:
         page = file.read(PAGE)
         size = os.fstat(file.fileno()).st_size
-        if len(page) < PAGE or not page.startswith(_MAGIC):
+        if len(page) < PAGE or not page.startswith(MAGIC):
             raise StoreError(f"{path} is no packed file; make one with predict-train pack")
-        _, version, offset, length, checksum = _START.unpack_from(page)
-        if version != FORMAT_VERSION:
+        _, version, offset, length, checksum = START.unpack_from(page)
+        if version not in (FORMAT_VERSION, QUANTIZED_VERSION):
             raise StoreError(
-                f"{path} has format version {version}, and this release reads {FORMAT_VERSION}; pack the model again"
+                f"{path} has format version {version}, and this release reads up to {QUANTIZED_VERSION}; pack the model again"
             )
         if offset + length != size:
             raise StoreError(f"{path} is cut short or was added to; pack the model again")
@@ -374,11 +284,13 @@ def read_header(path: str | Path) -> Header:
     try:
         header = Header.model_validate(json.loads(text))
         header.format()
+        if version != header.version:
+            raise ValueError("its version is not that of its blocks")
         if offset != PAGE + len(header.layers) * header.num_experts * header.block_bytes:
             raise ValueError("its blocks are not as many as it says")
         # Older releases wrote neither samples nor a checksum of the header.
         is_older = header.samples is None and not checksum
-        if any(page[_START.size :]) or not (is_older or checksum == xxhash.xxh3_64_intdigest(text)):
+        if any(page[START.size :]) or not (is_older or checksum == xxhash.xxh3_64_intdigest(text)):
             raise ValueError("it is not what was written")
     except ValidationError as error:
         first = error.errors()[0]

@@ -22,6 +22,7 @@ from ..predictors.settings import (
 from .automatic import AUTO
 from .host.cache import Eviction
 from .policy import Gating, Policy
+from .quantization import Quantization
 
 
 def _candidates(value: Any) -> Any:
@@ -37,6 +38,7 @@ def _candidates(value: Any) -> Any:
 
 
 Candidates = Annotated[int | Literal["auto"], BeforeValidator(_candidates)]
+Quantized = Annotated[Quantization, choice("quantisations", *Quantization)]
 PolicyName = Annotated[Policy | Literal["auto"], choice("policies", *Policy, AUTO)]
 
 
@@ -103,6 +105,9 @@ class Loading(Settings):
     given."""
     pack: LocalPath | None = None
     """Packed file to keep the experts in. It is made if it does not exist."""
+    quantize: Quantized | None = None
+    """Bits of the experts' weights: `int8` (nearly without loss) or `int4` (a quarter of the bytes of bfloat16). By default they
+    are as in the packed file, or else as in the checkpoint. All other weights stay as they are."""
     seed: int = 0
     """Seed of everything that is drawn, random weights included."""
 
@@ -177,5 +182,8 @@ class PackConfig(Made):
     """The packed file to write. It must not exist yet."""
     dtype: Dtype = "auto"
     """`auto` (the checkpoint's), `float32`, `bfloat16` or `float16`."""
+    quantize: Quantized | None = None
+    """Bits of the packed weights: `int8` (nearly without loss) or `int4` (a quarter of the bytes of bfloat16); by default they are
+    packed as they are."""
     seed: int = 0
     """Seed of random weights."""

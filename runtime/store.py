@@ -6,7 +6,7 @@ import mmap
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -64,72 +64,115 @@ class ExpertStore(Protocol):
         """Frees what the store holds, and gives the model back what it took. The store is not read afterwards."""
 
 
-class HostStore:
-    """The experts in host memory: blocks `[experts, bytes]`, uint8, for each MoE layer.
-
-    While the store is open, the model's expert parameters are views of these blocks. So each weight is in memory once, and
-    `state_dict` and `save_pretrained` work. `close` gives the parameters their own memory again.
+class MemoryStore:
+    """Experts in host memory: blocks `[experts, bytes]`, uint8, for each MoE layer.
 
     For a CUDA `device` the blocks are registered, so that it can read them itself. Where the system lets it lock too little
     memory, no block is registered, and a warning says so.
     """
 
-    def __init__(self, layers: list[MoELayer], device: torch.device):
-        self.format: ExpertFormat = FullFormat.common([layer.experts for layer in layers])
-        self.extent = len(layers), layers[0].num_experts
+    def __init__(self, form: ExpertFormat, extent: tuple[int, int], device: torch.device):
+        self.format, self.extent, self._device = form, extent, device
         self.is_registered = device.type == "cuda"
         """Whether the device can read all blocks itself."""
         self.blocks: list[torch.Tensor] = []
-        self._device = device
-        self._layers: list[_Layer] = []
-        try:
-            # Memory is made at its first use, which takes longer than the copy. So several threads use it first.
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                following = _Layer(layers[0], self.format, pool)
-                for layer in [*layers[1:], None]:
-                    taken = following
-                    taken.wait()
-                    self._layers.append(taken)
-                    self.blocks.append(taken.blocks)
-                    if not taken.was_on_device:
-                        taken.take_parameters()
-                    if layer is not None:  # it is filled while the one before is registered
-                        following = _Layer(layer, self.format, pool)
-                    if self.is_registered:
-                        self._register(taken)
-                    if taken.was_on_device:  # a copy from there into registered memory is faster
-                        taken.take_parameters()
-        except BaseException:
-            self.close()
-            raise
+        self._bytes: list[Bytes] = []
+        self._registrations: list[Registration] = []
 
-    def _register(self, layer: _Layer) -> None:
-        layer.registration = register(layer.blocks, self._device)
-        if layer.registration is not None:
-            return
-        self.is_registered = False
-        for earlier in self._layers:
-            earlier.unregister()
-        whole = self.extent[0] * layer.blocks.nbytes
-        locked = whole * (len(self._layers) - 1) // self.extent[0]
-        warnings.warn(
-            f"CUDA could lock only {locked / 2**30:.1f} of the {whole / 2**30:.1f} GiB of experts in host memory, so they are "
-            "copied through a small buffer, which is slower; give the container or WSL2 more memory that can be locked",
-            stacklevel=2,
-        )
+    def _add(self, blocks: torch.Tensor) -> None:
+        """Adds a layer's blocks."""
+        self.blocks.append(blocks)
+        self._bytes.append(blocks.numpy())
+        registration = register(blocks, self._device) if self.is_registered else None
+        if registration is not None:
+            self._registrations.append(registration)
+        elif self.is_registered:
+            self.is_registered = False
+            whole = self.extent[0] * blocks.nbytes
+            locked = len(self._registrations) * blocks.nbytes
+            self._unregister()
+            warnings.warn(
+                f"CUDA could lock only {locked / 2**30:.1f} of the {whole / 2**30:.1f} GiB of experts in host memory, so they are "
+                "copied through a small buffer, which is slower; give the container or WSL2 more memory that can be locked",
+                stacklevel=2,
+            )
+
+    def _unregister(self) -> None:
+        while self._registrations:
+            self._registrations.pop().close()
 
     def block(self, layer: int, expert: int) -> torch.Tensor:
         """The block `[bytes]` of one expert."""
         return self.blocks[layer][expert]
 
     def read(self, layer: int, expert: int, into: Bytes) -> None:
-        np.copyto(into, self._layers[layer].bytes[expert])
+        np.copyto(into, self._bytes[layer][expert])
+
+    def close(self) -> None:
+        self._unregister()
+        self._bytes.clear()
+        self.blocks.clear()
+
+
+class QuantizedExperts(NamedTuple):
+    """The experts of a model that was quantised while it was loaded."""
+
+    format: ExpertFormat
+    blocks: list[torch.Tensor]
+    """For each MoE layer `[experts, bytes]`, uint8."""
+
+
+class QuantizedStore(MemoryStore):
+    """Quantised experts in host memory. The blocks belong to the model, which has no other experts."""
+
+    def __init__(self, experts: QuantizedExperts, device: torch.device):
+        super().__init__(experts.format, (len(experts.blocks), len(experts.blocks[0])), device)
+        try:
+            for layer in experts.blocks:
+                self._add(layer)
+        except BaseException:
+            self.close()
+            raise
+
+
+class HostStore(MemoryStore):
+    """The unchanged experts of a model in host memory.
+
+    While the store is open, the model's expert parameters are views of these blocks. So each weight is in memory once, and
+    `state_dict` and `save_pretrained` work. `close` gives the parameters their own memory again.
+    """
+
+    def __init__(self, layers: list[MoELayer], device: torch.device):
+        form = FullFormat.common([layer.experts for layer in layers])
+        super().__init__(form, (len(layers), layers[0].num_experts), device)
+        self._layers: list[_Layer] = []
+        try:
+            # Memory is made at its first use, which takes longer than the copy. So several threads use it first.
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                following = _Layer(layers[0], form, pool)
+                for layer in [*layers[1:], None]:
+                    taken = following
+                    taken.wait()
+                    self._layers.append(taken)
+                    if not taken.was_on_device:
+                        taken.take_parameters()
+                    if layer is not None:  # it is filled while the one before is registered
+                        following = _Layer(layer, form, pool)
+                    self._add(taken.blocks)
+                    if taken.was_on_device:  # a copy from there into registered memory is faster
+                        taken.take_parameters()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         while self._layers:  # layer by layer, so that only one layer is in memory twice
             self._layers[-1].give_back()
+            if self._registrations:
+                self._registrations.pop().close()
             self._layers.pop()
-            self.blocks.pop()
+            del self.blocks[len(self._layers) :], self._bytes[len(self._layers) :]
+        super().close()
 
 
 class _Layer:
@@ -139,7 +182,6 @@ class _Layer:
         """Begins to fill the blocks, in the threads of `pool`: with the experts, or with zeros if these are on a device."""
         self.blocks = empty_blocks(layer.num_experts, blocks_format.bytes, torch.device("cpu"))
         self.bytes: Bytes = self.blocks.numpy()
-        self.registration: Registration | None = None
         self._views = {name: self._view(place, blocks_format.bytes) for name, place in blocks_format.places.items()}
         self._parameters = {name: layer.experts.get_parameter(name) for name in self._views}
         self._origin = next(iter(self._parameters.values())).device
@@ -183,11 +225,6 @@ class _Layer:
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._origin)
             _copy(values, parameter.data)
             parameter.data = values
-        self.unregister()
-
-    def unregister(self) -> None:
-        if self.registration is not None:
-            self.registration.close()
 
 
 def _as_bytes(tensor: torch.Tensor) -> Bytes:

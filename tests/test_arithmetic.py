@@ -16,9 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.experts import expert_output, expert_parameters
-from predict_train.runtime.device import arithmetic
+from predict_train.runtime.device import arithmetic, quantized
 from predict_train.runtime.device.arithmetic import ExpertArithmetic
+from predict_train.runtime.device.quantized import QuantizedArithmetic
 from predict_train.runtime.formats.full import FullFormat
+from predict_train.runtime.formats.quantized import QuantizedFormat
+from predict_train.runtime.formats.registry import QUANTIZED
+from predict_train.runtime.quantization import Quantization
 from test_device import DEVICE
 from test_exactness import supported_model
 from torch import nn
@@ -239,3 +243,75 @@ def test_experts_of_transformers(type: str) -> None:
     with torch.no_grad():
         found = ExpertArithmetic(experts.to(DEVICE), form, memory).output(x.to(DEVICE), weights.to(DEVICE), table).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * largest)
+
+
+@st.composite
+def quantized_layers(draw: st.DrawFn) -> Layer:
+    layer = draw(layers())
+    sizes = st.sampled_from([64, 128, 320])
+    return layer._replace(hidden=draw(sizes), inner=draw(sizes))
+
+
+def in_quantized_places(
+    experts: nn.Module, quantize: Quantization, ids: torch.Tensor, extra: int
+) -> tuple[QuantizedFormat, torch.Tensor, torch.Tensor]:
+    """As `in_places`, with other weights: such that quantised ones are numbers whose sums are exact. `experts` gets them."""
+    form = QUANTIZED[quantize].of(FullFormat.of(experts), bool(experts.is_transposed))
+    count = len(experts.get_parameter("down_proj"))
+    places = torch.randperm(count + 2)
+    memory = torch.full((count + 2, form.bytes), 255, dtype=torch.uint8)
+    blocks = torch.zeros(count, form.bytes, dtype=torch.uint8)
+    is_int4 = quantize is Quantization.INT4
+    for name, view in form.views(blocks).items():
+        if name.endswith("_bias"):
+            view.copy_(experts.get_parameter(name).detach())
+        elif name.endswith("_scales"):
+            view.copy_((torch.randint(-1, 2, view.shape) if is_int4 else torch.ones(view.shape)) / 16)
+        else:
+            view.copy_(torch.randint(256, view.shape) if is_int4 else torch.randint(-3, 4, view.shape))
+    for name, values in form.read(blocks).items():
+        experts.get_parameter(name).data = values
+    memory[places[:count]] = blocks
+    table = torch.cat([places[ids], places[count:][torch.randint(2, (len(ids), extra))]], dim=1)
+    return form, memory.to(DEVICE), table.to(DEVICE, torch.int32)
+
+
+@settings(max_examples=CASES)
+@given(
+    layer=quantized_layers(),
+    quantize=st.sampled_from(Quantization),
+    tokens=st.integers(1, 3),
+    k=st.integers(1, 3),
+    extra=st.integers(0, 2),
+    weights_dtype=st.sampled_from(DTYPES),
+    groups=st.sampled_from([1, 4]),
+    seed=st.integers(0, 2**16),
+)
+def test_quantized_experts_compute_what_torch_computes_of_widened_ones(
+    layer: Layer,
+    quantize: Quantization,
+    tokens: int,
+    k: int,
+    extra: int,
+    weights_dtype: torch.dtype,
+    groups: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    experts = Experts(*layer)
+    ids = torch.randint(layer.count, (tokens, k))
+    x = integers(tokens, layer.hidden + 1).to(layer.dtype)[:, 1:]
+    weights = (torch.randint(1, 9, (tokens, k + 1)) / 8).to(weights_dtype)[:, :k]
+    form, memory, table = in_quantized_places(experts, quantize, ids, extra)
+    expected, largest = expected_output(experts, x, ids, weights)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(quantized, "GROUPS", groups)
+        found = (
+            QuantizedArithmetic(experts.to(DEVICE), form, memory).output(x.to(DEVICE), weights.to(DEVICE), table).cpu()
+        )
+    assert found.dtype == layer.dtype
+    if layer.gate in ("silu", "clamped"):  # the exponential may differ in its last bit
+        step = 4 * torch.finfo(layer.dtype).eps
+        torch.testing.assert_close(found, expected, rtol=step, atol=step * largest)
+    else:
+        assert torch.equal(found, expected)

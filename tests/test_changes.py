@@ -95,6 +95,14 @@ def packed(tmp_path_factory: pytest.TempPathFactory, tiny_moe_folder: Path) -> P
     return folder
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_moe_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "quantized"
+    folder.mkdir()
+    pack(tiny_moe_folder, folder / "experts", quantize="int8")
+    return folder
+
+
 def pack_reader(model: Path) -> Read:
     def read(folder: Path) -> dict[str, Any]:
         loaded: PreTrainedModel = load_offloaded(model, device="cpu", policy="on_demand", pack=folder / "experts")
@@ -115,7 +123,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], change: str) ->
         assert torch.equal(tensors[name], tensor), (change, name)
 
 
-@pytest.mark.parametrize("kind", ["exported", "collected", "fitted", "packed"])
+@pytest.mark.parametrize("kind", ["exported", "collected", "fitted", "packed", "quantized"])
 def test_no_change_goes_by_in_silence(
     kind: str, request: pytest.FixtureRequest, tiny_moe_folder: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from predict_train.predictors.weights import checkpoint_fingerprint
 from predict_train.runtime import load_offloaded, offload_experts
 from predict_train.runtime.errors import StoreError
 from predict_train.runtime.formats import PAGE
+from predict_train.runtime.gatherer import Gathered
 from predict_train.runtime.pack import pack, pack_random
 from predict_train.runtime.packfile import PackedStore, read_header
 from predict_train.runtime.store import empty_blocks
@@ -221,7 +225,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("cut in the blocks", lambda data: data[: len(data) // 2], "cut short"),
     ("cut in the header", lambda data: data[:-1], "cut short"),
     ("longer", lambda data: data + b"\0", "was added to"),
-    ("of the future", lambda data: data[:8] + b"\x63" + data[9:], "format version 99, and this release reads 1"),
+    ("of the future", lambda data: data[:8] + b"\x63" + data[9:], "format version 99, and this release reads up to 2"),
     ("not JSON", lambda data: data[:-2] + b"\xff\xff", "header of .* is broken"),
     ("a list", lambda data: rewritten(data, lambda h: [h]), "header of .* is broken"),
     ("without layers", lambda data: rewritten(data, lambda h: h | {"layers": None}), "layers"),
@@ -302,3 +306,61 @@ def test_random_packs_are_drawn_from_their_seed(tiny_moe: PreTrainedModel, tmp_p
     checksums = np.array(first.checksums + third.checksums, dtype=np.uint64)
     assert len(np.unique(checksums)) == checksums.size, "no two experts are alike"
     assert first.model["weights"] != third.model["weights"]
+
+
+KILLED = """
+import os, signal, sys
+from predict_train.runtime import packwriter
+from predict_train.runtime.pack import pack
+folder, out, quantize, layers = sys.argv[1:]
+write = packwriter.PackWriter._write
+def killed(self, gathered):
+    write(self, gathered)
+    if len(self._modules) == int(layers):
+        os.kill(os.getpid(), signal.SIGKILL)
+packwriter.PackWriter._write = killed
+pack(folder, out, quantize=quantize or None)
+"""
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_killed_pack_is_gone_on_with(quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is the same byte for byte, and no layer is made twice. Other attempts don't go on with it."""
+    folder = tmp_path / "model"
+    build_model("qwen3_moe", num_hidden_layers=5).save_pretrained(folder)
+    made: list[int] = []
+    blocks = Gathered.blocks
+
+    def counted(self: Gathered) -> torch.Tensor:
+        made[-1] += 1
+        return blocks(self)
+
+    monkeypatch.setattr(Gathered, "blocks", counted)
+    made.append(0)
+    expected = pack(folder, tmp_path / "expected", quantize=quantize).read_bytes()
+    out = tmp_path / "experts"
+    command = [sys.executable, "-c", KILLED, str(folder), str(out), quantize or "", "3"]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    left = {file.name: file.read_bytes() for file in tmp_path.glob("experts.*")}
+    assert {name.rpartition(".")[2] for name in left} == {"partial", "journal"}
+    partial = next(tmp_path / name for name in left if name.endswith("partial"))
+    for change in (
+        lambda: None,
+        lambda: os.truncate(partial, partial.stat().st_size - 1),  # the last layer is not whole
+        lambda: partial.with_suffix(".journal").write_text("{"),
+        lambda: os.truncate(partial.with_suffix(".journal"), 10),
+    ):
+        for name, content in left.items():
+            (tmp_path / name).write_bytes(content)
+        change()
+        made.append(0)
+        assert pack(folder, out, quantize=quantize).read_bytes() == expected
+        out.unlink()
+        assert not list(tmp_path.glob("experts.*"))
+    assert made == [5, 2, 3, 5, 5]
+    for name, content in left.items():
+        (tmp_path / name).write_bytes(content)
+    made.append(0)
+    pack(folder, out, torch.bfloat16, quantize)
+    assert made[-1] == 5
+    assert not list(tmp_path.glob("experts.*"))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import triton
 from torch import nn
 
-from ..formats import ExpertFormat, Place
+from ..formats import ExpertFormat
 from .kernels import down_sum, expert_linear, gate_up
 
 ROWS, COLUMNS = 16, 512
@@ -26,7 +26,7 @@ class ExpertArithmetic:
         self._memory, self._size = memory.view(dtype), form.bytes // dtype.itemsize
         self._norms = getattr(experts, "has_post_expert_norm", False)
         is_plain = experts.has_gate and not (experts.has_bias or experts.is_transposed or self._norms)
-        self._is_silu = is_plain and _is_silu(experts, form.places["gate_up_proj"], memory.device)
+        self._is_silu = is_plain and gates_by_silu(experts, form.places["gate_up_proj"].shape[0], dtype, memory.device)
 
     def output(self, x: torch.Tensor, weights: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The weighted sum `[tokens, hidden]` of the experts of `x` `[tokens, hidden]`, in the dtype of `x`.
@@ -80,12 +80,12 @@ class ExpertArithmetic:
 
 
 @torch.no_grad()
-def _is_silu(experts: Any, place: Place, device: torch.device) -> bool:
-    """Whether the gate is `silu(first half) * (second half)`, which a kernel does on the way."""
+def gates_by_silu(experts: Any, width: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the gate over `width` outputs is `silu(first half) * (second half)`, which a kernel does on the way."""
     scales = torch.tensor(
         [[1.0], [16.0], [256.0]]
     )  # some gates only differ where their inputs are large: they are clamped
-    probe = scales * torch.randn(3, place.shape[0], generator=torch.Generator().manual_seed(0))
-    probe = probe.to(device, place.dtype)
+    probe = scales * torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    probe = probe.to(device, dtype)
     gate, up = probe.chunk(2, dim=-1)
     return torch.equal(experts._apply_gate(probe), F.silu(gate) * up)

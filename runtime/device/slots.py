@@ -22,12 +22,15 @@ import torch
 from torch import nn
 
 from ..engine import Counters, Decision, Engine
+from ..formats import ExpertFormat
+from ..formats.quantized import QuantizedFormat
 from ..host.cache import Key
 from ..host.slots import ExpertSlots
 from ..observer import Observer
-from ..store import HostStore
+from ..store import MemoryStore
 from .arithmetic import ExpertArithmetic
 from .hits import DeviceHitCount
+from .quantized import QuantizedArithmetic
 from .tables import Books, LayerTables, Link
 
 PROGRAMS = 32, 64, 128
@@ -50,10 +53,17 @@ class Announced(NamedTuple):
     copied: torch.Event | None
 
 
+def arithmetic_of(experts: nn.Module, form: ExpertFormat, memory: torch.Tensor) -> ExpertArithmetic:
+    """The arithmetic of one layer's experts in `memory` `[slots, bytes]`, uint8."""
+    if isinstance(form, QuantizedFormat):
+        return QuantizedArithmetic(experts, form, memory)
+    return ExpertArithmetic(experts, form, memory)
+
+
 class DeviceSlots(Engine):
     """The `Engine` of the device. Each layer has an equal part of the slots, so no layer evicts another one's experts."""
 
-    def __init__(self, host: ExpertSlots, store: HostStore, modules: list[nn.Module], most_tokens: int):
+    def __init__(self, host: ExpertSlots, store: MemoryStore, modules: list[nn.Module], most_tokens: int):
         """`host` executes prompts, and the device passes over up to `most_tokens` tokens. `modules` are the layers' experts."""
         (layers, experts), memory = store.extent, host.memory
         slots, device = len(memory), memory.device
@@ -67,7 +77,7 @@ class DeviceSlots(Engine):
             LayerTables(Books.of(row, experts, share), counters, blocks, self._link)
             for row, share, counters, blocks in zip(self._books, shares, self._counters, store.blocks, strict=True)
         ]
-        self._arithmetic = [ExpertArithmetic(module, store.format, memory) for module in modules]
+        self._arithmetic = [arithmetic_of(module, store.format, memory) for module in modules]
         self._guesses: torch.Stream | None = None
         self._copies: torch.Stream | None = None
         if device.type != "cpu":

@@ -5,12 +5,16 @@ Stores, packed files, copies and slots move blocks without knowing what is in th
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from .full import FullFormat
 
 ALIGNMENT = 64  # bytes; the tensors of a block are aligned like torch's own allocations
 PAGE = 4096  # bytes; blocks and slots begin at multiples of it, which direct reads need
@@ -29,12 +33,21 @@ class Place(NamedTuple):
         return self.shape.numel() * self.dtype.itemsize
 
 
+def laid_out(tensors: dict[str, tuple[torch.dtype, torch.Size]]) -> tuple[dict[str, Place], int]:
+    """Places for tensors one after another, and the size of a block that holds them."""
+    places, size = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        places[name] = Place(dtype, shape, size)
+        size += math.ceil(places[name].bytes / ALIGNMENT) * ALIGNMENT
+    return places, math.ceil(size / PAGE) * PAGE
+
+
 @dataclass(frozen=True)
 class ExpertFormat(ABC):
     """The places of the tensors in an expert's block, and how its output is computed from them."""
 
     places: dict[str, Place]
-    """By the name of the parameter (`gate_up_proj`, `down_proj`, ...)."""
+    """By name. Those of unchanged parameters have the parameter's name (`gate_up_proj`, `down_proj`, ...)."""
     bytes: int
     """Size of a block, a multiple of `PAGE`."""
 
@@ -44,6 +57,22 @@ class ExpertFormat(ABC):
             name: blocks.narrow(-1, place.offset, place.bytes).view(place.dtype).unflatten(-1, place.shape)
             for name, place in self.places.items()
         }
+
+    @property
+    @abstractmethod
+    def full(self) -> FullFormat:
+        """The format of the same experts before they were quantised."""
+
+    @abstractmethod
+    def write(self, name: str, values: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Writes the parameter `name` of all experts, `values` `[experts, ...]`, into their `blocks` `[experts, bytes]`, uint8.
+
+        Raises `StoreError` where the format can't hold it.
+        """
+
+    @abstractmethod
+    def read(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parameters in stacked `blocks` `[experts, bytes]`, each `[experts, ...]`, as the model has them."""
 
     @abstractmethod
     def output(self, experts: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Self
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from ...predictors.experts import expert_output
 from ..errors import StoreError
-from . import ALIGNMENT, PAGE, ExpertFormat, Place
+from . import ExpertFormat, laid_out
 
 
 class FullFormat(ExpertFormat):
@@ -20,6 +19,10 @@ class FullFormat(ExpertFormat):
     def dtype(self) -> torch.dtype:
         return next(iter(self.places.values())).dtype
 
+    @property
+    def full(self) -> FullFormat:
+        return self
+
     @classmethod
     def of(cls, experts: nn.Module) -> Self:
         """The format of one expert of a module. Raises `StoreError` where its parameters differ in dtype."""
@@ -27,11 +30,7 @@ class FullFormat(ExpertFormat):
         dtypes = {p.dtype for p in parameters.values()}
         if len(dtypes) != 1:
             raise StoreError(f"the experts mix the dtypes {sorted(map(str, dtypes))}; load the model in one dtype")
-        places, size = {}, 0
-        for name, parameter in parameters.items():
-            places[name] = Place(parameter.dtype, parameter.shape[1:], size)
-            size += math.ceil(places[name].bytes / ALIGNMENT) * ALIGNMENT
-        return cls(places, math.ceil(size / PAGE) * PAGE)
+        return cls(*laid_out({name: (p.dtype, p.shape[1:]) for name, p in parameters.items()}))
 
     @classmethod
     def common(cls, modules: list[nn.Module]) -> Self:
@@ -46,6 +45,12 @@ class FullFormat(ExpertFormat):
         found = {name: place[:2] for name, place in self.of(experts).places.items()}
         if found != {name: place[:2] for name, place in self.places.items()}:  # they may be registered in another order
             raise StoreError("the experts of this model's layers differ in shape; offloading needs them alike")
+
+    def write(self, name: str, values: torch.Tensor, blocks: torch.Tensor) -> None:
+        self.views(blocks)[name].copy_(values)
+
+    def read(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.views(blocks)
 
     def output(self, experts: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         if not torch.is_autocast_enabled(x.device.type):

@@ -14,7 +14,7 @@ import torch
 from ..errors import StoreError
 from ..observer import Observer
 from ..registered import register
-from ..store import ExpertStore, HostStore, empty_blocks
+from ..store import ExpertStore, MemoryStore, empty_blocks
 from .cache import Key
 from .readers import Copy, Readers
 from .schedule import Copies
@@ -271,6 +271,6 @@ def make_transfers(store: ExpertStore, slots: torch.Tensor, readers: int) -> Tra
     """The transfers from `store` to the device that `slots` lies on."""
     if not slots.is_cuda:
         return ThreadTransfers(store, slots, readers)
-    if isinstance(store, HostStore) and store.is_registered:
+    if isinstance(store, MemoryStore) and store.is_registered:
         return CudaTransfers(slots, store.block)
     return StagedTransfers(store, slots, readers)

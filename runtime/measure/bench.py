@@ -26,7 +26,7 @@ from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ...predictors.loading import resolve_device
 from ..automatic import AUTO
-from ..offload import ExpertOffload, offloaded, open_store, slots_of
+from ..offload import ExpertOffload, block_bytes, offloaded, open_store, slots_of
 from ..policy import Gating, Policy
 from ..settings import OffloadConfig
 from ..store import ExpertStore
@@ -140,7 +140,7 @@ def bench(
     Raises `BenchError` where none of the ways can run, and what `offload_experts` raises.
     """
     ways, device, layers = parse_ways(config.policies), resolve_device(config.device), find_moe_layers(model)
-    slots = slots_of(config, layers)
+    slots = slots_of(config, layers, block_bytes(model, layers, store))
     config = config.model_copy(update={"slots": slots, "expert_memory": None})
     with ExitStack() as opened:
         store = open_store(opened, model, layers, store, device)

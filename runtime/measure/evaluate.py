@@ -45,11 +45,7 @@ def evaluate(
     `control`), `cross_entropy` in nats per token, `training_free_cross_entropy` (without predictors), and `tokens`.
     Raises `UserError` where there is no token to predict, or one that the model does not have.
     """
-    batches = [batch for batch in batches if batch.shape[-1] > 1]
-    if not batches:
-        raise UserError("there is no text to evaluate on; give a corpus of at least two tokens")
-    for batch in batches:
-        check_tokens(batch, model)
+    batches = _checked(batches, model)
     config = Evaluating() if config is None else config
     predictors = as_predictors(predictors)
     layers = find_moe_layers(model)
@@ -64,11 +60,11 @@ def evaluate(
     bar = tqdm(total=passes * sum(batch.numel() for batch in batches), unit=" tokens", desc="evaluate", leave=False,
                disable=None if progress else True)  # fmt: skip
 
-    cross_entropy = partial(_cross_entropy, model, batches, bar)
+    entropy_of = partial(_cross_entropy, model, batches, bar)
     # The candidates of `config` are meant for gating resident. Prefetched ones do not change the loss.
     settings = config.values_of(OffloadConfig) | {"device": model.device, "candidates": None}
-    full = cross_entropy()
-    rates = {kind: _hit_rates(cross_entropy, targets, chosen) for kind, chosen in speculators.items()}
+    full = entropy_of()
+    rates = {kind: _hit_rates(entropy_of, targets, chosen) for kind, chosen in speculators.items()}
     table: dict[str, dict[str, float]] = {}
     for kind, chosen in speculators.items():
         if kind == "predictor" and not trained:
@@ -76,10 +72,10 @@ def evaluate(
         entropies = {"full": full}
         for policy in (Policy.ON_DEMAND, Policy.PREFETCH):
             with offloaded(model, predictors if kind == "predictor" else without, **settings | {"policy": policy}):
-                entropies[policy] = cross_entropy()
+                entropies[policy] = entropy_of()
         for gating in Gating:
             seen = wide if gating is Gating.RESIDENT else targets
-            _, entropy = _controlled(cross_entropy, seen, chosen, Policy.SPECULATIVE, gating)
+            _, entropy = _controlled(entropy_of, seen, chosen, Policy.SPECULATIVE, gating)
             entropies[f"{Policy.SPECULATIVE}/{gating}"] = entropy
         table[kind] = entropies
     bar.close()
@@ -97,6 +93,27 @@ def evaluate(
         "training_free_cross_entropy": table["training_free"],
         "tokens": sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches),
     }
+
+
+def cross_entropy(model: PreTrainedModel, batches: Iterable[torch.Tensor], progress: bool = False) -> float:
+    """Mean cross-entropy of the next token, in nats, over `batches` of token ids `[sequences, length]`.
+
+    The first token of each sequence does not count. Raises `UserError` as `evaluate` does.
+    """
+    batches = _checked(batches, model)
+    with tqdm(total=sum(batch.numel() for batch in batches), unit=" tokens", desc="before", leave=False,
+              disable=None if progress else True) as bar:  # fmt: skip
+        return _cross_entropy(model, batches, bar)
+
+
+def _checked(batches: Iterable[torch.Tensor], model: PreTrainedModel) -> list[torch.Tensor]:
+    """The batches that have a token to predict. Raises `UserError` if there is none, or one that the model does not have."""
+    found = [batch for batch in batches if batch.shape[-1] > 1]
+    if not found:
+        raise UserError("there is no text to evaluate on; give a corpus of at least two tokens")
+    for batch in found:
+        check_tokens(batch, model)
+    return found
 
 
 @torch.inference_mode()

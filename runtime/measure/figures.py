@@ -61,6 +61,11 @@ def print_plan(console: Console, result: dict[str, Any]) -> None:
         )
     console.print("expected ms for each token; gain is over on_demand", style="italic", highlight=False)
     console.print(table)
+    fitting = ", ".join(
+        f"{name} {'impossible' if found is None else format(found['slots'], ',')}"
+        for name, found in result["formats"].items()
+    )
+    console.print(f"experts that fit, by format: {fitting}", highlight=False)
     console.print(
         f"{result['slots']:,} of {result['experts']:,} experts of {result['expert_bytes']:,} bytes fit the device beside "
         f"{result['resident_bytes'] / 2**30:.1f} GiB of other weights\nrouting: {_words(result['routing'])}",

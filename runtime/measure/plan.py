@@ -15,7 +15,11 @@ from ...predictors.architecture import UnsupportedModelError, override_forward, 
 from ...predictors.checkpoint import Predictors
 from ...predictors.errors import UserError
 from ...predictors.experts import expert_modules
+from ..formats import laid_out
+from ..formats.full import FullFormat
+from ..formats.registry import QUANTIZED
 from ..policy import Gating, Policy
+from ..quantization import Quantization
 from ..settings import OffloadConfig, Slots
 from ..targets import sources_read
 from .routing import ReplayedRouting
@@ -79,11 +83,14 @@ class Hardware:
     """Whether it is a GPU that decides what is copied; see `runtime.device`."""
 
 
-def read_shape(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Shape:
+def read_shape(
+    config: PretrainedConfig, dtype: torch.dtype | None = None, quantize: Quantization | None = None
+) -> Shape:
     """The shape of a mixture-of-experts model, from its config. It needs no memory for the weights.
 
-    `dtype` is by default the config's own, or else bfloat16. Raises `UnsupportedModelError` for a model whose experts are not
-    stacked in one module.
+    `dtype` is by default the config's own, or else bfloat16. `quantize` is of the experts alone. Raises
+    `UnsupportedModelError` for a model whose experts are not stacked in one module, and `StoreError` where they can't be
+    quantised so.
     """
     model = skeleton(config).eval()
     dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
@@ -121,12 +128,17 @@ def read_shape(config: PretrainedConfig, dtype: torch.dtype | None = None) -> Sh
     tied = head is not None and head.weight is embedding
     looked_up = 0 if tied else embedding.numel() * dtype.itemsize
     hidden = config.get_text_config().hidden_size
+    expert_bytes = experts // (len(top_ks) * count)
+    if quantize is not None:
+        module = modules[name]
+        tensors = {part: (dtype, p.shape[1:]) for part, p in module.named_parameters(recurse=False)}
+        expert_bytes = QUANTIZED[quantize].of(FullFormat(*laid_out(tensors)), bool(module.is_transposed)).bytes
     return Shape(
         layers=len(top_ks),
         places=tuple(int(_decoder(name).rpartition(".")[2]) for name in top_ks),
         num_experts=count,
         top_k=top_ks[name],
-        expert_bytes=experts // (len(top_ks) * count),
+        expert_bytes=expert_bytes,
         layer_bytes=layers // len(top_ks),
         rest_bytes=resident - layers - looked_up,
         resident_bytes=resident,
@@ -174,7 +186,7 @@ def slots_that_fit(shape: Shape, memory: int, reserve: int) -> int:
         least = shape.resident_bytes + reserve + shape.top_k * shape.expert_bytes
         raise PlanError(
             f"the device holds {memory / 2**30:.1f} GiB, and this model needs {least / 2**30:.1f} GiB for everything but its "
-            "experts and one layer's choice of them; take a larger device, a smaller dtype or a smaller reserve"
+            "experts and one layer's choice of them; take a larger device, quantise the experts, or reserve less"
         )
     return slots
 

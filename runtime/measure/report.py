@@ -35,3 +35,14 @@ def print_losses(console: Console, result: dict[str, Any], milliseconds: dict[st
             cells.append(f"{milliseconds[name]:.1f}" if name in milliseconds else "")
         table.add_row(name, *cells)
     console.print(table)
+
+
+def print_quantization(console: Console, result: dict[str, Any]) -> None:
+    """Prints what quantising loses, if the experts are quantised. What speculating loses beside is in `print_losses`."""
+    before, full = result["unquantized_cross_entropy"], result["cross_entropy"]["full"]
+    if before is not None:
+        console.print(
+            f"experts in {result['quantized']}: cross-entropy {full:.4f}, and {before:.4f} before they were quantised "
+            f"({full / before - 1:+.3%}); the table above compares with the quantised model",
+            highlight=False,
+        )

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from ...predictors.settings import Bytes, Count, Dtype, Figures, Name, Output, Picture, Rate, Settings, Whole
-from ..settings import Candidates, Loading, Made, Offloading, Predicted, Slots
+from ..settings import Candidates, Loading, Made, Offloading, Predicted, Quantized, Slots
 
 PROMPT = "def mean(values):\n    total = 0.0\n    for value in values:\n        total +="
 
@@ -98,3 +98,5 @@ class PlanConfig(Predicted, Slots, Drawn, Figures):
     """Seed of everything that is drawn."""
     dtype: Dtype = "auto"
     """`auto` (the config's own), `float32`, `bfloat16` or `float16`."""
+    quantize: Quantized | None = None
+    """What the experts are quantised to: `int8` or `int4`; by default they are not."""

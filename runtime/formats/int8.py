@@ -1,0 +1,31 @@
+"""Weights of eight bits with one scale for each output."""
+
+from __future__ import annotations
+
+import torch
+
+from .quantized import COMPUTED, QuantizedFormat
+
+MOST = 127
+
+
+class Int8Format(QuantizedFormat):
+    """`weight = packed * scale`, with `packed` int8 `[outputs, inputs]` and `scales` `[outputs]`."""
+
+    @classmethod
+    def shapes(cls, name: str, outputs: int, inputs: int) -> tuple[tuple[torch.dtype, torch.Size], torch.Size]:  # noqa: ARG003
+        return (torch.int8, torch.Size([outputs, inputs])), torch.Size([outputs])
+
+    @staticmethod
+    def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scales = (weight.abs().amax(1) / MOST).to(COMPUTED)
+        steps = scales.float().clamp(min=torch.finfo(COMPUTED).tiny)[:, None]  # a row of zeros has scale 0
+        return (weight / steps).round().clamp(-MOST, MOST).to(torch.int8), scales
+
+    @staticmethod
+    def widen(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return packed.float() * scales.float()[:, None]
+
+    @staticmethod
+    def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor | None:
+        return torch.ops.aten._weight_int8pack_mm(x, packed, scales)

@@ -1,0 +1,66 @@
+"""A quantised model with all its experts in the memory of its device. It runs without slots, store or offload."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..predictors.discovery import find_moe_layers
+from ..predictors.experts import combine, group_by_expert
+from .formats import ExpertFormat
+from .load import load_to_host
+from .offload import open_store
+from .settings import Loading
+from .store import QuantizedExperts, empty_blocks
+
+CPU = torch.device("cpu")
+
+
+def load_resident(name: str | Path, config: Loading, device: torch.device) -> PreTrainedModel:
+    """Loads a model whose experts `config` quantises, or has in a quantised file, with everything on `device`.
+
+    Its experts compute what offloaded ones do. It can be offloaded, and is resident again after `detach`. Raises what
+    `load_to_host` raises.
+    """
+    model = load_to_host(name, config)
+    layers = find_moe_layers(model)
+    if "expert_blocks" not in vars(model):
+        with ExitStack() as opened:
+            store = open_store(opened, model, layers, None, CPU)
+            held = [empty_blocks(layer.num_experts, store.format.bytes, CPU) for layer in layers]
+            for number, blocks in enumerate(held):
+                for expert, block in enumerate(blocks):
+                    store.read(number, expert, block.numpy())
+            vars(model)["expert_blocks"] = QuantizedExperts(store.format, held)
+        del vars(model)["expert_pack"], vars(model)["expert_samples"]
+    quantized: QuantizedExperts = vars(model)["expert_blocks"]
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not tensor.is_meta:
+            tensor.data = tensor.data.to(device)
+    for layer, blocks in zip(layers, quantized.blocks, strict=True):
+        # Not `setattr`: the module's own forward stays visible to what looks at the class.
+        vars(layer.experts)["forward"] = partial(_output, layer.experts, quantized.format, blocks.to(device))
+    return model
+
+
+def _output(
+    experts: nn.Module,
+    form: ExpertFormat,
+    blocks: torch.Tensor,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The forward of experts in `blocks` `[experts, bytes]`, uint8. `x` is `[tokens, hidden]`, the others `[tokens, top_k]`."""
+    views, groups = form.views(blocks), group_by_expert(ids, len(blocks))
+    rows = x[groups.order // ids.shape[-1]].split(groups.sizes)
+    found = [x.new_empty(0, x.shape[-1])]
+    for expert, inputs in zip(groups.experts, rows, strict=True):
+        found.append(form.output(experts, {name: view[expert] for name, view in views.items()}, inputs))
+    outputs = torch.cat(found).index_select(0, groups.order.argsort())
+    return combine(outputs, weights, x.dtype)

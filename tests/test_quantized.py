@@ -1,0 +1,201 @@
+"""Quantised experts: what is stored is what was packed, and every exact policy gives the logits of the resident quantised model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
+from predict_train.runtime import load_experts, load_offloaded, offloaded
+from predict_train.runtime.formats import int4
+from predict_train.runtime.formats.quantized import COMPUTED
+from predict_train.runtime.formats.registry import QUANTIZED
+from predict_train.runtime.load import load_to_host
+from predict_train.runtime.pack import pack
+from predict_train.runtime.packfile import read_header
+from predict_train.runtime.quantization import Quantization
+from predict_train.runtime.resident import load_resident
+from predict_train.runtime.settings import Loading
+from test_device import logits_of
+from transformers import PreTrainedModel, StaticCache
+
+WIDE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 64},
+    "gpt_oss": {"hidden_size": 64, "intermediate_size": 64},
+    "deepseek_v3": {"hidden_size": 64, "moe_intermediate_size": 64},
+}
+"""Models whose experts can be quantised to four bits."""
+
+
+def checkpoint(architecture: str, folder: Path) -> Path:
+    build_model(architecture, **WIDE[architecture]).save_pretrained(folder)
+    return folder
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """Of a prompt and decoded tokens."""
+    ids = torch.randint(1, 256, (1, 30), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output = model(ids[:, :20], use_cache=True)
+        found = [output.logits]
+        for n in range(20, 30):
+            output = model(ids[:, n : n + 1], past_key_values=output.past_key_values, use_cache=True)
+            found.append(output.logits)
+    return torch.cat(found, 1).float()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantize", Quantization)
+@pytest.mark.parametrize("architecture", WIDE)
+def test_exact_policies_give_the_resident_quantised_models_logits(
+    architecture: str, quantize: Quantization, dtype: str, tmp_path: Path
+) -> None:
+    """In memory, in a file that is made, and in one that is there; and offloaded from a resident model."""
+    folder = checkpoint(architecture, tmp_path / "model")
+    whole = load_resident(folder, Loading(quantize=quantize, dtype=dtype), torch.device("cpu"))
+    expected = logits(whole)
+    for store in ({}, {"pack": tmp_path / "experts"}):
+        for policy in ("on_demand", "prefetch"):
+            model = load_offloaded(
+                folder,
+                policy=policy,
+                quantize=quantize,
+                dtype=dtype,
+                slots=5,
+                device="cpu",
+                **store,
+            )
+            assert torch.equal(logits(model), expected), (store, policy)
+            model.expert_offload.detach()
+    with offloaded(whole, policy="prefetch", slots=5, device="cpu"):
+        assert torch.equal(logits(whole), expected)
+    assert torch.equal(logits(whole), expected)
+    again = load_resident(folder, Loading(pack=tmp_path / "experts", dtype=dtype), torch.device("cpu"))
+    assert torch.equal(logits(again), expected)
+
+
+SHAPES = st.tuples(st.sampled_from([64, 128, 192]), st.sampled_from([64, 256]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    quantize=st.sampled_from(Quantization),
+    shape=SHAPES,
+    seed=st.integers(0, 2**16),
+    scale=st.sampled_from([1e-6, 0.02, 30.0]),
+)
+def test_weights_come_back_within_half_a_step(
+    quantize: Quantization, shape: tuple[int, int], seed: int, scale: float
+) -> None:
+    """And torch's kernel multiplies with just these."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = scale * torch.randn(shape, generator=generator)
+    weight[0] = 0.0  # a row of zeros, and one that is constant
+    weight[1] = scale
+    weight[2, ::64] *= 8  # outliers
+    kind = QUANTIZED[quantize]
+    packed, scales = (part.contiguous() for part in kind.quantize(weight))
+    (dtype, extent), expected = kind.shapes("weight", *shape)
+    assert (packed.dtype, packed.shape, scales.shape) == (dtype, extent, expected)
+    wide = kind.widen(packed, scales)
+    if quantize is Quantization.INT8:
+        steps = weight.abs().amax(1, keepdim=True) / 127
+        assert ((wide - weight).abs() <= 0.51 * steps + 1e-3 * weight.abs() * 4).all()
+    else:
+        groups = weight.unflatten(1, (-1, 64))
+        nearest = (groups.amax(-1) - groups.amin(-1)) / 15  # rounded to the nearest of 16 evenly spaced values
+        errors = (wide - weight).unflatten(1, (-1, 64))
+        floor = (nearest / 3.46 + 0.01 * groups.abs().amax(-1)).square()
+        assert (errors.square().mean(-1) <= 1.1 * floor).all()
+    x = torch.randn(3, shape[1], generator=generator)
+    product = kind.multiply(x.to(COMPUTED), packed, scales)
+    if product is not None:
+        right = x.to(COMPUTED).float() @ wide.T
+        torch.testing.assert_close(product.float(), right, rtol=2e-2, atol=2e-2 * float(right.abs().max()))
+
+
+def test_without_a_kernel_weights_are_widened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In float32 nothing is rounded then, so the logits are those of the widened model but for the order of sums."""
+    folder = checkpoint("qwen3_moe", tmp_path / "model")
+    monkeypatch.setattr(int4, "kernel_reads_tiles", lambda: False)
+    model = load_offloaded(folder, policy="prefetch", quantize="int4", dtype="float32", slots=5, device="cpu")
+    found = logits(model)
+    model.expert_offload.detach()
+    with pytest.raises(UserError, match=r"are quantised to int4; offload it again .* or load them"):
+        logits(model)
+    load_experts(model)
+    torch.testing.assert_close(logits(model), found, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_quantised_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow"
+    build_model("qwen3_moe").save_pretrained(narrow)
+    folder = checkpoint("qwen3_moe", tmp_path / "model")
+    pack(folder, tmp_path / "int8", quantize="int8")
+    pack(folder, tmp_path / "full")
+    for words, arguments in (
+        (r"int4 needs multiples of 64; use int8", {"quantize": "int4"}),
+        (r"quantisations are int8, int4", {"quantize": "int3"}),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_offloaded(narrow, device="cpu", **arguments)
+    with pytest.raises(UserError, match=r"int8 holds experts quantised to int8, and int4 is asked for"):
+        load_offloaded(folder, device="cpu", quantize="int4", pack=tmp_path / "int8")
+    with pytest.raises(UserError, match=r"full holds experts in float32, and int4 is asked for"):
+        load_offloaded(folder, device="cpu", quantize="int4", pack=tmp_path / "full")
+    with pytest.raises(UserError, match="can't be quantised to int3; give one of int8, int4"):
+        pack(folder, tmp_path / "int3", quantize="int3")
+    broken = build_model("qwen3_moe", **WIDE["qwen3_moe"])
+    find_moe_layers(broken)[1].experts.down_proj.data[3, 5, 7] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    for quantize in Quantization:
+        with pytest.raises(UserError, match="down_proj of expert 3 has values that are not finite"):
+            pack(tmp_path / "broken", tmp_path / "never", quantize=quantize)
+    with pytest.raises(UserError, match="pack this model"):
+        load_offloaded(tmp_path / "broken", device="cpu", pack=tmp_path / "int8")
+    assert sorted(file.name for file in tmp_path.iterdir() if file.is_file()) == ["full", "int8"]
+
+
+def test_a_quantised_pack_is_smaller_and_the_same_each_time(tmp_path: Path) -> None:
+    folder = checkpoint("gpt_oss", tmp_path / "model")
+    sizes = []
+    for quantize in (None, *Quantization):
+        pack(folder, tmp_path / f"{quantize}-first", torch.bfloat16, quantize)
+        with torch.inference_mode():
+            pack(folder, tmp_path / f"{quantize}-second", torch.bfloat16, quantize)
+        assert (tmp_path / f"{quantize}-first").read_bytes() == (tmp_path / f"{quantize}-second").read_bytes()
+        sizes.append(read_header(tmp_path / f"{quantize}-first").block_bytes)
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", Quantization)
+@pytest.mark.parametrize("architecture", WIDE)
+def test_on_a_gpu_exact_policies_give_the_logits_of_all_quantised_experts_resident(
+    architecture: str, quantize: Quantization, tmp_path: Path
+) -> None:
+    """By the device's engine, captured and eager, and from a file by the host's. In float32 they are close to a CPU's."""
+    folder = checkpoint(architecture, tmp_path / "model")
+    for dtype in ("bfloat16", "float32"):
+        found: dict[tuple[str, bool], torch.Tensor] = {}
+        for store, where in (("memory", {}), ("file", {"pack": tmp_path / f"experts-{dtype}"})):
+            for policy, share in (("on_demand", 1.0), ("on_demand", 0.5), ("prefetch", 0.5)):
+                model = load_to_host(folder, Loading(quantize=quantize, dtype=dtype, **where))
+                slots = int(share * sum(layer.num_experts for layer in find_moe_layers(model)))
+                with offloaded(model, policy=policy, slots=slots, device="cuda") as offload:
+                    assert (offload.why_host is None) == (store == "memory")
+                    for is_static in (False, model._can_compile_fullgraph):
+                        cache = StaticCache(config=model.config, max_cache_len=64) if is_static else None
+                        logits = logits_of(model, cache)
+                        assert torch.equal(found.setdefault((store, is_static), logits), logits), (store, policy, share)
+        if dtype == "float32":
+            first = found["memory", False].cpu()
+            torch.testing.assert_close(
+                first, found["file", False].cpu(), rtol=0.02, atol=0.02 * float(first.abs().max())
+            )
