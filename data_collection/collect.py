@@ -59,8 +59,8 @@ from .writer import TraceWriter, disk, write_manifest, write_speculation
 def collect(config: CollectConfig, console: Console | None = None) -> Path:
     """Runs the model and writes the trace, or resumes it; returns its folder.
 
-    Raises a `UserError` if anything is wrong with the settings, the model, the corpus or the disk. Then the folder
-    holds a trace that can be resumed, or nothing if no batch has been run.
+    Raises a `UserError` if anything is wrong with the settings, the model, the corpus or the disk. Then, and after a
+    `KeyboardInterrupt`, the folder holds a trace that can be resumed, or nothing if no batch has been run.
     """
     keep_freed_memory()
     with joined(resolve_device(config.device)) as group:
@@ -73,8 +73,8 @@ def collect(config: CollectConfig, console: Console | None = None) -> Path:
                 else:
                     _collect(config, group, console)
                 group.wait()  # the lock is held until all have ended
-        except KeyboardInterrupt as error:
-            raise CollectError(f"stopped; give --resume to go on with {config.out}") from error
+        except KeyboardInterrupt as stop:
+            raise type(stop)(f"stopped; give --resume to go on with {config.out}") from stop
     return config.out
 
 

@@ -1,6 +1,7 @@
 """Makes a collection durable: a lock on its folder, and beside the shards a file that says how far they reach.
 
-    collect.lock                locked by the operating system while a `collect` runs, however it ends
+    collect.lock                locked by the operating system while a `collect` runs, however it ends; where the file
+                                system has no locks, it names the process that writes
     progress-NNNN.safetensors   of process NNNN: the shards that are whole, how much of the corpus they hold, and what the
                                 recorder had added up at their end (the sums of the default vectors, the control)
 
@@ -10,7 +11,9 @@ again. A finished trace has neither kind of file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import xxhash
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, SoftFileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -32,6 +35,8 @@ from .settings import CollectConfig, CollectError
 from .trace import Trace
 
 LOCK = "collect.lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+"""How file systems say that they have no locks."""
 
 
 class Plan(BaseModel):
@@ -219,21 +224,40 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises `CollectError` if another process holds the lock, or the folder can't be made.
     """
-    made = not folder.exists()
+    made, file = not folder.exists(), folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / LOCK).acquire(blocking=False)
+        held = _acquired(file)
     except Timeout as error:
-        raise CollectError(f"another collect is writing to {folder}; wait for it, or name another folder") from error
+        # Only a soft lock has a content, and can outlive its process.
+        lost = (
+            f" (or if it was killed on another machine, remove {file})" if file.exists() and file.stat().st_size else ""
+        )
+        raise CollectError(
+            f"another collect is writing to {folder}; wait for it{lost}, or name another folder"
+        ) from error
     except OSError as error:
         raise CollectError(f"{folder} can't be written to ({error.strerror}); name another folder") from error
     with held:
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
             if made and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _acquired(file: Path) -> AcquireReturnProxy:
+    """The lock on `file`; where the file system has no locks, a soft one: a file that names its process."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            return FileLock(file).acquire(blocking=False)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        if file.stat().st_size == 0:  # left by the attempt
+            file.unlink()
+        return SoftFileLock(file).acquire(blocking=False)
 
 
 def is_finished(config: CollectConfig, processes: int, device: torch.device) -> bool:

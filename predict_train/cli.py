@@ -5,20 +5,24 @@ Only these classes are imported at the top, because they need no torch. A comman
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import signal
 import sys
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from .data_collection.settings import CollectConfig, ModelsConfig
 from .flags import command
-from .predictors.errors import UserError
+from .predictors.errors import TerminatedError, UserError
+from .predictors.files import written_whole
 from .runtime.measure.settings import BenchConfig, PlanConfig
 from .runtime.settings import GenerateConfig, PackConfig
 from .settings import DemoConfig, EvaluateConfig
@@ -204,17 +208,32 @@ def pack(config: PackConfig) -> None:
 
 
 def _write(figures: dict[str, Any], file: Path | None) -> None:
-    if file is not None:
-        file.write_text(json.dumps(figures, indent=2) + "\n")
+    if file is None:
+        return
+    is_new = file.is_file() or not file.exists()  # a pipe or /dev/stdout must stay what it is
+    try:
+        with written_whole(file.resolve()) if is_new else nullcontext(file) as place:
+            place.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} can't be written ({error.strerror}); name another file with --json") from error
 
 
 def main() -> None:
-    """Runs the command line; a `UserError` ends it with one sentence and exit code 2."""
+    """Runs the command line; a `UserError` ends it with one sentence and an exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_MININTERVAL", "0.5")
+    os.environ["MPLBACKEND"] = "agg"  # a notebook sets its own, which may not be installed here
+    signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
     try:
         app()
     except UserError as error:
         print(f"predict-train: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise TerminatedError

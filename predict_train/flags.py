@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import typer
 from pydantic.fields import FieldInfo
 
+from .predictors.errors import StoppedError
 from .predictors.settings import TIMES, Kind, Settings, flag, load_config
 
 S = TypeVar("S", bound=Settings)
@@ -32,7 +33,10 @@ def command(app: typer.Typer) -> Callable[[Callable[[S], None]], Callable[[S], N
 
         def run(config: Path | None, **flags: Any) -> None:
             given = {key: flags[name] for name, key in kind.keys().items()}
-            job(load_config(kind, config, {key: None if value == [] else value for key, value in given.items()}))
+            try:
+                job(load_config(kind, config, {key: None if value == [] else value for key, value in given.items()}))
+            except KeyboardInterrupt as stop:
+                raise StoppedError(stop) from stop
 
         hints = {name: _hint(kind, name) for name in _ordered(kind)} | {"config": Annotated[Path | None, FILE]}
         keyword = inspect.Parameter.KEYWORD_ONLY

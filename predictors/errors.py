@@ -1,8 +1,26 @@
-"""The one kind of error that the user can repair."""
+"""What ends a command with one sentence: errors that the user can repair, and requests to stop."""
+
+from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input. The message is one sentence that says what is wrong and what to do; the command line exits with 2."""
+    """Bad input. The message is one sentence that says what is wrong and what to do."""
+
+    exit_code = 2
+    """Of the command line."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """The system asks this process to end, as with Ctrl-C; the command line raises it on SIGTERM."""
+
+
+class StoppedError(UserError):
+    """A command was stopped; the message says how to go on."""
+
+    def __init__(self, stop: KeyboardInterrupt):
+        super().__init__(str(stop) or "stopped")
+        # As a shell counts: 128 and the number of the signal.
+        self.exit_code = 143 if isinstance(stop, TerminatedError) else 130
 
 
 def one_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -39,6 +40,10 @@ def is_changed(content: dict[str, Any]) -> bool:
         return True
 
 
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR)
+"""How file systems say that a folder can't be opened or synchronised."""
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yields the path to write to; then `path`, a file or folder, exists whole or not at all, even if the machine stops.
@@ -65,9 +70,13 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Waits until a file or folder is on the disk. Not all file systems can say so of a folder."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC or not path.is_dir():
+            raise

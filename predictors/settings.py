@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
@@ -70,6 +71,12 @@ def load_config(kind: type[S], file: Path | None, flags: dict[str, Any]) -> S:
     given = {name: value for name, value in flags.items() if value is not None}
     values = ({} if file is None else _read_yaml(Path(file).expanduser())) | given
     _check_names(values, kind.keys().values(), f" (in {file})" if file else "")
+    for name, value in values.items():
+        if not _is_text(value):
+            encoding = sys.getfilesystemencoding()
+            raise SettingsError(
+                f"{flag(kind, name)} can't be {_plain(value)}; it can't be read as {encoding}; give UTF-8 in a UTF-8 locale"
+            )
     try:
         return kind.model_validate(values, context=_WRITTEN)
     except ValidationError as error:
@@ -117,6 +124,18 @@ def describe(error: ValidationError) -> str:
     if first["type"] == "value_error" and isinstance(first["input"], dict):
         return f"{field}: {message}" if field else message
     return f"{field or 'value'}: {message[:1].lower()}{message[1:]}, but it is {shown(first['input'])}"
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is characters only. Bytes that no character stands for come from a terminal as halves of surrogate pairs."""
+    parts = value if isinstance(value, list) else [value]
+    try:
+        for part in parts:
+            if isinstance(part, str):
+                part.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _plain(value: Any) -> str:
@@ -228,6 +247,10 @@ def _horizon(value: Any) -> Any:
 def _in_a_folder(file: Path) -> Path:
     if not file.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {file.parent} to write {file.name} to; make it first")
+    if file.is_dir():
+        raise ValueError("it is a folder; name a file")
+    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise ValueError("it can't be written; name another file")
     return file
 
 

@@ -288,14 +288,16 @@ def test_the_second_collect_into_a_folder_refuses(start, settings, tmp_path):
         collect(config, Console(quiet=True))
 
 
-def test_interrupted_by_hand_it_says_how_to_go_on(start, settings, tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_says_how_to_go_on(start, settings, tmp_path, number, code):
     # In small batches it takes long enough not to be done before the signal comes.
     config = CollectConfig(**(settings | {"batch_size": 1}), out=tmp_path / "trace")
     child = start(config)
     wait_for(child, lambda: shards_in(config.out) >= 2)
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, number)
     child.join(60)
-    assert child.exitcode == 2
+    assert child.exitcode == code
+    assert "Traceback" not in child.log.read_text()
     assert child.log.read_text().strip().endswith(f"stopped; give --resume to go on with {config.out}")
     assert not (config.out / LOCK).exists()
     assert shards_in(config.out) >= 2

@@ -118,7 +118,7 @@ def test_an_interrupted_run_is_resumed_to_its_end(config, monkeypatch):
 
 def test_resuming_a_run_cut_before_its_first_epoch_or_after_its_last(config, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(job, "TensorBoardLogger", lambda *_, **__: (_ for _ in ()).throw(KeyError))
+        patch.setattr(job.TensorBoardLogger, "log_hyperparams", lambda *_, **__: (_ for _ in ()).throw(KeyError))
         with pytest.raises(KeyError):
             fit(config(), quiet())
     first = json.loads((fit(config(resume=True), quiet()) / "result.json").read_text())

@@ -7,6 +7,8 @@ once, with one gather for each column and shard, not one item a row.
 from __future__ import annotations
 
 import copy
+import os
+import signal
 from typing import Any, NamedTuple
 
 import lightning
@@ -142,6 +144,12 @@ class TraceData(lightning.LightningDataModule):
             self.train_rows.append((~is_held_out).nonzero().flatten())
             self.validation_rows.append(is_held_out.nonzero().flatten())
         trace.unmap()
+        for name, rows in (("training", self.train_rows), ("validation", self.validation_rows)):
+            if not any(map(len, rows)):
+                raise FitError(
+                    f"the {name} sequences have no rows, since {trace.path} is a small sample; give another --validation or "
+                    "--seed, or collect more tokens"
+                )
 
     def train_dataloader(self) -> TraceLoader:
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
@@ -155,4 +163,15 @@ class TraceData(lightning.LightningDataModule):
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         plan = plan_blocks(rows, self.batch_size, self.trace.row_bytes(self.names), generator)
         blocks = TraceBlocks(self.trace, plan, self.names, rank, world)
-        return TraceLoader(blocks, batch_size=None, num_workers=self.workers, pin_memory=torch.cuda.is_available())
+        return TraceLoader(
+            blocks,
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_end_quietly,
+        )
+
+
+def _end_quietly(_: int) -> None:
+    """Has a reading process end without an error on SIGTERM, which a cluster sends to all processes of a job."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

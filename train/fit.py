@@ -9,17 +9,14 @@ result.json      hit rates of the best epoch, by layer, beside the training-free
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
-import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
@@ -39,6 +36,7 @@ from .data import FitError, TraceData
 from .module import MEAN_HIT_RATE, PredictorTraining, mean_of
 from .settings import FitConfig
 from .targets import choose_targets
+from .trainer import lightning_trainer, quiet
 
 CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
 ENTRIES = {CONFIG: {"settings", "trace", "command", "versions"}, RESULT: {"checkpoint", "layers", "mean", "epochs"}}
@@ -48,7 +46,11 @@ WHERE_AND_HOW = {"trace", "out", "resume", "device", "workers", "devices", "num_
 
 
 def fit(config: FitConfig, console: Console | None = None) -> Path:
-    """Trains and returns the run's folder. Raises a `UserError` before it writes anything if it can't train."""
+    """Trains and returns the run's folder.
+
+    Raises a `UserError` before it writes anything if it can't train. If the disk is full, and after a `KeyboardInterrupt`, the
+    folder holds a run that can be resumed.
+    """
     console = console or Console(quiet=not is_first())
     device = resolve_device(config.device)
     keep_freed_memory()
@@ -67,18 +69,13 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay)
     settings = config.model_dump(mode="json")
     run = {"settings": settings, "trace": _identity(trace), "command": command(), "versions": versions()}
-    if is_first():
-        config.out.mkdir(parents=True, exist_ok=True)
-        _write(config.out / CONFIG, run)
-
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
     stopping = EarlyStopping(MEAN_HIT_RATE, patience=config.patience, mode="max", check_on_train_epoch_end=False)
     logger = TensorBoardLogger(config.out, name="", version="", default_hp_metric=False)
-    logger.log_hyperparams(settings)
     learned_by = {name: value for name, value in settings.items() if name not in WHERE_AND_HOW}
     board = Board(logger, run, learned_by)
     watched = sys.stderr.isatty()  # in a log file, a progress bar would be thousands of lines
-    with quiet():
+    with quiet(), resumable(config.out):
         trainer = lightning_trainer(
             config,
             device,
@@ -86,23 +83,27 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
             enable_progress_bar=watched,
             logger=logger,
         )
+        if is_first():
+            config.out.mkdir(parents=True, exist_ok=True)
+            _write(config.out / CONFIG, run)
+        logger.log_hyperparams(settings)
         started = time.perf_counter()
         trainer.fit(module, data, ckpt_path=last if config.resume and last.exists() else None, weights_only=True)
         seconds = time.perf_counter() - started
-    if not is_first():
-        return config.out
-    results = read_checkpoint(Path(best.best_model_path))["results"]
-    result: dict[str, Any] = {
-        "checkpoint": f"{CHECKPOINTS}/{Path(best.best_model_path).name}",
-        "layers": [
-            {"layer": target.layer, "source": target.source, "width": target.width, **results[target.layer]}
-            for target in targets
-        ],
-        "mean": {kind: mean_of(results, kind) for kind in ("training_free", "predictor")},
-        "epochs": trainer.current_epoch,
-    }
-    board.finish(results, trace.manifest.model.top_k, module.mlps.count())
-    _write(config.out / RESULT, result)
+        if not is_first():
+            return config.out
+        results = read_checkpoint(Path(best.best_model_path))["results"]
+        result: dict[str, Any] = {
+            "checkpoint": f"{CHECKPOINTS}/{Path(best.best_model_path).name}",
+            "layers": [
+                {"layer": target.layer, "source": target.source, "width": target.width, **results[target.layer]}
+                for target in targets
+            ],
+            "mean": {kind: mean_of(results, kind) for kind in ("training_free", "predictor")},
+            "epochs": trainer.current_epoch,
+        }
+        board.finish(results, trace.manifest.model.top_k, module.mlps.count())
+        _write(config.out / RESULT, result)
     _report(result["layers"], console)
     console.print(
         f"{config.out}: {len(targets)} predictors, {trainer.current_epoch} epochs, {seconds:,.0f} s; "
@@ -205,50 +206,27 @@ def _write(file: Path, content: dict[str, Any]) -> None:
         aside.write_text(json.dumps(sealed(content), indent=2) + "\n", encoding="utf-8")
 
 
-def lightning_trainer(config: FitConfig, device: torch.device, **arguments: Any) -> lightning.Trainer:
-    is_cuda = device.type == "cuda"
-    alone = config.devices == config.num_nodes == 1
-    return lightning.Trainer(
-        max_epochs=config.epochs,
-        accelerator="gpu" if is_cuda else "cpu",
-        devices=[device.index or 0] if is_cuda and alone else config.devices,
-        num_nodes=config.num_nodes,
-        strategy=config.strategy,
-        precision=precision_of(config.precision, device),
-        log_every_n_steps=10,
-        num_sanity_val_steps=0,
-        reload_dataloaders_every_n_epochs=1,  # each epoch has another order
-        use_distributed_sampler=False,  # `TraceBlocks` does it
-        enable_model_summary=False,
-        **arguments,
-    )
-
-
-def precision_of(asked: str, device: torch.device) -> Any:
-    """Lightning's name of the precision `asked`; `auto` is the fastest that the device has instructions for."""
-    if asked != "auto":
-        return asked
-    if device.type == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    # Without these instructions, bfloat16 on a CPU is slower than fp32; torch has no public way to ask.
-    supported = (getattr(torch.cpu, f"_is_{kind}_supported", lambda: False) for kind in ("avx512_bf16", "amx_tile"))
-    return "bf16-mixed" if any(ask() for ask in supported) else "32-true"
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hides Lightning's messages on devices, workers and folders: the user can't act on them."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def resumable(out: Path) -> Iterator[None]:
+    """Has a training that is stopped, or that can't write, end with a sentence that says how to go on."""
+
+    def advice() -> str:
+        if (out / CONFIG).exists():
+            return f"give --resume to go on with {out}"
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        return "nothing is kept of the run"
+
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        yield
+    except KeyboardInterrupt as stop:
+        raise type(stop)(f"stopped; {advice()}") from stop
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):  # which Lightning turns into an exit
+            raise
+        raise type(end.__context__)(f"stopped; {advice()}") from end
+    except OSError as error:
+        raise FitError(f"{out} can't be written ({error.strerror or error}); make room: {advice()}") from error
 
 
 def _report(layers: list[dict[str, Any]], console: Console) -> None:

@@ -73,7 +73,7 @@ class FitConfig(Settings):
     num_nodes: Count = 1
     """Nodes that train together, each started with the same command (by torchrun or SLURM)."""
     strategy: str = "auto"
-    """Lightning's name for the way they train together."""
+    """Lightning's name for the way they train together: `auto`, or a kind of `ddp`."""
     workers: Whole = 0
     """Processes that read the trace; 0 reads it in the main process, which is enough for a CPU."""
 
