@@ -21,9 +21,14 @@ from predict_train.data_collection.settings import CollectError
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors import files
 from predict_train.predictors.files import written_whole
+from predict_train.runtime.measure.figures import print_bench, print_plan
+from predict_train.runtime.policy import Gating, Policy
 from predict_train.train import trainer
 from predict_train.train.data import FitError, TraceData
+from predict_train.train.fit import _report as report_fit
+from predict_train.train.inspection import inspect, report
 from predict_train.train.module import PredictorTraining
+from rich.console import Console
 from test_cli import run
 
 
@@ -213,3 +218,37 @@ def test_a_notebooks_environment_and_an_ascii_terminal_do_no_harm(exported, tmp_
     assert rb"mod\xe8le" in done.stdout
     assert b"hit rate by layer" in done.stdout
     assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+BENCHED = {
+    "policy": Policy.SPECULATIVE, "gating": Gating.SPECULATED, "time_to_first_token_ms": 123456.0, "limit_ms_per_token": 12345.6,
+    "time_per_output_token_ms": {"median": 12345.6, "min": 12345.0, "max": 23456.0}, "overlap_efficiency": 0.93,
+    "hit_rate": 0.93, "cache_hit_rate": 0.93, "bytes_per_token": 1.2e11, "stall_ms_per_token": 12345.6, "peak_memory": None,
+}  # fmt: skip
+PLANNED = BENCHED | {
+    "time_per_output_token_ms": 12345.6, "gain_over_on_demand": 1.234, "compute_ms_per_token": 12345.6,
+    "copy_ms_per_token": 12345.6, "copies_share": 1.0, "bound": "launches",
+}  # fmt: skip
+REST = {"slots": 12288, "experts": 12288, "expert_bytes": 123456789, "resident_bytes": 1 << 40, "skipped": {},
+        "routing": {"routing": "synthetic"}, "settings": {"slots": 12288}, "link_bytes_per_second": 1e9}  # fmt: skip
+
+
+def test_no_figure_is_cut_in_80_columns(collected, exported, capsys, monkeypatch):
+    console = Console(width=80)
+    monkeypatch.setattr("predict_train.runtime.measure.figures._peaks", lambda _: "")
+    trace, predictors = inspect(collected), inspect(exported)
+    predictors["model"] |= {"top_k": 16, "num_experts": 512}
+    for entry in predictors["layers"]:
+        entry |= {"layer": 101, "source": None, "width": 16384, "bytes": 123456789, "recall": [0.123] * 17}
+    report(trace, console)
+    report(predictors, console)
+    print_bench(console, REST | {"results": [BENCHED]})
+    print_plan(console, REST | {"results": [PLANNED]})
+    rates = {"recall@k": 0.123, "recall@2k": 0.123, "exact": 0.123}
+    report_fit([{"layer": 101, "source": None, "width": 16384, "training_free": rates, "predictor": rates}], console)
+    told = capsys.readouterr().out
+    assert "\u2026" not in told
+    assert max(map(len, told.splitlines())) <= 80
+    assert "123,456,789" in told
+    for figure in ("12345.6", "23456", "123.4%", "120,000"):
+        assert figure in told, figure

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from ..data_collection.columns import SEQUENCE
 from ..data_collection.statistics import CHUNK_ROWS, hit_rates
@@ -22,6 +20,7 @@ from ..predictors.checkpoint import Predictors, TargetLayer, refuse_existing, sa
 from ..predictors.loading import DTYPES
 from ..predictors.mlp import ResidualMLP, StackedResidualMLPs
 from ..predictors.provenance import command, versions
+from ..predictors.tables import broken, figure_table
 from .card import Rounding, layer_table, model_card, remarks
 from .data import FitError, held_out_sequences
 from .fit import RESULT, is_trained_on, read_checkpoint, read_result, read_run
@@ -119,8 +118,7 @@ def _report(
 ) -> None:
     headers, rows = layer_table(predictors, entries, rounding)
     shown = [number for number, header in enumerate(headers) if header != "bytes"]  # so that it fits 80 columns
-    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "pad_edge": False}
-    table = Table(*(headers[number] for number in shown), title="hit rate on validation sequences", **style)
+    table = figure_table(*(broken(headers[number]) for number in shown), title="hit rate on validation sequences")
     for row in rows:
         table.add_row(*(row[number] for number in shown))
     console.print(table)

@@ -21,9 +21,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from ..data_collection.memory import keep_freed_memory
 from ..data_collection.trace import Trace
@@ -31,6 +29,7 @@ from ..predictors.files import CHECKSUM, is_changed, sealed, written_whole
 from ..predictors.loading import resolve_device
 from ..predictors.metrics import gap_closed
 from ..predictors.provenance import command, versions
+from ..predictors.tables import figure_table
 from .board import Board
 from .data import FitError, TraceData
 from .module import MEAN_HIT_RATE, PredictorTraining, mean_of
@@ -230,13 +229,10 @@ def resumable(out: Path) -> Iterator[None]:
 
 
 def _report(layers: list[dict[str, Any]], console: Console) -> None:
-    table = Table(
+    table = figure_table(
         *("target", "source", "width", "training-free", "predictor", "gap closed", "at 2k", "exact"),
         title="hit rate on validation sequences",
         caption="at 2k: with twice as many candidates; exact: all experts found",
-        box=box.SIMPLE_HEAD,  # eight columns within 80
-        padding=0,
-        pad_edge=False,
     )
     for entry in layers:
         before, after = entry["training_free"]["recall@k"], entry["predictor"]

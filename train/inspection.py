@@ -22,6 +22,7 @@ from ..predictors.checkpoint import WEIGHTS, load_predictors
 from ..predictors.config import read_config
 from ..predictors.errors import UserError
 from ..predictors.metrics import gap_closed
+from ..predictors.tables import broken, figure_table
 
 SIZES = ("k", "k+2", "2k")
 
@@ -152,7 +153,7 @@ def _facts(console: Console, title: str, facts: dict[str, Any]) -> None:
 def _print(
     console: Console, headers: Iterable[str], rows: Iterable[list[str]], title: str, caption: str | None = None
 ) -> None:
-    table = Table(*headers, title=title, caption=caption)
+    table = figure_table(*headers, title=title, caption=caption)
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -164,7 +165,7 @@ def _model(model: dict[str, Any]) -> str:
 
 def _places(entry: dict[str, Any]) -> list[str]:
     """The cells of an entry's target and source layer."""
-    return [str(entry["layer"]), "its input" if entry["source"] is None else str(entry["source"])]
+    return [str(entry["layer"]), "input" if entry["source"] is None else str(entry["source"])]
 
 
 def _rate(rate: float | None) -> str:
@@ -265,7 +266,7 @@ def _report_predictors(found: dict[str, Any], console: Console) -> None:
     headers = ("target", "source", "width", "bytes", "training-free", "predictor", "gap closed")
     _print(
         console,
-        (*headers, *(f"top {size}" for size in sizes.values())),
+        map(broken, (*headers, *(f"top {size}" for size in sizes.values()))),
         rows,
         title="hit rate by layer, on validation sequences",
         caption="top: of the speculation, with so many candidates; without a predictor it is training-free",

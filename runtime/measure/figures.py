@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+
+from ...predictors.tables import figure_table
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -17,7 +17,19 @@ def name_of(row: dict[str, Any]) -> str:
 
 def print_bench(console: Console, result: dict[str, Any]) -> None:
     """Prints what `bench` measured, and what it could not measure and why."""
-    table = _table("first", "token", "from-to", "limit", "reach", "hits", "cached", "MB", "stall")
+    table = figure_table(
+        "policy / gating",
+        "first",
+        "token",
+        "from-to",
+        "limit",
+        "reach",
+        "hits",
+        "cached",
+        "MB",
+        "stall",
+        justify="right",
+    )
     for row in result["results"]:
         time = row["time_per_output_token_ms"]
         table.add_row(
@@ -45,7 +57,19 @@ def print_bench(console: Console, result: dict[str, Any]) -> None:
 
 def print_plan(console: Console, result: dict[str, Any]) -> None:
     """Prints what `plan` expects."""
-    table = _table("token", "gain", "limit", "compute", "copy", "copies", "stall", "MB", "bound")
+    table = figure_table(
+        "policy / gating",
+        "token",
+        "gain",
+        "limit",
+        "compute",
+        "copy",
+        "copies",
+        "stall",
+        "MB",
+        "bound",
+        justify="right",
+    )
     for row in result["results"]:
         table.add_row(
             name_of(row),
@@ -97,15 +121,6 @@ def draw_bench(result: dict[str, Any], file: Path) -> None:
     axes.set_title(f"{result['model']}, {result['settings']['slots']} slots", fontsize=10)
     figure.savefig(file, dpi=150)
     plt.close(figure)
-
-
-def _table(*columns: str) -> Table:
-    """An empty table whose columns fit in 80 characters."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
-    table.add_column("policy / gating", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _cell(value: float | None, form: str) -> str:
