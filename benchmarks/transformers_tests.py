@@ -6,9 +6,6 @@
 CHECKOUT is transformers' source tree, of about the installed release: its tests are in no wheel. Each model is offloaded when it
 first runs in evaluation mode, with the fewest slots. The table says for each supported type how many tests pass without and with
 us, and lists those that pass without us only. If there are some, the exit code is 1.
-
-Tests that a model is compiled are left out. A compiled model could not ask where its experts are, so `generate` does not compile
-it while they are offloaded.
 """
 
 from __future__ import annotations
@@ -93,8 +90,7 @@ class Results:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         mixin = importlib.import_module("tests.generation.test_utils").GenerationTesterMixin
-        names = {name for name in vars(mixin) if "compil" not in name}
-        items[:] = [item for item in items if getattr(item, "originalname", item.name) in names]
+        items[:] = [item for item in items if getattr(item, "originalname", item.name) in vars(mixin)]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
