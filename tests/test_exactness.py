@@ -1,4 +1,4 @@
-"""`on_demand` and `prefetch` against plain transformers, bit for bit: all model types, all ways to generate."""
+"""`on_demand` and `prefetch` against plain transformers, bit for bit: all model types."""
 
 from __future__ import annotations
 
@@ -85,13 +85,6 @@ def test_long_prompts_have_the_logits_of_plain_transformers(build_moe: Callable[
                 assert all(map(torch.equal, all_logits(model, [(1, 600), (3, 300)]), plain))
 
 
-def padded(model: PreTrainedModel) -> torch.Tensor:
-    ids = prompt(3, 9)
-    mask = torch.ones_like(ids)
-    mask[0, :6], mask[2, :1] = 0, 0
-    return generated(model, ids, attention_mask=mask, do_sample=False)
-
-
 def generated(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
     output: torch.Tensor = model.generate(
         ids,
@@ -101,31 +94,6 @@ def generated(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> to
         pad_token_id=0,
     )
     return output
-
-
-WAYS: dict[str, Callable[[PreTrainedModel], torch.Tensor]] = {
-    "left padding": padded,
-    "beam search": lambda model: generated(model, prompt(2, 6), num_beams=3, do_sample=False),
-    "assisted": lambda model: generated(model, prompt(1, 6), assistant_model=build_model("qwen3"), do_sample=False),
-    "prompt lookup": lambda model: generated(model, prompt(1, 3).repeat(1, 5), prompt_lookup_num_tokens=3, do_sample=False),
-    "static cache": lambda model: generated(model, prompt(2, 6), cache_implementation="static", do_sample=False),
-    "chunked prefill": lambda model: generated(model, prompt(1, 50), prefill_chunk_size=20, do_sample=False),
-    "several sequences": lambda model: (
-        torch.manual_seed(5),
-        generated(model, prompt(1, 6), num_return_sequences=3, do_sample=True, temperature=2.0),
-    )[1],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
-def test_every_way_to_generate(build_moe: Callable[..., PreTrainedModel], architecture: str, way: str) -> None:
-    model = build_moe(architecture)
-    expected = WAYS[way](model)
-    for policy, slots in itertools.product(POLICIES, (TOP_K, 12)):
-        with offloaded(model, policy=policy, slots=slots, device="cpu"):
-            for _ in range(2):  # the second time, over what the first has left in the slots
-                assert torch.equal(WAYS[way](model), expected)
 
 
 def test_a_prompt_of_4096_tokens_through_k_slots(build_moe: Callable[..., PreTrainedModel]) -> None:
