@@ -170,7 +170,7 @@ def test_a_trace_is_told(collected):
     text = " ".join(told(found).split())  # a long path breaks lines
     for rate in found["reuse"]["hit_rates"]:
         assert f"{rate:.3f}" in text
-    for part in ("prefill", "input  ", "8,000", "right, all of them", "previous", "qwen3_moe with 4 layers", "idle"):
+    for part in ("prefill", "0 input", "8,000", "right, all of them", "previous", "qwen3_moe with 4 layers", "idle"):
         assert part in text
     for entry in found["layers"]:
         assert f"{entry['hit_rate']['k']:.3f}" in text
