@@ -26,6 +26,7 @@ import torch.nn.functional as F
 import transformers
 from lightning.fabric import Fabric
 from predict_train.data_collection.corpus import read_documents, sequences
+from predict_train.data_collection.refusals import Refusals
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -83,7 +84,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(itertools.islice(read_documents(split="train"), 1500), trainer)
+    tokenizer.train_from_iterator(itertools.islice(read_documents(split="train", refuse=Refusals().add), 1500), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
@@ -91,7 +92,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def token_rows(split: str, tokenizer: PreTrainedTokenizerFast, tokens: int | None = None) -> torch.Tensor:
     """Whole sequences of one split: `[sequences, SEQUENCE_LENGTH]`, int16 (the vocabulary is small)."""
-    rows = sequences(read_documents(split=split), tokenizer, SEQUENCE_LENGTH, tokens)  # type: ignore[arg-type]
+    rows = sequences(read_documents(split=split, refuse=Refusals().add), tokenizer, SEQUENCE_LENGTH, tokens)  # type: ignore[arg-type]
     whole = [row.numpy().astype(np.int16) for row in rows if len(row) == SEQUENCE_LENGTH]
     return torch.from_numpy(np.stack(whole))
 

@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import lzma
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -85,7 +86,11 @@ def csv_file(file: Path) -> Iterator[Read]:
     """A row from each record; the first one has the names of the columns."""
     csv.field_size_limit(LONGEST_FIELD)
     with open_content(file) as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as lines:
-        for row in csv.DictReader(lines, delimiter="\t" if kind_of(file) == ".tsv" else ",", strict=True):
+        rows = csv.DictReader(lines, delimiter="\t" if kind_of(file) == ".tsv" else ",", strict=True)
+        names = rows.fieldnames or []
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise CorpusError(f"{file} has two columns called {min(twice)}; rename one of them")
+        for row in rows:
             yield RefusedError("has more values than there are columns") if None in row else row
 
 
@@ -116,7 +121,7 @@ def _datasets() -> Any:
     from fsspec.compression import register_compression
 
     datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity_error()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs it also raises
     register_compression("zstd", _open_zstd, "zst", force=True)
     return datasets
 
@@ -130,23 +135,28 @@ def saved_rows(path: Path, split: str) -> Iterable[Read]:
     """The rows of a folder of `save_to_disk`."""
     if "::" in str(path):
         raise CorpusError(f"{path} has :: in its name, which the library datasets can't read; rename it")
-    found = _datasets().load_from_disk(str(path))
-    if split:
-        if not isinstance(found, dict) or split not in found:
-            splits = ", ".join(found) if isinstance(found, dict) else "none, it is a single dataset"
-            raise CorpusError(f"{path} has no split {split} (its splits: {splits}); name another as {path}::split")
-        found = found[split]
-    return _one_split(str(path), found)
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        if split not in (*splits, ""):
+            raise CorpusError(
+                f"{path} has no split {split} (its splits: {', '.join(splits)}); name another as {path}::split"
+            )
+        path /= split or _first_split(str(path), splits)
+    elif split:
+        raise CorpusError(f"{path} has no split {split}, since it is a single dataset; name it as {path}")
+    if not json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        return []  # without rows, which `datasets` can't load
+    return _datasets().load_from_disk(str(path))
 
 
 def dataset_rows(name: str, config: str, split: str) -> Iterable[Read]:
     """The rows of a dataset of the Hub or of a folder like one, streamed: nothing is downloaded whole or cached."""
-    return _one_split(name, _datasets().load_dataset(name, config or None, split=split or None, streaming=True))
+    found = _datasets().load_dataset(name, config or None, split=split or None, streaming=True)
+    return found[_first_split(name, list(found))] if isinstance(found, dict) else found
 
 
-def _one_split(name: str, found: Any) -> Iterable[Read]:
-    if not isinstance(found, dict):
-        return found
-    if len(found) > 1 and "train" not in found:
-        raise CorpusError(f"{name} has the splits {', '.join(found)}; name one of them as name:config:split")
-    return _one_split(name, found["train"] if "train" in found else next(iter(found.values())))
+def _first_split(name: str, splits: list[str]) -> str:
+    """The split that is read where none is named: `train`, or the only one."""
+    if len(splits) > 1 and "train" not in splits:
+        raise CorpusError(f"{name} has the splits {', '.join(splits)}; name one of them as name:config:split")
+    return "train" if "train" in splits else splits[0]

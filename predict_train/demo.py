@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __path__
 from .data_collection.collect import collect
+from .data_collection.refusals import Refusals
 from .data_collection.settings import CollectConfig
 from .predictors.checkpoint import Predictors, load_predictors
 from .predictors.errors import UserError
@@ -42,13 +43,14 @@ def demo(config: DemoConfig) -> None:
     folder = export(ExportConfig(run=run, out=out / "predictors"), console)
     console.rule("4. evaluate and generate, on text that neither the model nor the predictors have seen")
     settings = EvaluateConfig(model=model, tokens=10_000, device="cpu")
-    tokenizer, loaded = load_tokenizer(model), load_whole(settings)
+    tokenizer, loaded, refusals = load_tokenizer(model), load_whole(settings), Refusals()
     predictors = load_predictors(folder, loaded)
-    result = evaluate(loaded, batches_of(tokenizer, settings), predictors, progress=True)
+    result = evaluate(loaded, batches_of(tokenizer, settings, refusals.add), predictors, progress=True)
     times, text = _time_policies(loaded, tokenizer, predictors)
     console.print(text, style="dim", markup=False, highlight=False)
     print_hit_rates(console, result)
     print_losses(console, result, times)
+    refusals.report(console)
     console.print(
         "The embedded model is so small that its copies take no time: what a policy gains is seen on real sizes.\n\n"
         "Go on with:\n"

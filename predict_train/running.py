@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data_collection.corpus import read_documents, sequences
-from .data_collection.refusals import Refuse, refuse_all
+from .data_collection.refusals import Refuse
 from .predictors.loading import load_model, resolve_device, resolve_dtype
 from .runtime.load import load_experts, load_to_host
 from .runtime.packfile import read_header
@@ -50,9 +50,7 @@ def load_whole(config: EvaluateConfig) -> PreTrainedModel:
     return model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what torch takes
 
 
-def batches_of(
-    tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, refuse: Refuse = refuse_all
-) -> list[torch.Tensor]:
+def batches_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, refuse: Refuse) -> list[torch.Tensor]:
     """Token ids `[sequences, length]`; a shorter last sequence is a batch of its own, so nothing is padded."""
     documents = read_documents(config.corpus, config.split, tokenizer=tokenizer, refuse=refuse)
     rows = list(sequences(documents, tokenizer, config.sequence_length, config.tokens))

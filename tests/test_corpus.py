@@ -80,6 +80,8 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     datasets.Dataset.from_list(ROWS).save_to_disk(folder / "saved")
     splits = {"test": datasets.Dataset.from_list(ROWS), "more": datasets.Dataset.from_list(ROWS[:1])}
     datasets.DatasetDict(splits).save_to_disk(folder / "splits")
+    without = {"train": datasets.Dataset.from_list(ROWS), "validation": datasets.Dataset.from_dict({"text": []})}
+    datasets.DatasetDict(without).save_to_disk(folder / "without")
     # Shaped like a repository of the Hub: a card that names the configs, and files by split.
     hub = folder / "hub"
     hub.mkdir()
@@ -113,6 +115,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("[odd] name.parquet", ["one", "three"]),
         ("saved", ["one", "three"]),
         ("splits::test", ["one", "three"]),
+        ("without", ["one", "three"]),
         ("hub:big:train", ["one", "three"]),
         ("hub:big", ["one", "three"]),
         ("hub:big:test", ["one"]),
@@ -241,6 +244,9 @@ def refuse_full(where: str, reason: str) -> None:
         ("TABLES/numbers.jsonl", "neither text nor a chat but int in its column 'text'; name another"),
         ("TABLES/splits", "has the splits test, more; name one of them"),
         ("TABLES/splits::none", "has no split none .*test, more"),
+        ("TABLES/saved::none", "has no split none, since it is a single dataset"),
+        ("TABLES/without::validation", "holds no text"),
+        ("TABLES/twice.csv", "has two columns called text; rename one"),
         ("TABLES/hub", "holds no text"),
         ("TABLES/hub::nothing", r"can't be read \("),
         ("TABLES/saved@0", "the weight of the corpus .* can't be 0"),
@@ -252,6 +258,7 @@ def test_a_corpus_that_can_not_be_read_is_one_sentence(tables, monkeypatch, name
     (tables / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tables / "numbers.jsonl").write_text('{"text": 3}\n')
     (tables / "broken.json").write_text('[{"text": "fine"}, {"text":')
+    (tables / "twice.csv").write_text("text,text\na,b\n")
     (tables / "open.csv").write_text('text\nfine\n"open')
     for name_of_whole in ("lines.jsonl.gz", "frames.jsonl.zst", "hub/a.parquet"):
         whole = tables / name_of_whole
