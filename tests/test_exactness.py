@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,8 +17,7 @@ from predict_train.data_collection.catalog import examine, moe_types, tiny_model
 from predict_train.predictors.architecture import UnsupportedModelError
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.runtime import Eviction, offload_experts, offloaded
-from predict_train.runtime.store import Bytes, HostStore
-from test_offload import greedy, prompt
+from test_offload import AnyOrder, greedy, prompt
 from transformers import PreTrainedModel
 
 POLICIES = ("on_demand", "prefetch")
@@ -172,21 +169,6 @@ def test_threads_that_share_a_model_take_turns(tiny_moe: PreTrainedModel, policy
     with offloaded(tiny_moe, policy=policy, slots=3, device="cpu"), ThreadPoolExecutor(3) as pool:
         outputs = list(pool.map(lambda ids: greedy(tiny_moe, ids, 12), prompts))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(outputs, expected, strict=True))
-
-
-class AnyOrder(HostStore):
-    """A store whose reads take as long as they are told, so that they finish in any order."""
-
-    def __init__(self, layers: Any, delays: list[int]):
-        super().__init__(layers, torch.device("cpu"))
-        self._delays, self._lock = itertools.cycle(delays), threading.Lock()
-
-    def read(self, layer: int, expert: int, into: Bytes) -> None:
-        with self._lock:
-            delay = next(self._delays)
-        into[: len(into) // 2] = 0xFF  # not a number: what is read too early is seen
-        time.sleep(delay * 2e-4)
-        super().read(layer, expert, into)
 
 
 @contextmanager

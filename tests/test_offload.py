@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +24,21 @@ from transformers import PreTrainedModel
 
 SUPPORTED = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class AnyOrder(HostStore):
+    """A store whose reads take as long as they are told, so that they finish in any order."""
+
+    def __init__(self, layers: Any, delays: list[int]):
+        super().__init__(layers, torch.device("cpu"))
+        self._delays, self._lock = itertools.cycle(delays), threading.Lock()
+
+    def read(self, layer: int, expert: int, into: Bytes) -> None:
+        with self._lock:
+            delay = next(self._delays)
+        into[: len(into) // 2] = 0xFF  # not a number: what is read too early is seen
+        time.sleep(delay * 2e-4)
+        super().read(layer, expert, into)
 
 
 def assert_plain(logits: torch.Tensor, plain: torch.Tensor) -> None:
@@ -134,16 +152,8 @@ def test_detaching_restores_the_model_exactly(tiny_moe: PreTrainedModel) -> None
     assert torch.equal(tiny_moe(ids).logits, logits)
 
 
-class Slow(HostStore):
-    """A store whose reads take so long that the computation waits for them, on a busy machine as well."""
-
-    def read(self, layer: int, expert: int, into: Bytes) -> None:
-        time.sleep(0.005)
-        super().read(layer, expert, into)
-
-
 def test_counters_conserve(tiny_moe: PreTrainedModel) -> None:
-    store = Slow(find_moe_layers(tiny_moe), torch.device("cpu"))
+    store = AnyOrder(find_moe_layers(tiny_moe), [25])  # 5 ms: waited for on a busy machine as well
     offload_experts(tiny_moe, policy="on_demand", slots=5, device="cpu", store=store)
     offload = tiny_moe.expert_offload
     greedy(tiny_moe, prompt(1, 4), tokens=6)
