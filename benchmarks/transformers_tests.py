@@ -6,6 +6,8 @@
 CHECKOUT is transformers' source tree, of about the installed release: its tests are in no wheel. Each model is offloaded when it
 first runs in evaluation mode, with the fewest slots. The table says for each supported type how many tests pass without and with
 us, and lists those that pass without us only. If there are some, the exit code is 1.
+
+Tests that a model is compiled are among them: on a CPU, `generate` compiles the offloaded model there as it does the plain one.
 """
 
 from __future__ import annotations
