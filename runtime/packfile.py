@@ -38,7 +38,8 @@ from .gatherer import sample_experts
 from .quantization import Quantization
 from .store import Bytes
 
-FORMAT_VERSION, QUANTIZED_VERSION = 1, 2
+FORMAT_VERSION = 1
+QUANTIZED_VERSION = 2
 """Older releases read no quantised experts, so these have another version."""
 START = struct.Struct("<8sQQQQ")
 MAGIC = b"EXPERTS\n"

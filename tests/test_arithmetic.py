@@ -276,7 +276,7 @@ def in_quantized_places(
     return form, memory.to(DEVICE), table.to(DEVICE, torch.int32)
 
 
-@settings(max_examples=CASES)
+@settings(max_examples=CASES // 4)  # they are larger, and so slower
 @given(
     layer=quantized_layers(),
     quantize=st.sampled_from(Quantization),
@@ -310,8 +310,8 @@ def test_quantized_experts_compute_what_torch_computes_of_widened_ones(
             QuantizedArithmetic(experts.to(DEVICE), form, memory).output(x.to(DEVICE), weights.to(DEVICE), table).cpu()
         )
     assert found.dtype == layer.dtype
-    if layer.gate in ("silu", "clamped"):  # the exponential may differ in its last bit
-        step = 4 * torch.finfo(layer.dtype).eps
+    if layer.gate in ("silu", "clamped"):  # the exponential may differ in its last bit, and then sums are not exact
+        step = max(4 * torch.finfo(layer.dtype).eps, 256 * torch.finfo(torch.float32).eps)
         torch.testing.assert_close(found, expected, rtol=step, atol=step * largest)
     else:
         assert torch.equal(found, expected)
