@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..predictors.architecture import MoELayer, first_tensor, override_forward, sources
+from ..predictors.architecture import MoELayer, first_tensor, sources
 from ..predictors.experts import Groups, expert_parameters, run_experts
 from ..predictors.metrics import HitRate
+from ..predictors.override import override_forward
 from ..predictors.speculation import Router, Routing
 
 CONTROL_STRIDE = 8

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -123,21 +122,6 @@ class MoELayer:
     def entry(self) -> nn.Module:
         """The module whose input is the residual stream that the norm reads."""
         return self.block if isinstance(self.norm, nn.Identity) else self.norm
-
-
-@contextmanager
-def override_forward(module: nn.Module, forward: Any) -> Iterator[Any]:
-    """Replaces `module.forward` by `forward` and yields the original; at the end the module is exactly as before."""
-    had_own = "forward" in vars(module)
-    original = module.forward
-    module.forward = forward
-    try:
-        yield original
-    finally:
-        if had_own:
-            module.forward = original
-        else:
-            del module.forward
 
 
 def first_tensor(values: Any) -> torch.Tensor:

@@ -226,7 +226,11 @@ def _modules(mlps: dict[int, ResidualMLP]) -> nn.Module:
 
 
 def as_predictors(given: Predictors | str | Path | None) -> Predictors | None:
-    """`given` itself, or the predictors loaded from that folder or Hub name."""
+    """`given` itself, or the predictors loaded from that folder or Hub name. Raises `PredictorsError`."""
+    if not isinstance(given, Predictors | str | Path | None):
+        raise PredictorsError(
+            f"predictors are {shown(given)}; give what load_predictors returned, a folder or a Hub name"
+        )
     return load_predictors(given) if isinstance(given, str | Path) else given
 
 

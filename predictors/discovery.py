@@ -23,8 +23,9 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import Join, MoELayer, UnsupportedModelError, first_tensor, override_forward
+from .architecture import Join, MoELayer, UnsupportedModelError, first_tensor
 from .experts import expert_modules
+from .override import override_forward
 
 PROBE_TOKENS = 8
 
@@ -71,10 +72,11 @@ def _tiny_pass(model: PreTrainedModel) -> None:
     was_training = model.training
     embedding = model.get_input_embeddings()
     vocabulary = min(PROBE_TOKENS + 3, model.config.get_text_config().vocab_size)
-    token_ids = torch.arange(vocabulary - PROBE_TOKENS, vocabulary).unsqueeze(0)
+    device = next(embedding.parameters()).device
+    token_ids = torch.arange(vocabulary - PROBE_TOKENS, vocabulary, device=device).unsqueeze(0)
     try:
         model.eval()
-        model(input_ids=token_ids.to(next(embedding.parameters()).device), use_cache=False)
+        model(input_ids=token_ids, use_cache=False)
     finally:
         model.train(was_training)
 
@@ -178,7 +180,7 @@ class _Probe:
 
         def no_experts(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             generator = torch.Generator().manual_seed(self.index)
-            noise = torch.randn(hidden_states.shape, generator=generator)
+            noise = torch.randn(hidden_states.shape, generator=generator, device="cpu")
             # Noise as large as one of the terms that the stream is a sum of: the embedding and one term a layer. Beside much
             # larger noise, a stream in half precision would not be seen.
             size = self.decoder_input.detach().float().std().cpu() / math.sqrt(1 + self.index)

@@ -141,7 +141,8 @@ class FoldedSpeculator:
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if wiring.post_norm is not None or not isinstance(eps, float) or weight is None:
             return None
-        states = torch.randn(PROBES, layer.hidden_size, generator=torch.Generator().manual_seed(0)).to(weight)
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(PROBES, layer.hidden_size, generator=generator, device="cpu").to(weight)
         close = _close(weight.dtype)
         # Of ones, the norm gives its gain, except for the epsilon.
         gain = norm.forward(torch.ones_like(states[:1]))[0].float() * (1 + eps) ** 0.5

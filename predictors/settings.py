@@ -99,6 +99,13 @@ def make(kind: type[S], **values: Any) -> S:
         raise SettingsError(describe(error)) from error
 
 
+def combined(kind: type[S], config: Settings | None, settings: dict[str, Any]) -> S:
+    """Settings of `kind` from an object and from Python values, which win. Raises `SettingsError` as `make` does."""
+    if not isinstance(config, Settings | None):
+        raise SettingsError(f"config is {shown(config)}; give the settings by name, or as one {kind.__name__}")
+    return make(kind, **((config.model_dump() if config is not None else {}) | settings))
+
+
 def flag(kind: type[Settings], key: str) -> str:
     """The command line's name for the setting that a file calls `key`."""
     return key.upper() if key == kind.argument else "--" + key.replace("_", "-")

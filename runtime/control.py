@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..predictors.architecture import MoELayer, first_tensor, override_forward, with_first_tensor
+from ..predictors.architecture import MoELayer, first_tensor, with_first_tensor
+from ..predictors.override import override_forward
 from ..predictors.speculation import Router, Routing, Speculator, flat_routing
 from . import operations
 from .engine import Ahead
@@ -31,6 +32,14 @@ def form_of(layer: MoELayer) -> Routing:
     """A routing as the router of `layer` makes it, `[2, columns]`, for what its columns and dtypes are."""
     weight, expert = next(layer.router.parameters()), next(layer.experts.parameters())
     return Router.of(layer)(torch.zeros(2, layer.hidden_size, dtype=expert.dtype, device=weight.device))
+
+
+def _are_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are one, or views of all of it."""
+    if not torch.compiler.is_compiling():
+        return a.data_ptr() == b.data_ptr()
+    # A compiler knows no addresses, and of each view whose it is.
+    return (a if a._base is None else a._base) is (b if b._base is None else b._base)
 
 
 class LayerControl:
@@ -50,12 +59,8 @@ class LayerControl:
         """A routing of its router, for what the columns and dtypes of all its routings are."""
         self._stream: torch.Tensor | None = None
         self._beside: dict[int, torch.Tensor] = {}
-        self._shared: torch.Tensor | None = None
-
-    def forget(self) -> None:
-        """Forgets the counts, and what is left of a forward pass that broke off."""
-        self.count.clear()
-        self._shared = None
+        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
+        """The input of the shared expert and its output, where it is kept for a second call."""
 
     def watch_residual(self, attached: ExitStack) -> None:
         """Hooks the parts of the residual and keeps them for `residual`."""
@@ -77,9 +82,9 @@ class LayerControl:
             # computes the output and keeps it, the second takes it.
             def shared(x: torch.Tensor) -> torch.Tensor:
                 kept, self._shared = self._shared, None
-                if kept is None:
-                    kept = self._shared = original(x)
-                return kept.view(*x.shape[:-1], -1)
+                if kept is None or not _are_same(kept[0], x):  # what calls it may have been wrapped
+                    kept = self._shared = x, original(x)
+                return kept[1].view(*x.shape[:-1], -1)
 
             original = attached.enter_context(override_forward(layer.join.shared, shared))
 
@@ -141,12 +146,16 @@ class RoutingControl:
         for layer in self.layers:
             if layer.target.source is not None:
                 by_index[layer.target.source].targets.append(layer)
-        for layer in self.layers:
-            if layer.target.source is None:
-                self._attach_entry(layer)
-            if layer.targets:
-                layer.watch_residual(self._attached)
-            self._attach_router(layer)
+        try:
+            for layer in self.layers:
+                if layer.target.source is None:
+                    self._attach_entry(layer)
+                if layer.targets:
+                    layer.watch_residual(self._attached)
+                self._attach_router(layer)
+        except BaseException:
+            self.detach()
+            raise
 
     @property
     def is_exact(self) -> bool:
@@ -176,10 +185,9 @@ class RoutingControl:
         return sum(hits for hits, _ in totals) / seen if seen else None
 
     def reset(self) -> None:
-        """Forgets the counts, and what is left of a forward pass that broke off."""
-        self._pass.guesses.clear()
+        """Forgets the counts."""
         for layer in self.layers:
-            layer.forget()
+            layer.count.clear()
 
     def enter(self, layer: LayerControl, x: torch.Tensor) -> None:
         """Guesses a layer without a source from its own input `x` `[..., hidden]`."""

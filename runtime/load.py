@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from ..predictors.checkpoint import Predictors
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_modules
 from ..predictors.loading import load_model, resolve_device, resolve_dtype
-from ..predictors.settings import make
+from ..predictors.settings import combined, make
 from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .errors import OffloadError, StoreError
 from .gatherer import Gatherer
+from .guard import Away
 from .offload import offload_experts, open_store
 from .pack import draw_experts, experts_ignored, load_and_pack, load_without_experts, random_without_experts
 from .packfile import Header, read_header
@@ -57,7 +57,7 @@ def load_offloaded(
         )
     if "device_map" in settings:
         raise OffloadError("device_map can't be given, since the runtime places the weights itself; give device")
-    chosen = make(LoadConfig, **((config.model_dump() if config is not None else {}) | settings))
+    chosen = combined(LoadConfig, config, settings)
     resolve_device(chosen.device)
     loaded = load_to_host(model, chosen, **options)
     return offload_experts(loaded, predictors, make(OffloadConfig, **chosen.values_of(OffloadConfig)))
@@ -68,6 +68,10 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
 
     A checkpoint is loaded with the `options` of `load_model`.
     """
+    if not isinstance(model, str | Path | PretrainedConfig):
+        raise OffloadError(
+            f"something of type {type(model).__name__} can't be loaded; give a folder, a Hub name or a config"
+        )
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # for CUDA, auto leaves the dtype to the checkpoint
     if config.pack is None and config.quantize is not None:
         return _load_quantized(model, config, dtype, **options)
@@ -91,9 +95,8 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
             with experts_ignored():
                 loaded = load_model(model, torch.device("cpu"), dtype, **options)
             _check_checkpoint(config.pack, header, model, options.get("revision"))
-    vars(loaded)["expert_pack"] = config.pack
-    vars(loaded)["expert_samples"] = header.sample_of
-    _refuse_to_run(loaded, f"in {config.pack}")
+    vars(loaded).update(expert_pack=config.pack.absolute(), expert_samples=header.sample_of)
+    _refuse_to_run(loaded, f"in {config.pack.absolute()}")
     return loaded
 
 
@@ -121,9 +124,10 @@ def _check_quantized(pack: Path, header: Header, quantize: Quantization | None) 
 
 
 def _refuse_to_run(model: PreTrainedModel, where: str) -> None:
-    """Has the experts of a model say that they are not in memory, whenever they are run."""
+    """Has a model and its experts say that the experts are not in memory, where they are needed."""
+    vars(model)["save_pretrained"] = Away(where)
     for experts in expert_modules(model).values():
-        experts.forward = partial(_refuse, where)
+        experts.forward = Away(where)
 
 
 def _check_checkpoint(pack: Path, header: Header, model: str | Path, revision: str | None) -> None:
@@ -138,13 +142,6 @@ def _check_checkpoint(pack: Path, header: Header, model: str | Path, revision: s
         raise StoreError(
             f"{pack} was packed from {header.model.get('name')} with other weights files than those of {model}; pack this model"
         )
-
-
-def _refuse(where: str, *_: Any, **__: Any) -> torch.Tensor:
-    """The forward of experts that are not in memory."""
-    raise OffloadError(
-        f"the experts of this model are {where}; offload it again (offload_experts) or load them (load_experts)"
-    )
 
 
 def load_experts(model: PreTrainedModel) -> None:
@@ -166,7 +163,7 @@ def load_experts(model: PreTrainedModel) -> None:
         (block,) = blocks = empty_blocks(1, store.format.bytes, torch.device("cpu"))
         for number, layer in enumerate(layers):
             stacked = {
-                name: torch.empty(layer.num_experts, *place.shape, dtype=place.dtype)
+                name: torch.empty(layer.num_experts, *place.shape, dtype=place.dtype, device="cpu")
                 for name, place in store.format.full.places.items()
             }
             for expert in range(layer.num_experts):
@@ -179,5 +176,5 @@ def load_experts(model: PreTrainedModel) -> None:
         for name, values in weights.items():
             setattr(layer.experts, name, nn.Parameter(values, requires_grad=getattr(layer.experts, name).requires_grad))
         vars(layer.experts).pop("forward")
-    for name in ("expert_pack", "expert_samples", "expert_blocks"):
+    for name in ("expert_pack", "expert_samples", "expert_blocks", "save_pretrained"):
         vars(model).pop(name, None)

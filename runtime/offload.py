@@ -13,37 +13,42 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from ..predictors.architecture import MoELayer, first_tensor, override_forward, with_first_tensor
+from ..predictors.architecture import MoELayer, first_tensor, with_first_tensor
 from ..predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_parameters
 from ..predictors.loading import resolve_device
-from ..predictors.settings import make
+from ..predictors.override import override_forward, refuse_copy
+from ..predictors.settings import combined
 from . import operations
 from .automatic import AUTO, Trial
 from .control import RoutingControl
 from .device.graphs import StepGraphs, wants_static_cache
 from .engine import Counters, Decision
-from .engines import make_engine
-from .errors import OffloadError
+from .engines import make_engine, slots_of
+from .errors import OffloadError, StoreError, let_go
 from .formats.full import FullFormat
-from .guess import Guesser
+from .guard import Guard, refuse_unfit, without_gradients
+from .guess import FoldedGuesser, Guesser
 from .observer import Observer
 from .operations import on_device
 from .packfile import PackedStore, read_header
 from .passes import Passes
+from .placement import move_rest
 from .policy import Gating, Policy
-from .settings import OffloadConfig, Slots
+from .settings import OffloadConfig
 from .steps import Steps, shape_of
 from .store import ExpertStore, HostStore, QuantizedExperts, QuantizedStore
 from .targets import Target, targets_of
 
 
+@torch.inference_mode(False)  # what is made here is used outside of it too
 def offload_experts(
     model: PreTrainedModel,
     predictors: Predictors | str | Path | None = None,
@@ -56,7 +61,7 @@ def offload_experts(
 
     Returns the same model, which stays a transformers model: `generate`, pipelines and streamers work on it. Its
     `expert_offload` attribute is the `ExpertOffload`, which counts what happens and can detach itself. Several threads
-    may run the model: their forward passes take turns.
+    may run the model: their forward passes take turns. None may run it while this is called.
 
     Args:
         predictors: what `load_predictors` returned, or a path or name for it; without them speculation is training-free.
@@ -67,10 +72,11 @@ def offload_experts(
     Raises `SettingsError`, `OffloadError`, `StoreError`, `UnsupportedModelError` or `PredictorsError`, and then leaves the
     model as it was.
     """
-    config = make(OffloadConfig, **((config.model_dump() if config is not None else {}) | settings))
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise OffloadError(f"something of type {type(model).__name__} can't be offloaded; give a transformers model")
+    config = combined(OffloadConfig, config, settings)
     device = resolve_device(config.device)
-    if getattr(model, "expert_offload", None) is not None:
-        raise OffloadError("the model's experts are offloaded already; detach it first: model.expert_offload.detach()")
+    refuse_unfit(model)
     layers = find_moe_layers(model)
     size = block_bytes(model, layers, store)
     config = config.model_copy(
@@ -84,9 +90,13 @@ def offload_experts(
     )
     for layer in layers:
         expert_parameters(layer.experts)
-    with ExitStack() as attached:
-        opened = open_store(attached, model, layers, store, device)
-        vars(model)["expert_offload"] = ExpertOffload(model, targets, predictors, opened, config, attached)
+    try:
+        with ExitStack() as attached:
+            opened = open_store(attached, model, layers, store, device)
+            vars(model)["expert_offload"] = ExpertOffload(model, targets, predictors, opened, config, attached)
+    except BaseException as error:
+        let_go(error)
+        raise
     return model
 
 
@@ -104,26 +114,6 @@ def block_bytes(model: PreTrainedModel, layers: list[MoELayer], store: ExpertSto
     if store is not None:
         return store.format.bytes
     return (FullFormat.common([layer.experts for layer in layers]) if quantized is None else quantized.format).bytes
-
-
-def slots_of(config: Slots, layers: list[MoELayer], size: int) -> int:
-    """How many experts are on the device at a time, if each has `size` bytes; by default a quarter of them."""
-    top_k, total = layers[0].top_k, sum(layer.num_experts for layer in layers)
-    slots = config.slots
-    if config.expert_memory is not None:
-        slots = min(config.expert_memory // size, total)
-        if slots < top_k:
-            raise OffloadError(
-                f"{config.expert_memory:,} bytes hold {slots} experts of {size:,} bytes, and one layer needs {top_k} at a "
-                "time; give more expert_memory"
-            )
-    if slots is None:
-        return max(2 * top_k, total // 4)
-    if not top_k <= slots <= total:
-        raise OffloadError(
-            f"{slots} slots are asked for; this model takes from {top_k} (its top k) to {total} (all its experts)"
-        )
-    return slots
 
 
 def open_store(
@@ -147,8 +137,12 @@ def open_store(
     elif isinstance(store, str | Path):
         store = PackedStore(store)
         attached.callback(store.close)
+    elif not isinstance(store, ExpertStore):
+        raise StoreError(f"something of type {type(store).__name__} is no store; give a packed file or an open store")
     if isinstance(store, PackedStore):
         store.check(model, layers)
+    elif isinstance(store, HostStore):
+        store.check(layers)
     return store
 
 
@@ -170,6 +164,15 @@ def offloaded(
 class ExpertOffload:
     """A model with its experts in a store and some of them on the device. `offload_experts` makes it."""
 
+    config: OffloadConfig
+    store: ExpertStore
+    slots: int
+    device: torch.device
+    policy: Policy
+    gating: Gating
+    why_host: str | None
+    """In one sentence why the engine is not the device's; None if it is."""
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -184,18 +187,18 @@ class ExpertOffload:
         Where this raises, the caller closes `attached`, and the model is as it was.
         """
         assert config.slots is not None
-        self.config, self.store = config, store
-        self.policy, self.gating = policy_of(config), Gating(config.gating)
-        # With its number, as tensors have it.
-        self.device, self.slots = torch.empty(0, device=config.device).device, config.slots
+        device = torch.empty(0, device=config.device).device  # with its number, as tensors have it
+        vars(self).update(config=config, store=store, slots=config.slots, device=device)
+        vars(self).update(policy=policy_of(config), gating=Gating(config.gating))
         self._model, self._targets = model, targets
         self._turn = threading.RLock()
         self._depth = 0
         self._steps = Steps()
-        self._move_rest(attached)
+        self._is_attached = True
+        layers = [target.layer for target in targets]
+        move_rest(model, [layer.experts for layer in layers], self.device, attached)
         with on_device(self.device):
-            engine, self.why_host = make_engine(store, [target.layer for target in targets], config)
-        """In one sentence why the engine is not the device's; None if it is."""
+            engine, vars(self)["why_host"] = make_engine(store, layers, config)
         attached.callback(engine.close)
         self._engine = engine
         self._graphs: StepGraphs | None = None
@@ -213,7 +216,7 @@ class ExpertOffload:
         sources = {target.layer.index: target.source for target in targets}
         self._control = RoutingControl(
             targets,
-            make_speculators(model, predictors, [target.layer for target in targets], sources),
+            make_speculators(model, predictors, layers, sources),
             self.policy,
             self.gating,
             max_tokens=config.speculated_tokens,
@@ -221,8 +224,20 @@ class ExpertOffload:
         )
         attached.callback(self._control.detach)
         self._control.handle, self._passes.control = self._passes.handle, self._control
+        folded = [layer.target.layer for layer in self._control.layers if isinstance(layer.guesser, FoldedGuesser)]
+        self._guard = self._passes.guard = Guard(model, layers, folded, self.device, attached)
         self._known = {layer.target.number: layer for layer in self._control.layers}
         self._attached = attached.pop_all()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            raise OffloadError(
+                f"{name} can't be set on offloaded experts; detach the model and offload it again with it"
+            )
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        refuse_copy()
 
     @property
     def counters(self) -> Counters:
@@ -233,12 +248,17 @@ class ExpertOffload:
 
     def reset(self) -> None:
         """Sets the counters back to zero."""
-        self._engine.reset()
-        self._control.reset()
+        with self._turn:
+            self._engine.reset()
+            self._control.reset()
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
         """Tells `observer` what happens, for the length of a `with`."""
+        if not isinstance(observer, Observer):
+            raise OffloadError(
+                f"something of type {type(observer).__name__} can't observe; give a subclass of Observer"
+            )
         self._observe(observer)
         try:
             yield
@@ -247,10 +267,11 @@ class ExpertOffload:
 
     def guess_by(self, substitute: Callable[[int, Guesser], Guesser]) -> None:
         """Replaces the guesser of each layer by `substitute(the model's number of the layer, its guesser)`."""
-        for layer in self._control.layers:
-            layer.guesser = substitute(layer.target.layer.index, layer.guesser)
-        if self._graphs is not None:
-            self._graphs.clear()
+        with self._turn:
+            for layer in self._control.layers:
+                layer.guesser = substitute(layer.target.layer.index, layer.guesser)
+            if self._graphs is not None:
+                self._graphs.clear()
 
     @property
     def captures(self) -> bool:
@@ -267,28 +288,25 @@ class ExpertOffload:
         """Bytes of one expert's block."""
         return self.store.format.bytes
 
+    @torch.inference_mode(False)
     def detach(self) -> None:
         """Removes the runtime from the model. Its weights, devices and forwards are then what they were.
 
-        A model that was loaded with a packed file then has no experts; see `load_offloaded`.
+        Weights that were changed meanwhile stay changed. A model that was loaded with a packed file then has no experts; see
+        `load_offloaded`. Raises `OffloadError` in a forward pass.
         """
         with self._turn:
-            vars(self._model).pop("expert_offload", None)
-            self._attached.close()
-
-    def _move_rest(self, attached: ExitStack) -> None:
-        """Moves everything but the experts to the device. `detach` moves it back."""
-        experts = {id(p) for target in self._targets for p in target.layer.experts.parameters(recurse=False)}
-        for tensor in [*self._model.parameters(), *self._model.buffers()]:
-            if id(tensor) not in experts and tensor.device != self.device:
-                attached.callback(_move, tensor, tensor.device)
-                _move(tensor, self.device)
+            if self._depth:
+                raise OffloadError("the model can't be detached in a forward pass; detach it when the pass is over")
+            if self._is_attached:
+                self._is_attached = False
+                vars(self._model).pop("expert_offload", None)
+                self._attached.close()
 
     def _take_turns(self, attached: ExitStack) -> None:
         """Lets only one forward pass run at a time, since it needs the slots from its first layer to its last."""
         for module in {self._model, self._model.base_model}:
-            original = attached.enter_context(override_forward(module, None))
-            module.forward = self._in_turn(original)
+            attached.enter_context(override_forward(module, self._in_turn(module.forward)))
         generation_config = getattr(self._model, "generation_config", None)
         if generation_config is not None and self.device.type != "cpu":
             # `generate` would compile by itself there: for minutes, and past the steps that are captured.
@@ -312,17 +330,20 @@ class ExpertOffload:
         attached.callback(vars(self._model).pop, "generate")
 
     def _in_turn(self, original: Any) -> Any:
-        @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # each operation takes a turn
                 return original(*args, **kwargs)
             with self._turn, on_device(self.device):
-                if self._depth:  # a part of the forward pass that has its turn
+                # A part of the pass that has its turn, or a pass that waited until the model was detached.
+                if self._depth or not self._is_attached:
                     return original(*args, **kwargs)
                 try:
                     self._depth = 1
                     self._control.is_exact = not self._steps.is_step(args, kwargs)
                     return self._timed(functools.partial(self._captured, original, args, kwargs))
+                except BaseException as error:
+                    let_go(error)
+                    raise
                 finally:
                     self._depth = 0
 
@@ -344,6 +365,8 @@ class ExpertOffload:
         if not self._engine.prepare(tokens):
             self._graphs.look_at(self._model)
             return original(*args, **kwargs)
+        self._guard.check_all()  # where a graph is replayed, no layer does it
+        self._graphs.look_again(self._model)
         mode = (self._control.is_on, self._control.is_exact)
         output = self._graphs.run(original, args, kwargs, mode)
         self._passes.tokens = tokens  # where a graph was replayed, no hook has counted them
@@ -355,12 +378,13 @@ class ExpertOffload:
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *_: Any, **__: Any
         ) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                return operations.experts(hidden_states, top_k_index, top_k_weights, handle, number)
             with torch.no_grad():
-                if torch.compiler.is_compiling():
-                    return operations.experts(hidden_states, top_k_index, top_k_weights, handle, number)
                 control = self._known.get(number)
                 known = control is not None and control.known
-                return self._passes.execute(number, hidden_states, Decision(top_k_index, top_k_weights, known))
+                output = self._passes.execute(number, hidden_states, Decision(top_k_index, top_k_weights, known))
+            return without_gradients(output, (hidden_states, top_k_weights), layer.experts)
 
         if number == 0:
 
@@ -377,8 +401,3 @@ class ExpertOffload:
     def _observe(self, observer: Observer | None) -> None:
         self._passes.observer = self._control.observer = observer
         self._engine.observe(observer)
-
-
-def _move(tensor: torch.Tensor, device: torch.device) -> None:
-    # In place, since the layers also hold buffers that are arguments of their routers.
-    tensor.data = tensor.data.to(device)

@@ -22,6 +22,7 @@ import torch
 
 from ..predictors.speculation import Routing
 from .errors import OffloadError
+from .guard import refuse_gradients
 
 T = TypeVar("T")
 
@@ -142,6 +143,10 @@ route = _define(
     _as_routing,
 )
 experts = _define("experts(Tensor x, Tensor ids, Tensor weights, int handle, int layer) -> Tensor", _experts, _as_sum)
+_refuse = _define("refuse(Tensor gradient) -> Tensor", refuse_gradients, _as_x)
+torch.library.register_autograd(
+    "predict_train::experts", lambda _, gradient: (_refuse(gradient), None, None, None, None), lib=_LIBRARY
+)
 # Gradients pass through a copy.
 torch.library.register_autograd("predict_train::begin", lambda _, gradient: (gradient, None), lib=_LIBRARY)
 torch.library.register_autograd("predict_train::enter", lambda _, gradient: (gradient, None, None), lib=_LIBRARY)

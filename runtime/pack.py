@@ -181,7 +181,8 @@ def draw_experts(model: PreTrainedModel, take: Take, seed: int) -> None:
     spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     for module in expert_modules(model).values():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            values = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(0.0, spread, generator=generator)
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            values.normal_(0.0, spread, generator=generator)
             take(module, name, values)
 
 

@@ -17,6 +17,7 @@ from . import operations
 from .automatic import Trial
 from .control import RoutingControl
 from .engine import Decision, Engine
+from .guard import Guard
 from .observer import Observer
 from .targets import Target
 
@@ -38,6 +39,7 @@ class Passes:
         self.handle = operations.register(self)
         """By this number, compiled graphs know the offload."""
         self.control: RoutingControl
+        self.guard: Guard
         self.observer: Observer | None = None
         self.tokens = 0
         """Of the current pass, as far as its first layer has executed them."""
@@ -45,8 +47,9 @@ class Passes:
         self._begun = 0.0
 
     def execute(self, number: int, x: torch.Tensor, decision: Decision) -> torch.Tensor:
-        """See `Engine.execute`."""
+        """See `Engine.execute`. Raises `OffloadError` where weights have changed; see `Guard.check`."""
         begun = time.perf_counter()
+        self.guard.check(number)
         output = self._engine.execute(number, self._targets[number].layer.experts, x, decision)
         if number == 0:
             self.tokens += len(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from transformers import PreTrainedModel
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import combine, group_by_expert
 from .formats import ExpertFormat
+from .guard import Away
 from .load import load_to_host
 from .offload import open_store
 from .settings import Loading
@@ -43,24 +43,24 @@ def load_resident(name: str | Path, config: Loading, device: torch.device) -> Pr
         if not tensor.is_meta:
             tensor.data = tensor.data.to(device)
     for layer, blocks in zip(layers, quantized.blocks, strict=True):
-        # Not `setattr`: the module's own forward stays visible to what looks at the class.
-        vars(layer.experts)["forward"] = partial(_output, layer.experts, quantized.format, blocks.to(device))
+        layer.experts.forward = ResidentExperts(layer.experts, quantized.format, blocks.to(device))
     return model
 
 
-def _output(
-    experts: nn.Module,
-    form: ExpertFormat,
-    blocks: torch.Tensor,
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """The forward of experts in `blocks` `[experts, bytes]`, uint8. `x` is `[tokens, hidden]`, the others `[tokens, top_k]`."""
-    views, groups = form.views(blocks), group_by_expert(ids, len(blocks))
-    rows = x[groups.order // ids.shape[-1]].split(groups.sizes)
-    found = [x.new_empty(0, x.shape[-1])]
-    for expert, inputs in zip(groups.experts, rows, strict=True):
-        found.append(form.output(experts, {name: view[expert] for name, view in views.items()}, inputs))
-    outputs = torch.cat(found).index_select(0, groups.order.argsort())
-    return combine(outputs, weights, x.dtype)
+class ResidentExperts(Away):
+    """Computes a module's experts in blocks `[experts, bytes]`, uint8, of one format."""
+
+    def __init__(self, experts: nn.Module, form: ExpertFormat, blocks: torch.Tensor):
+        super().__init__("quantised")
+        self._experts, self._format, self._blocks = experts, form, blocks
+
+    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The forward of the module. `x` is `[tokens, hidden]`, the others are `[tokens, top_k]`."""
+        views, groups = self._format.views(self._blocks), group_by_expert(ids, len(self._blocks))
+        rows = x[groups.order // ids.shape[-1]].split(groups.sizes)
+        found = [x.new_empty(0, x.shape[-1])]
+        for expert, inputs in zip(groups.experts, rows, strict=True):
+            tensors = {name: view[expert] for name, view in views.items()}
+            found.append(self._format.output(self._experts, tensors, inputs))
+        outputs = torch.cat(found).index_select(0, groups.order.argsort())
+        return combine(outputs, weights, x.dtype)

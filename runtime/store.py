@@ -6,11 +6,12 @@ import mmap
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from ..predictors.architecture import MoELayer
 from .errors import StoreError
@@ -46,6 +47,7 @@ def _pages(size: int) -> mmap.mmap:
     return pages
 
 
+@runtime_checkable
 class ExpertStore(Protocol):
     """Holds all experts of a model. Whoever opens a store closes it."""
 
@@ -165,6 +167,15 @@ class HostStore(MemoryStore):
             self.close()
             raise
 
+    def check(self, layers: list[MoELayer]) -> None:
+        """Raises `StoreError` unless these are the layers whose experts it holds."""
+        if len(layers) != len(self._layers) or any(
+            not mine.holds(layer.experts) for mine, layer in zip(self._layers, layers, strict=True)
+        ):
+            raise StoreError(
+                "the store is closed or holds the experts of another model; give this model's own, or none"
+            )
+
     def close(self) -> None:
         while self._layers:  # layer by layer, so that only one layer is in memory twice
             self._layers[-1].give_back()
@@ -206,6 +217,10 @@ class _Layer:
             return
         for name, view in self._views.items():
             np.copyto(_as_bytes(view[expert]), _as_bytes(self._parameters[name].data[expert]))
+
+    def holds(self, experts: nn.Module) -> bool:
+        """Whether the parameters of `experts` are those that it has taken."""
+        return all(getattr(experts, name, None) is parameter for name, parameter in self._parameters.items())
 
     def wait(self) -> None:
         """Returns when the blocks are filled."""

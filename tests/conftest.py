@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,23 @@ def tiny_moe(tiny_moe_folder: Path) -> PreTrainedModel:
     """A fresh copy of the model in `tiny_moe_folder`."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny_moe_folder, dtype=torch.float32).eval()
     return model
+
+
+@pytest.fixture
+def moe() -> PreTrainedModel:
+    """A smaller model, of two layers."""
+    return build_model("qwen3_moe", num_hidden_layers=2)
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The pages that are made (`pages.Pages`). Meanwhile nothing is collected: what is freed is freed by reference."""
+    from pages import Pages
+
+    gc.collect()
+    gc.disable()
+    yield Pages(monkeypatch)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.errors import UserError
 from predict_train.runtime import offload_experts, offloaded, operations
 from predict_train.runtime.automatic import BLOCK, BLOCKS
 from predict_train.runtime.errors import OffloadError
@@ -219,12 +219,10 @@ def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedM
         assert not counters["graph_break"]
 
 
-def test_gradients_pass_a_compiled_model_as_they_pass_the_eager_one(build_moe: Callable[..., PreTrainedModel]) -> None:
-    model, gradients = build_moe("qwen3_moe", num_hidden_layers=1), []
-    with offloaded(model, policy="on_demand", slots=8, device="cpu"), warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*autograd kernel")
+def test_gradients_are_refused_as_by_the_eager_model(build_moe: Callable[..., PreTrainedModel]) -> None:
+    model = build_moe("qwen3_moe", num_hidden_layers=1)
+    with offloaded(model, policy="on_demand", slots=8, device="cpu"):
         for forward in (model.forward, compiled(model)):
-            model.zero_grad()
-            forward(prompt(1, 5)).logits.sum().backward()
-            gradients.append(model.get_input_embeddings().weight.grad.clone())
-    torch.testing.assert_close(gradients[1], gradients[0])
+            loss = forward(prompt(1, 5)).logits.sum()
+            with pytest.raises(UserError, match="no gradients pass through offloaded experts"):
+                loss.backward()

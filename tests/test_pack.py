@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from predict_train.predictors import weights
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.weights import checkpoint_fingerprint
-from predict_train.runtime import load_offloaded, offload_experts
+from predict_train.runtime import load_experts, load_offloaded, offload_experts
 from predict_train.runtime.errors import StoreError
 from predict_train.runtime.formats import PAGE
 from predict_train.runtime.gatherer import Gathered
@@ -287,6 +288,39 @@ def test_packing_leaves_nothing_behind_when_it_fails(
     with pytest.raises(StoreError, match="exists already"):
         pack(tiny_moe_folder, out)
     assert out.read_text() == "something else"
+
+
+def test_what_a_killed_attempt_left_is_removed(tiny_moe_folder: Path, tmp_path: Path) -> None:
+    """Not what another process still writes, and no other file."""
+    out = tmp_path / "[x].experts"
+    left, busy, other = (tmp_path / f"{name}.partial" for name in ("[x].experts.1", "[x].experts.2", "x.experts.3"))
+    for file in (left, busy, other):
+        file.write_bytes(b"half")
+    with busy.open("rb") as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        pack(tiny_moe_folder, out)
+    assert {file.name for file in tmp_path.iterdir()} == {out.name, busy.name, other.name}
+
+
+def test_a_relative_path_is_one_of_the_folder_where_it_was_given(
+    tiny_moe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    ids = torch.randint(1, 256, (1, 9))
+    for again in (False, True):
+        model = load_offloaded(tiny_moe_folder, device="cpu", pack="experts")
+        monkeypatch.chdir("elsewhere")
+        expected = model(ids).logits
+        model.expert_offload.detach()
+        with pytest.raises(UserError, match=f"are in {tmp_path}/experts"):
+            model(ids)
+        offload_experts(model, device="cpu")
+        assert torch.equal(model(ids).logits, expected)
+        model.expert_offload.detach()
+        load_experts(model)
+        assert torch.equal(model(ids).logits, expected), again
+        monkeypatch.chdir(tmp_path)
 
 
 def test_a_checkpoint_without_some_experts_is_refused(tiny_moe: PreTrainedModel, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,6 @@ from test_offload import greedy, prompt
 from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pages]:
-    """The pages that are made. Meanwhile nothing is collected: what is freed is freed by reference."""
-    gc.collect()
-    gc.disable()
-    yield Pages(monkeypatch)
-    gc.enable()
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -13,7 +15,7 @@ import pytest
 import torch
 from conftest import build_model
 from predict_train.predictors.experts import expert_output
-from predict_train.runtime import engines, offloaded
+from predict_train.runtime import engines, offload_experts, offloaded
 from predict_train.runtime.device.arithmetic import ExpertArithmetic
 from predict_train.runtime.device.hits import DeviceHitCount
 from predict_train.runtime.device.slots import DeviceSlots
@@ -224,6 +226,77 @@ def test_streams_are_used_again() -> None:
         with offloaded(model(), **way) as offload, offloaded(other, **way) as beside:
             assert streams(offload) == first
             assert len(streams(beside) | first) == 4
+
+
+def test_under_autocast_the_host_decides() -> None:
+    """The device's kernels know nothing of it."""
+    right, its_own = expected("prefetch", 1, "host"), settings("prefetch", "cuda:0", slots=SLOTS[1])
+    with simulated(Plan.SERIAL), decided_by("device"), offloaded(model(), **its_own) as offload:
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert torch.equal(logits(1), right)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        assert not offload._engine._decides
+
+
+def test_what_was_added_on_the_device_comes_back_from_it() -> None:
+    """An adapter that was put on an offloaded model goes where the model goes."""
+    right, norm = logits(1), model().model.norm
+    with simulated(Plan.SERIAL), decided_by("host"):
+        with offloaded(model(), **settings("on_demand", "cuda:0")):
+            norm.adapter = torch.nn.Linear(2, 2, device="cuda:0")
+            assert norm.adapter.weight.is_cuda
+            assert norm.weight.is_cuda
+        assert not any(parameter.is_cuda for parameter in model().parameters())
+    assert torch.equal(logits(1), right)
+    del norm.adapter
+
+
+class Graph:
+    """Does nothing when it is replayed. What it computed when it was captured stays."""
+
+    def replay(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize(("engine", "way"), [("host", "on_demand"), ("device", "true")])
+def test_detaching_frees_what_is_on_the_device_at_once(
+    engine: str, way: str, breaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With graphs, and where the caller keeps the cache and the exception of a pass that broke off."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    kept: list[Any] = []
+
+    def fail(*_: Any) -> None:
+        if kept and breaks:
+            raise RuntimeError("out of everything")
+        kept.append("a call")
+
+    gc.collect()
+    gc.disable()
+    with simulated(Plan.SERIAL), decided_by(engine), torch.no_grad():
+        offload = offload_experts(model(), **settings(way, "cuda:0", slots=SLOTS[1])).expert_offload
+        host = getattr(offload._engine, "_host", offload._engine)
+        memory, alive = weakref.ref(host.memory.memory), weakref.ref(offload)
+        layer = model().model.layers[1]
+        part = layer.mlp.experts.act_fn if engine == "host" else layer.self_attn  # the kernels call no module
+        hook = part.register_forward_hook(fail)
+        ids = torch.arange(1, 7).view(1, -1).to("cuda:0")
+        try:
+            kept.append(model().generate(ids, max_new_tokens=5, eos_token_id=None, return_dict_in_generate=True))
+        except RuntimeError as error:
+            kept.append(error)
+        hook.remove()
+        assert offload.captures is (engine == "device")
+        del offload, host
+        model().expert_offload.detach()
+        assert memory() is None
+        assert breaks or alive() is None
+    gc.enable()
+    assert len(kept) >= 2
 
 
 def test_a_replayed_routing_is_executed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

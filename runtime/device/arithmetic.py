@@ -82,10 +82,9 @@ class ExpertArithmetic:
 @torch.no_grad()
 def gates_by_silu(experts: Any, width: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the gate over `width` outputs is `silu(first half) * (second half)`, which a kernel does on the way."""
-    scales = torch.tensor(
-        [[1.0], [16.0], [256.0]]
-    )  # some gates only differ where their inputs are large: they are clamped
-    probe = scales * torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    probe = torch.randn(3, width, generator=torch.Generator().manual_seed(0), device="cpu")
+    # Clamped gates only differ where their inputs are large.
+    probe *= torch.tensor([[1.0], [16.0], [256.0]], device="cpu")
     probe = probe.to(device, dtype)
     gate, up = probe.chunk(2, dim=-1)
     return torch.equal(experts._apply_gate(probe), F.silu(gate) * up)

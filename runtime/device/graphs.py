@@ -18,6 +18,8 @@ from transformers import Cache, GenerationConfig
 
 MOST_GRAPHS = 8
 THE_CACHE = object()
+OWN = ("torch", "transformers", "transformers_modules")
+"""The libraries whose modules models are made of."""
 DRAFTS = "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"
 """Arguments of `generate` for ways to draft tokens. Those that turn out to be wrong are cut off the cache, which must not be static."""
 PLAIN = (bool, int, float, str, type(None))
@@ -56,6 +58,9 @@ class StepGraphs:
         self._graphs: OrderedDict[tuple[Any, ...], Captured | str | None] = OrderedDict()
         """By key: the graph, or why there can't be one. None after the first step of a kind."""
         self._seen: Any = None
+        self._added: list[nn.Module] = []
+        """Modules that are not transformers' own, as those of adapters."""
+        self._switches: list[Any] = []
 
     def clear(self) -> None:
         """Forgets all graphs, since what they do is no longer what is to be done."""
@@ -98,7 +103,14 @@ class StepGraphs:
         now = weights, configs, [_facts(module) for module in model.modules()]
         if now != self._seen:
             self._seen = now
+            self._added = [module for module in model.modules() if _library(module) not in OWN]
+            self._switches = [*map(_facts, self._added)]
             self.clear()
+
+    def look_again(self, model: nn.Module) -> None:
+        """Does the same before each step, and looks at added modules only: at all of them this would take as long as a step."""
+        if self._seen is None or [*map(_facts, self._added)] != self._switches:
+            self.look_at(model)
 
     def _first(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Inputs) -> Any:
         """Runs the first step of a kind as it is."""
@@ -181,6 +193,10 @@ def _facts(module: nn.Module) -> tuple[Any, ...]:
     """What a module does, as far as its attributes say it."""
     forward, hooks = id(vars(module).get("forward")), (*module._forward_hooks, *module._forward_pre_hooks)
     return id(module), type(module), forward, hooks, _flags(module)
+
+
+def _library(module: nn.Module) -> str:
+    return type(module).__module__.partition(".")[0]
 
 
 def _flags(thing: Any) -> dict[str, str]:

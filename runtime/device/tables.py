@@ -81,7 +81,7 @@ class LayerTables:
     def measure_copy(self) -> float:
         """The milliseconds in which some blocks are copied while nothing computes. The slots must be empty."""
         count = min(self.slots, len(self._blocks), MEASURED)
-        pairs = torch.stack([torch.arange(count), self.books.pool[:count].cpu()], dim=1)
+        pairs = torch.stack([torch.arange(count, device="cpu"), self.books.pool[:count].cpu()], dim=1)
         self._moved[: 2 * count] = pairs.flatten()
         self._moved[-1] = count
         begun, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -83,8 +83,12 @@ class Readers:
         self._threads = [
             threading.Thread(target=self._run, name=f"expert-reader-{number}", daemon=True) for number in range(count)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self.close()
+            raise StoreError(f"the system has not {count} threads left for readers; give fewer readers") from error
 
     def ask(self, copy: Copy, urgent: bool) -> None:
         """Asks for a copy. To make it urgent later, ask for it again."""
@@ -104,7 +108,7 @@ class Readers:
         for _ in self._threads:
             self._calls.put(None)
         for thread in self._threads:
-            if thread is not threading.current_thread():
+            if thread.is_alive() and thread is not threading.current_thread():
                 thread.join()
 
     def _run(self) -> None:

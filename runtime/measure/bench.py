@@ -26,7 +26,8 @@ from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ...predictors.loading import resolve_device
 from ..automatic import AUTO
-from ..offload import ExpertOffload, block_bytes, offloaded, open_store, slots_of
+from ..engines import slots_of
+from ..offload import ExpertOffload, block_bytes, offloaded, open_store
 from ..policy import Gating, Policy
 from ..settings import OffloadConfig
 from ..store import ExpertStore

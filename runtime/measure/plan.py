@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from ...predictors.architecture import UnsupportedModelError, override_forward, skeleton
+from ...predictors.architecture import UnsupportedModelError, skeleton
 from ...predictors.checkpoint import Predictors
 from ...predictors.errors import UserError
 from ...predictors.experts import expert_modules
+from ...predictors.override import override_forward
 from ..formats import laid_out
 from ..formats.full import FullFormat
 from ..formats.registry import QUANTIZED

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...predictors.architecture import MoELayer, first_tensor, override_forward
+from ...predictors.architecture import MoELayer, first_tensor
 from ...predictors.errors import UserError
+from ...predictors.override import override_forward
 from ...predictors.speculation import Routing
 from ..guess import Guess, Guesser
 from .reuse import Ids, Numbers, ReuseCurve, ReuseStack

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...predictors.architecture import MoELayer, override_forward
+from ...predictors.architecture import MoELayer
+from ...predictors.override import override_forward
 from ..host.cache import Key
 from ..observer import Observer
 from ..offload import ExpertOffload
@@ -123,8 +124,7 @@ def spanning(
 
     with ExitStack() as stack:
         for module, name in parts:
-            original = stack.enter_context(override_forward(module, None))
-            module.forward = partial(within, name, original)
+            stack.enter_context(override_forward(module, partial(within, name, module.forward)))
         yield
 
 

@@ -1,0 +1,70 @@
+"""A module's forward, replaced for a while."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from torch import nn
+
+from .errors import UserError
+
+
+class Replacement:
+    """Is called in the place of a module's forward, until `end`. From then on it calls that forward itself.
+
+    Other libraries may wrap it meanwhile, and go on calling it. It has the signature of what it replaces, which transformers
+    looks at. It can't be copied: the copy of a module would call what belongs to the module itself.
+    """
+
+    def __init__(self, original: Any, forward: Callable[..., Any]):
+        functools.update_wrapper(self, original)
+        self._original, self._forward = original, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """It as a method's function: accelerate wraps this, and binds it to the module again."""
+        return self._unbound
+
+    def _unbound(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
+    def end(self) -> None:
+        self._forward = self._original
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        refuse_copy()
+
+
+def refuse_copy(*_: Any) -> NoReturn:
+    """In the place of `__reduce_ex__`, which `copy` and `pickle` call."""
+    raise UserError(
+        "a model can't be copied or pickled while its experts are offloaded or its layers are recorded; detach it first: "
+        "model.expert_offload.detach()"
+    )
+
+
+@contextmanager
+def override_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Any]:
+    """Replaces `module.forward` by `forward` and yields the original. At the end the module is exactly as before.
+
+    If somebody has wrapped the replacement, the wrapper stays, and what it calls is the original again.
+    """
+    had_own = "forward" in vars(module)
+    original = module.forward
+    replacement = Replacement(original, forward)
+    module.forward = replacement
+    try:
+        yield original
+    finally:
+        replacement.end()
+        if vars(module).get("forward") is replacement:
+            if had_own:
+                module.forward = original
+            else:
+                del module.forward

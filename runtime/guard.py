@@ -1,0 +1,200 @@
+"""The guard of a model with offloaded experts: what would give a wrong result without a word ends in an `OffloadError`.
+
+The runtime holds copies of weights: of experts, in slots, and of norms and routers, folded into guesses. It computes the
+experts without gradients, with their weights alone. So these weights must stay as they are, and what is put around them is
+either called or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ..predictors.architecture import MoELayer
+from ..predictors.experts import expert_modules
+from ..predictors.override import Replacement, refuse_copy
+from .errors import OffloadError
+
+DETACH = "detach it first: model.expert_offload.detach()"
+
+
+class Away:
+    """Is called in the place of what needs experts, while they are not in memory."""
+
+    def __init__(self, where: str):
+        """`where` says where they are instead, like `in FILE`."""
+        self.where = where
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise OffloadError(
+            f"the experts of this model are {self.where}; load them (load_experts), or offload it again to run it "
+            "(offload_experts)"
+        )
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Raises `OffloadError` where the experts are offloaded already, or somebody else has a hand in the model.
+
+    Accelerate takes weights away and replaces forwards, and peft replaces forwards. The runtime does not call those of experts.
+    """
+    away = (name for name, p in model.named_parameters() if p.is_meta)
+    theirs = tuple(expert_modules(model))
+    if (name := next((name for name in away if not name.startswith(theirs)), None)) is not None:
+        raise OffloadError(f"{name} is not in memory, as with accelerate's hooks; load the model without device_map")
+    for name, experts in expert_modules(model).items():
+        own = vars(experts).get("forward")
+        if isinstance(own, Replacement):
+            raise OffloadError(f"the model's experts are offloaded already; {DETACH}")
+        if own is not None and not isinstance(own, Away):
+            raise OffloadError(
+                f"the forward of {name} is replaced, as by accelerate's hooks, and would not be called; remove what replaces "
+                "it, or load the model without device_map"
+            )
+
+
+class Watched(nn.Parameter):
+    """A parameter that the runtime has copies of. Torch counts what is written to it; here also what is written to its `data`."""
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]  # a descriptor, which torch annotates as a tensor
+
+
+def _refuse_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+    """Refuses steps on watched weights: fused ones are not counted, and take the memory of an expert for that of the next."""
+    parameters = (parameter for group in optimiser.param_groups for parameter in group["params"])
+    if any(isinstance(parameter, Watched) and parameter.grad is not None for parameter in parameters):
+        raise OffloadError(f"weights can't be trained that the runtime has copies of; {DETACH}")
+
+
+_version, _address = attrgetter("_version"), methodcaller("data_ptr")
+
+
+class Weights:
+    """The weights of some modules as they were. To look at them is fast, since it is done in every forward pass."""
+
+    def __init__(self, what: str, modules: Iterable[nn.Module]):
+        self.what = what
+        self._places = [vars(module)[kind] for module in modules for kind in ("_parameters", "_buffers")]
+        self._places = [place for place in self._places if place]
+        self._names, self._held = [*chain.from_iterable(self._places)], self._now()
+        self.tensors = [tensor for tensor in self._held if tensor is not None]
+        self._addresses = [*map(_address, self.tensors)]
+        # Torch does not count how often tensors are written to that were made in inference mode.
+        self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self._counts = [*map(_version, self._counted)]
+
+    def have_changed(self) -> bool:
+        now = self._now()
+        return (
+            [*chain.from_iterable(self._places)] != self._names
+            or not all(map(is_, now, self._held))
+            or [*map(_version, self._counted)] != self._counts
+            or [*map(_address, self.tensors)] != self._addresses
+        )
+
+    def _now(self) -> list[torch.Tensor | None]:
+        return [*chain.from_iterable(map(dict.values, self._places))]
+
+
+class Guard:
+    """Watches the weights that the runtime has copies of, until `attached` is closed.
+
+    Neither the model nor a part of it that has experts can be moved, converted or copied meanwhile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[MoELayer],
+        folded: list[MoELayer],
+        device: torch.device,
+        attached: ExitStack,
+    ):
+        """`folded` are the layers whose norm and router are folded. `device` is the one that the model computes on."""
+        self._experts = [layer.experts for layer in layers]
+        self._device, self._dtype = device, next(self._experts[0].parameters()).dtype
+        parts: list[list[tuple[str, list[nn.Module]]]] = []
+        for layer in layers:
+            parts.append([("the experts", [*layer.experts.modules()])])
+            if layer in folded:
+                copied = [*layer.norm.modules(), *layer.router.modules(), layer.block]
+                parts[-1].append(("the norm and the router", copied))
+        self._weights = [[Weights(*part) for part in of_layer] for of_layer in parts]
+        self._all = Weights("", [module for of_layer in parts for _, modules in of_layer for module in modules])
+        for tensor in self._all.tensors:
+            if type(tensor) is nn.Parameter:
+                tensor.__class__ = Watched
+                attached.callback(setattr, tensor, "__class__", nn.Parameter)
+        attached.callback(register_optimizer_step_pre_hook(_refuse_step).remove)
+        for module in model.modules():
+            if not set(self._experts).isdisjoint(module.modules()):
+                vars(module).update(_apply=partial(self._apply, module), __reduce_ex__=refuse_copy)
+                attached.callback(vars(module).pop, "_apply", None)
+                attached.callback(vars(module).pop, "__reduce_ex__", None)
+
+    def check(self, number: int) -> None:
+        """Raises `OffloadError` where weights of layer `number` are not as they were."""
+        for weights in self._weights[number]:
+            if weights.have_changed():
+                raise OffloadError(
+                    f"{weights.what} of MoE layer {number} have changed since the experts were offloaded, and the runtime has "
+                    "copies of the old ones; detach the model and offload it again: model.expert_offload.detach()"
+                )
+
+    def check_all(self) -> None:
+        """Raises as `check` does, for any layer."""
+        if self._all.have_changed():
+            for number in range(len(self._weights)):
+                self.check(number)
+
+    def _apply(
+        self, module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> nn.Module:
+        """In the place of torch's own, through which modules are moved and converted. What leaves the experts alone may pass."""
+        probe = torch.empty(1, dtype=self._dtype, device=self._device)
+        address = probe.data_ptr()
+        if function(probe) is not probe or probe.data_ptr() != address:
+            raise OffloadError(f"a model can't be moved or converted while its experts are offloaded; {DETACH}")
+        if module in self._experts:  # they stay where they are
+            return module
+        moved: nn.Module = type(module)._apply(module, function, recurse)
+        return moved
+
+
+def refuse_gradients(*_: Any) -> NoReturn:
+    """In the place of the gradients of experts."""
+    raise OffloadError(f"no gradients pass through offloaded experts; to train the model, {DETACH}")
+
+
+class Barrier(torch.autograd.Function):
+    """Lets values through, and no gradients."""
+
+    @staticmethod
+    def forward(_: Any, output: torch.Tensor, *__: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(*_: Any) -> NoReturn:
+        refuse_gradients()
+
+
+def without_gradients(output: torch.Tensor, inputs: tuple[torch.Tensor, ...], experts: nn.Module) -> torch.Tensor:
+    """`output`, which `experts` gave for `inputs` without gradients. Where it should have some, asking for them raises."""
+    if torch.is_grad_enabled():
+        needed = [tensor for tensor in (*inputs, *experts.parameters()) if tensor.requires_grad]
+        if needed:
+            return Barrier.apply(output, *needed)
+    return output
