@@ -31,6 +31,7 @@ PASSED_ON = ("revision", "token", "trust_remote_code", "attn_implementation")
 """What `load_offloaded` passes on to transformers."""
 
 
+@torch.inference_mode(False)  # what is made here is used outside of it too
 def load_offloaded(
     model: str | Path | PretrainedConfig,
     predictors: Predictors | str | Path | None = None,
@@ -144,6 +145,7 @@ def _check_checkpoint(pack: Path, header: Header, model: str | Path, revision: s
         )
 
 
+@torch.inference_mode(False)
 def load_experts(model: PreTrainedModel) -> None:
     """Brings the experts of a detached model into memory, from its packed file or widened from their quantised form.
 
@@ -152,10 +154,8 @@ def load_experts(model: PreTrainedModel) -> None:
     """
     if getattr(model, "expert_offload", None) is not None:
         raise OffloadError("the model's experts are offloaded; detach it first: model.expert_offload.detach()")
-    if not {"expert_pack", "expert_blocks"} & vars(model).keys():
-        raise OffloadError(
-            "the experts of this model are in memory; it was not loaded with a packed file, nor quantised"
-        )
+    if not (hasattr(model, "expert_pack") or hasattr(model, "expert_blocks")):
+        raise OffloadError("the experts of this model are in memory; it was not loaded with a packed file or quantised")
     layers = find_moe_layers(model)
     loaded = []
     with ExitStack() as opened:

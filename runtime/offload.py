@@ -78,6 +78,8 @@ def offload_experts(
     device = resolve_device(config.device)
     refuse_unfit(model)
     layers = find_moe_layers(model)
+    for layer in layers:
+        expert_parameters(layer.experts)
     size = block_bytes(model, layers, store)
     config = config.model_copy(
         update={"slots": slots_of(config, layers, size), "expert_memory": None, "device": str(device)}
@@ -88,8 +90,6 @@ def offload_experts(
     targets = targets_of(
         layers, predictors, config.horizon, config.candidates, policy_of(config), Gating(config.gating)
     )
-    for layer in layers:
-        expert_parameters(layer.experts)
     try:
         with ExitStack() as attached:
             opened = open_store(attached, model, layers, store, device)
@@ -106,13 +106,15 @@ def policy_of(config: OffloadConfig) -> Policy:
 
 
 def block_bytes(model: PreTrainedModel, layers: list[MoELayer], store: ExpertStore | str | Path | None) -> int:
-    """Bytes of one expert's block in the store that `open_store` would open, which reads no block for it."""
+    """Bytes of one expert's block in the store that `open_store` would open. Raises `StoreError` for what is no store."""
     store = vars(model).get("expert_pack") if store is None else store
     quantized: QuantizedExperts | None = vars(model).get("expert_blocks")
     if isinstance(store, str | Path):
         return read_header(store).block_bytes
-    if store is not None:
+    if isinstance(store, ExpertStore):
         return store.format.bytes
+    if store is not None:
+        raise StoreError(f"something of type {type(store).__name__} is no store; give a packed file or an open store")
     return (FullFormat.common([layer.experts for layer in layers]) if quantized is None else quantized.format).bytes
 
 
@@ -137,8 +139,6 @@ def open_store(
     elif isinstance(store, str | Path):
         store = PackedStore(store)
         attached.callback(store.close)
-    elif not isinstance(store, ExpertStore):
-        raise StoreError(f"something of type {type(store).__name__} is no store; give a packed file or an open store")
     if isinstance(store, PackedStore):
         store.check(model, layers)
     elif isinstance(store, HostStore):
@@ -164,15 +164,6 @@ def offloaded(
 class ExpertOffload:
     """A model with its experts in a store and some of them on the device. `offload_experts` makes it."""
 
-    config: OffloadConfig
-    store: ExpertStore
-    slots: int
-    device: torch.device
-    policy: Policy
-    gating: Gating
-    why_host: str | None
-    """In one sentence why the engine is not the device's; None if it is."""
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -187,9 +178,10 @@ class ExpertOffload:
         Where this raises, the caller closes `attached`, and the model is as it was.
         """
         assert config.slots is not None
-        device = torch.empty(0, device=config.device).device  # with its number, as tensors have it
-        vars(self).update(config=config, store=store, slots=config.slots, device=device)
-        vars(self).update(policy=policy_of(config), gating=Gating(config.gating))
+        self.config, self.store = config, store
+        self.policy, self.gating = policy_of(config), Gating(config.gating)
+        # With its number, as tensors have it.
+        self.device, self.slots = torch.empty(0, device=config.device).device, config.slots
         self._model, self._targets = model, targets
         self._turn = threading.RLock()
         self._depth = 0
@@ -198,7 +190,8 @@ class ExpertOffload:
         layers = [target.layer for target in targets]
         move_rest(model, [layer.experts for layer in layers], self.device, attached)
         with on_device(self.device):
-            engine, vars(self)["why_host"] = make_engine(store, layers, config)
+            engine, self.why_host = make_engine(store, layers, config)
+        """In one sentence why the engine is not the device's; None if it is."""
         attached.callback(engine.close)
         self._engine = engine
         self._graphs: StepGraphs | None = None
@@ -230,7 +223,7 @@ class ExpertOffload:
         self._attached = attached.pop_all()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_"):
+        if "_attached" in vars(self) and not name.startswith("_"):
             raise OffloadError(
                 f"{name} can't be set on offloaded experts; detach the model and offload it again with it"
             )

@@ -254,7 +254,7 @@ def test_experts_that_change_are_refused_and_kept(change: str, moe: PreTrainedMo
         torch.manual_seed(0)
         CHANGES[change](model)
     for _ in range(2):
-        with pytest.raises(OffloadError, match=f"the experts of MoE layer .* have changed.*{REFUSED}"):
+        with pytest.raises(OffloadError, match=f"the experts.* of MoE layer .* have changed.*{REFUSED}"):
             logits(moe)
     moe.expert_offload.detach()
     ours, theirs = moe.state_dict(), twin.state_dict()
@@ -337,7 +337,7 @@ def test_what_guesses_are_folded_from_is_watched(part: str, moe: PreTrainedModel
         with offloaded(moe, slots=8, device="cpu", policy=policy):
             logits(moe)
             module.weight.data.mul_(1.1)
-            with pytest.raises(OffloadError, match=f"the norm and the router of MoE layer 1 have changed.*{REFUSED}"):
+            with pytest.raises(OffloadError, match=f"norm or router of MoE layer 1 have changed.*{REFUSED}"):
                 logits(moe)
     expected = logits(moe)
     with offloaded(moe, slots=8, device="cpu", policy="on_demand"):

@@ -127,7 +127,7 @@ def test_without_a_kernel_weights_are_widened(monkeypatch: pytest.MonkeyPatch, t
     model = load_offloaded(folder, policy="prefetch", quantize="int4", dtype="float32", slots=5, device="cpu")
     found = logits(model)
     model.expert_offload.detach()
-    with pytest.raises(UserError, match=r"are quantised to int4; offload it again .* or load them"):
+    with pytest.raises(UserError, match=r"are quantised to int4; load them .* or offload it again"):
         logits(model)
     load_experts(model)
     torch.testing.assert_close(logits(model), found, rtol=1e-4, atol=1e-4)
