@@ -308,7 +308,7 @@ def cases(layers: int, quantize: Quantization | None) -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--models", default="48-bf16,48-int8,48-int4,12-int4,12-bf16", help="layers and weights")
+    parser.add_argument("--models", default="48-bf16,48-int4,48-int8,12-int4,12-bf16", help="layers and weights")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     args = parser.parse_args()
     result: dict[str, Any] = {"command": command(), "versions": versions(), "hardware": hardware()}
