@@ -38,7 +38,7 @@ LATENCY, DEVICE_LATENCY = 10e-6, 2e-6
 """Defaults of `Hardware`, in seconds."""
 DEVICE_READS = 0.93
 """The share of the link's bandwidth that a kernel reaches which reads host memory. With it and the constants above, this module's
-times are within 20% of the measured ones in 43 of the 44 cases of benchmarks/results/gpu.json, and within 10% in 37."""
+times are within 10% of the measured ones in all 25 cases of benchmarks/results/gpu.json."""
 
 
 class PlanError(UserError):
