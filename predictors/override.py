@@ -31,6 +31,11 @@ class Replacement:
         """It as a method's function: accelerate wraps this, and binds it to the module again."""
         return self._unbound
 
+    @property
+    def __code__(self) -> Any:
+        """`torch.export` looks at it."""
+        return self._original.__code__
+
     def _unbound(self, _: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
 

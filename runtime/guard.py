@@ -62,6 +62,11 @@ def refuse_unfit(model: nn.Module) -> None:
 class Watched(nn.Parameter):
     """A parameter that the runtime has copies of. Torch counts what is written to it; here also what is written to its `data`."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copied: nn.Parameter = super().__deepcopy__(memo)
+        copied.__class__ = nn.Parameter
+        return copied
+
     @property
     def data(self) -> torch.Tensor:
         return self.detach()
@@ -183,12 +188,22 @@ def refuse_gradients(*_: Any) -> NoReturn:
 class Barrier(torch.autograd.Function):
     """Lets values through, and no gradients."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(_: Any, output: torch.Tensor, *__: torch.Tensor) -> torch.Tensor:
+    def forward(output: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return output.view_as(output)
 
     @staticmethod
+    def setup_context(*_: Any) -> None:
+        pass
+
+    @staticmethod
     def backward(*_: Any) -> NoReturn:
+        refuse_gradients()
+
+    @staticmethod
+    def jvp(*_: Any) -> NoReturn:
         refuse_gradients()
 
 

@@ -126,7 +126,8 @@ def _check_quantized(pack: Path, header: Header, quantize: Quantization | None) 
 
 def _refuse_to_run(model: PreTrainedModel, where: str) -> None:
     """Has a model and its experts say that the experts are not in memory, where they are needed."""
-    vars(model)["save_pretrained"] = Away(where)
+    for module in {model, model.base_model}:
+        vars(module)["save_pretrained"] = Away(where)
     for experts in expert_modules(model).values():
         experts.forward = Away(where)
 
@@ -176,5 +177,7 @@ def load_experts(model: PreTrainedModel) -> None:
         for name, values in weights.items():
             setattr(layer.experts, name, nn.Parameter(values, requires_grad=getattr(layer.experts, name).requires_grad))
         vars(layer.experts).pop("forward")
-    for name in ("expert_pack", "expert_samples", "expert_blocks", "save_pretrained"):
+    for module in {model, model.base_model}:
+        vars(module).pop("save_pretrained")
+    for name in ("expert_pack", "expert_samples", "expert_blocks"):
         vars(model).pop(name, None)

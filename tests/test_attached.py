@@ -21,7 +21,7 @@ from predict_train.runtime import (
     offload_experts,
     offloaded,
 )
-from test_guard import CPU, REFUSED, experts_of, logits
+from test_guard import CPU, IDS, REFUSED, experts_of, logits
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
@@ -218,8 +218,8 @@ def test_accelerates_own_offload_and_ours_do_not_mix(moe: PreTrainedModel) -> No
 
 
 def test_a_shared_expert_that_is_wrapped_computes_what_it_is_given() -> None:
-    """Its output is kept for the guess only where both ask for the same."""
-    model = build_model("qwen2_moe", num_hidden_layers=2)
+    """Its output is kept for the second who asks only where both ask for the same. Here the first is the guess."""
+    model = build_model("deepseek_v3", num_hidden_layers=3)
 
     class Doubled(nn.Module):
         def __init__(self, inner: nn.Module):
@@ -229,11 +229,15 @@ def test_a_shared_expert_that_is_wrapped_computes_what_it_is_given() -> None:
         def forward(self, x: torch.Tensor) -> Any:
             return self.inner(2 * x)
 
-    block: Any = model.model.layers[0].mlp
+    block: Any = model.model.layers[1].mlp
     with offloaded(model, slots=5, device="cpu"):
-        block.shared_expert = Doubled(block.shared_expert)
+        block.shared_experts = Doubled(block.shared_experts)
         found = logits(model)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled = torch.compile(model.forward, fullgraph=True, backend="eager")(IDS).logits
     assert torch.equal(found, logits(model))
+    assert torch.equal(compiled, found[:, : IDS.shape[1]])
 
 
 # -- what can't be set or moved ----------------------------------------------------------------------------------

@@ -219,10 +219,25 @@ def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedM
         assert not counters["graph_break"]
 
 
-def test_gradients_are_refused_as_by_the_eager_model(build_moe: Callable[..., PreTrainedModel]) -> None:
+def test_gradients_and_changes_are_refused_as_by_the_eager_model(build_moe: Callable[..., PreTrainedModel]) -> None:
     model = build_moe("qwen3_moe", num_hidden_layers=1)
     with offloaded(model, policy="on_demand", slots=8, device="cpu"):
         for forward in (model.forward, compiled(model)):
             loss = forward(prompt(1, 5)).logits.sum()
             with pytest.raises(UserError, match="no gradients pass through offloaded experts"):
                 loss.backward()
+        model.model.layers[0].mlp.experts.down_proj.data += 1
+        with pytest.raises(OffloadError, match="have changed since the experts were offloaded"):
+            forward(prompt(1, 5))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_runs_until_it_is_detached(strict: bool, build_moe: Callable[..., PreTrainedModel]) -> None:
+    model, ids = build_moe("qwen3_moe", num_hidden_layers=1), prompt(1, 5)
+    offload_experts(model, policy="prefetch", slots=4, device="cpu")
+    with torch.no_grad():
+        exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=strict).module()
+        assert torch.equal(exported(ids, use_cache=False).logits, model(ids).logits)
+        model.expert_offload.detach()
+        with pytest.raises(OffloadError, match="is detached; compile"):
+            exported(ids, use_cache=False)

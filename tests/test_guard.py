@@ -125,10 +125,11 @@ def test_a_model_without_its_experts_is_not_saved(
     packed: PreTrainedModel, moe: PreTrainedModel, tmp_path: Path
 ) -> None:
     for _ in range(2):  # offloaded and detached
-        with pytest.raises(
-            OffloadError, match=r"the experts of this model are in .*experts; load them \(load_experts\)"
-        ):
-            packed.save_pretrained(tmp_path / "saved")
+        for model in (packed, packed.base_model):
+            with pytest.raises(
+                OffloadError, match=r"the experts of this model are in .*experts; load them \(load_experts\)"
+            ):
+                model.save_pretrained(tmp_path / "saved")
         assert not list(tmp_path.iterdir())
         if hasattr(packed, "expert_offload"):
             packed.expert_offload.detach()
@@ -183,6 +184,23 @@ def test_gradients_are_refused_and_right_after_detaching(trained: str, moe: PreT
             assert torch.equal(logits(moe), undisturbed)
             assert policy == "speculative" or torch.equal(undisturbed, right)
     torch.testing.assert_close(gradients(moe), expected)
+
+
+def test_gradients_of_functions_are_refused_too(moe: PreTrainedModel) -> None:
+    embedded = moe.get_input_embeddings()(IDS).detach()
+
+    def first(x: torch.Tensor) -> torch.Tensor:
+        return moe(inputs_embeds=x, use_cache=False).logits[0, 0, 0]
+
+    moe.set_attn_implementation("eager")  # it has forward gradients
+    offload_experts(moe, slots=5, device="cpu")
+    for differentiate in (
+        lambda: torch.func.grad(first)(embedded),
+        lambda: torch.func.jvp(first, (embedded,), (embedded,)),
+        lambda: torch.autograd.functional.jacobian(first, embedded),
+    ):
+        with pytest.raises(OffloadError, match="no gradients pass through offloaded experts"):
+            differentiate()
 
 
 def test_what_no_expert_is_needed_for_can_be_trained(moe: PreTrainedModel) -> None:
@@ -299,6 +317,8 @@ def test_reading_is_no_change(moe: PreTrainedModel) -> None:
         for parameter in moe.parameters():
             assert torch.equal(parameter.data, parameter)
         copy.deepcopy(moe.state_dict())
+        for parameter in (moe.model.layers[1].post_attention_layernorm.weight, experts_of(moe).down_proj):
+            assert type(copy.deepcopy(parameter)) is nn.Parameter
         moe.requires_grad_(False).zero_grad()
         moe.train().eval().tie_weights()
         moe.to("cpu").to(torch.float32)

@@ -64,7 +64,7 @@ def stopped(config: CollectConfig, monkeypatch: pytest.MonkeyPatch) -> CollectCo
 
     with monkeypatch.context() as patch:
         patch.setattr(collecting, "run_batch", stop)
-        with pytest.raises(UserError, match="give --resume"):
+        with pytest.raises(KeyboardInterrupt, match="give --resume"):
             collect(config, QUIET)
     assert list(config.out.glob("shard-*"))
     return config
