@@ -10,12 +10,15 @@ import torch
 from conftest import build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from predict_train.data_collection.catalog import tiny_config
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
+from predict_train.predictors.experts import expert_modules, expert_output
 from predict_train.runtime import load_experts, load_offloaded, offloaded
 from predict_train.runtime.formats import int4
 from predict_train.runtime.formats.quantized import COMPUTED
-from predict_train.runtime.formats.registry import QUANTIZED
+from predict_train.runtime.formats.registry import QUANTIZED, format_of
+from predict_train.runtime.gatherer import Gathered
 from predict_train.runtime.load import load_to_host
 from predict_train.runtime.pack import pack
 from predict_train.runtime.packfile import read_header
@@ -23,7 +26,7 @@ from predict_train.runtime.quantization import Quantization
 from predict_train.runtime.resident import load_resident
 from predict_train.runtime.settings import Loading
 from test_device import logits_of
-from transformers import PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 WIDE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 64},
@@ -80,20 +83,23 @@ def test_exact_policies_give_the_resident_quantised_models_logits(
     assert torch.equal(logits(again), expected)
 
 
-SHAPES = st.tuples(st.sampled_from([64, 128, 192]), st.sampled_from([64, 256]))
+SHAPES = {
+    Quantization.INT8: st.tuples(st.sampled_from([3, 40, 192]), st.sampled_from([1, 24, 40, 48, 100, 256])),
+    Quantization.INT4: st.tuples(st.sampled_from([64, 128, 192]), st.sampled_from([64, 256])),
+}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    quantize=st.sampled_from(Quantization),
-    shape=SHAPES,
+    case=st.sampled_from(Quantization).flatmap(lambda quantize: st.tuples(st.just(quantize), SHAPES[quantize])),
     seed=st.integers(0, 2**16),
     scale=st.sampled_from([1e-6, 0.02, 30.0]),
 )
 def test_weights_come_back_within_half_a_step(
-    quantize: Quantization, shape: tuple[int, int], seed: int, scale: float
+    case: tuple[Quantization, tuple[int, int]], seed: int, scale: float
 ) -> None:
-    """And torch's kernel multiplies with just these."""
+    """And torch's kernel multiplies with just these. Not every width is given to it."""
+    quantize, shape = case
     generator = torch.Generator().manual_seed(seed)
     weight = scale * torch.randn(shape, generator=generator)
     weight[0] = 0.0  # a row of zeros, and one that is constant
@@ -118,6 +124,31 @@ def test_weights_come_back_within_half_a_step(
     if product is not None:
         right = x.to(COMPUTED).float() @ wide.T
         torch.testing.assert_close(product.float(), right, rtol=2e-2, atol=2e-2 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("quantize", Quantization)
+@pytest.mark.parametrize("model_type", ["nemotron_h", "gpt_oss", "qwen3_moe"])
+def test_an_expert_computes_with_its_widened_weights(model_type: str, quantize: Quantization) -> None:
+    """Whatever its layout and width, and however its inputs lie in memory. One of these has no gate, one has biases."""
+    generator = torch.Generator().manual_seed(0)
+    for width in (64, 24) if quantize is Quantization.INT8 else (64,):
+        sizes = {"hidden_size": width, "intermediate_size": width, "moe_intermediate_size": width}
+        sizes |= {"moe_latent_size": width, "num_attention_heads": 4} if model_type == "nemotron_h" else {}
+        config = tiny_config(model_type)
+        for name, value in sizes.items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+        experts = next(iter(expert_modules(AutoModelForCausalLM.from_config(config).float()).values()))
+        form = format_of([experts], quantize)
+        tensors = {name: p.data.normal_(0, 0.2, generator=generator) for name, p in experts.named_parameters()}
+        blocks = Gathered(experts, form, tensors).blocks()
+        wide = {name: values[5] for name, values in form.read(blocks).items()}
+        x = torch.randn(7, width + 1, generator=generator).bfloat16().float()[:, 1:]
+        expected = expert_output(experts, wide, x)
+        for rows in (x, x.bfloat16(), x.half()):
+            found = form.output(experts, form.views(blocks[5]), rows)
+            assert found.dtype == rows.dtype
+            torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 
 
 def test_without_a_kernel_weights_are_widened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -152,10 +183,16 @@ def test_what_cannot_be_quantised_is_refused_in_a_sentence(tmp_path: Path) -> No
     with pytest.raises(UserError, match="can't be quantised to int3; give one of int8, int4"):
         pack(folder, tmp_path / "int3", quantize="int3")
     broken = build_model("qwen3_moe", **WIDE["qwen3_moe"])
-    find_moe_layers(broken)[1].experts.down_proj.data[3, 5, 7] = float("nan")
-    broken.save_pretrained(tmp_path / "broken")
-    for quantize in Quantization:
-        with pytest.raises(UserError, match="down_proj of expert 3 has values that are not finite"):
+    weight = find_moe_layers(broken)[1].experts.down_proj.data[3]
+    for quantize, value in (
+        (Quantization.INT8, float("inf")),
+        (Quantization.INT4, 3e38),
+        *((q, float("nan")) for q in Quantization),
+    ):
+        weight[5, 7] = value
+        weight[5, 8] = -value
+        broken.save_pretrained(tmp_path / "broken")
+        with pytest.raises(UserError, match="down_proj of expert 3 has values that are not finite or too large"):
             pack(tmp_path / "broken", tmp_path / "never", quantize=quantize)
     with pytest.raises(UserError, match="pack this model"):
         load_offloaded(tmp_path / "broken", device="cpu", pack=tmp_path / "int8")

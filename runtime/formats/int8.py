@@ -7,6 +7,8 @@ import torch
 from .quantized import COMPUTED, QuantizedFormat
 
 MOST = 127
+PIECE = 16
+"""Inputs that torch's kernel for CPUs reads at once. It does not notice the end of a row, so other widths are not given to it."""
 
 
 class Int8Format(QuantizedFormat):
@@ -28,4 +30,6 @@ class Int8Format(QuantizedFormat):
 
     @staticmethod
     def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor | None:
+        if x.shape[1] % PIECE:
+            return None
         return torch.ops.aten._weight_int8pack_mm(x, packed, scales)

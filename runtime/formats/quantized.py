@@ -64,7 +64,10 @@ class QuantizedFormat(ExpertFormat):
     @staticmethod
     @abstractmethod
     def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor | None:
-        """`x` `[n, inputs]`, on a CPU and in `COMPUTED`, times a weight: `[n, outputs]`. None where torch has no kernel for it."""
+        """`x` `[n, inputs]`, contiguous, on a CPU and in `COMPUTED`, times a weight: `[n, outputs]`.
+
+        None where torch has no kernel for it.
+        """
 
     def extent_of(self, name: str) -> tuple[int, int]:
         """Outputs and inputs of a weight."""
@@ -78,10 +81,12 @@ class QuantizedFormat(ExpertFormat):
 
         def write_one(expert: int) -> None:
             weight = values[expert]
-            if not weight.isfinite().all():
-                raise StoreError(f"{name} of expert {expert} has values that are not finite, so it can't be quantised")
             with torch.inference_mode(blocks.is_inference()):  # a thread does not inherit the mode
                 packed, scales = self.quantize((weight.mT if self.is_transposed else weight).float().contiguous())
+                if not scales.isfinite().all():  # a weight that is not finite has such a scale
+                    raise StoreError(
+                        f"{name} of expert {expert} has values that are not finite or too large, so it can't be quantised"
+                    )
                 views[name][expert].copy_(packed)
                 views[name + SCALES][expert].copy_(scales)
 
@@ -108,7 +113,7 @@ class QuantizedFormat(ExpertFormat):
 
     def _linear(self, _: nn.Module, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
         packed, scales, bias = tensors[name], tensors[name + SCALES], tensors.get(f"{name}_bias")
-        output = None if x.is_cuda else self.multiply(x.to(COMPUTED), packed, scales)
+        output = None if x.is_cuda else self.multiply(x.to(COMPUTED).contiguous(), packed, scales)
         output = F.linear(x, self.widen(packed, scales).to(x.dtype)) if output is None else output.to(x.dtype)
         return output if bias is None else output.add_(bias)
 
