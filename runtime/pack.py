@@ -24,6 +24,7 @@ from ..predictors.architecture import skeleton
 from ..predictors.discovery import find_moe_layers
 from ..predictors.experts import expert_modules, is_experts
 from ..predictors.loading import load_model
+from ..predictors.provenance import versions
 from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .packwriter import PackWriter
 from .quantization import Quantization, quantization
@@ -41,8 +42,9 @@ def pack(
 ) -> Path:
     """Packs the experts of a model folder or Hub repository into the file `out`, in `dtype` (`auto`: the checkpoint's).
 
-    XX `StoreError`, `LoadingError`
-        or `UnsupportedModelError`, and then leaves no file behind.
+    `quantize` is what the experts are quantised to; by default they are packed as they are. In memory are only the other weights
+    and two to three times the experts of one layer. If an attempt was killed, the same call goes on with it. Raises `StoreError`,
+    `LoadingError` or `UnsupportedModelError`, and then leaves no file behind.
     """
     return load_and_pack(name, out, dtype, quantize=quantization(quantize))[1]
 
@@ -59,13 +61,12 @@ def load_and_pack(
 
     A checkpoint is loaded with the `options` of `load_model`.
     """
-    checkpoint = None
-    if not isinstance(source, PretrainedConfig):
-        checkpoint = checkpoint_fingerprint(local_folder(source, options.get("revision")))
+    checkpoint = _fingerprint(source, options)
     writer = PackWriter(out, quantize, _key(source, checkpoint, dtype, seed, quantize))
     try:
         model = load_without_experts(source, writer.take, dtype, seed, **options)
         name = f"random {source.model_type}" if isinstance(source, PretrainedConfig) else str(source)
+        checkpoint = checkpoint or _fingerprint(source, options)  # it may have been downloaded since
         return model, writer.finish(model, find_moe_layers(model), name, checkpoint)
     except Exception:
         writer.abort()
@@ -74,10 +75,17 @@ def load_and_pack(
         writer.interrupt()
 
 
+def _fingerprint(source: str | Path | PretrainedConfig, options: dict[str, Any]) -> str | None:
+    """The fingerprint of a checkpoint that is on this machine; else None."""
+    if isinstance(source, PretrainedConfig):
+        return None
+    return checkpoint_fingerprint(local_folder(source, options.get("revision")))
+
+
 def _key(source: str | Path | PretrainedConfig, checkpoint: str | None, *how: Any) -> str | None:
-    """A hash of what is packed and how. None for a checkpoint that is not on this machine yet."""
+    """A hash of what is packed, how, and by which releases. None for a checkpoint that is not on this machine yet."""
     what = source.to_json_string() if isinstance(source, PretrainedConfig) else checkpoint
-    return None if what is None else xxhash.xxh3_64_hexdigest(f"{what} {how}".encode())
+    return None if what is None else xxhash.xxh3_64_hexdigest(f"{what} {how} {versions()}".encode())
 
 
 def load_without_experts(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import xxhash
 from pydantic import BaseModel, ValidationError
@@ -37,7 +38,8 @@ class PackWriter:
     """Writes a packed file layer by layer. The file appears at `finish`; `abort` removes what was written.
 
     With a `key`, which says what is packed and how, an attempt that was interrupted can be gone on with. Until the file is whole,
-    its blocks are in `NAME.KEY.partial`. The journal beside it has a line for each layer that is on the disk.
+    its blocks are in `NAME.KEY.partial`. The journal beside it has a line for each layer that is on the disk. Of two attempts at
+    the same at once, the second one begins from the start, in a file of its own.
     """
 
     def __init__(self, out: str | Path, quantize: Quantization | None = None, key: str | None = None):
@@ -46,6 +48,7 @@ class PackWriter:
             raise StoreError(f"{self.out} exists already; name a new file or remove it")
         with told(self.out, "written", "name a file in a folder"):
             self._aside, self._file = _lock(self.out, key)
+            self._is_resumable = key is not None and self._aside == _aside_of(self.out, key)
             self._journal = _journal_of(self._aside)
             self._known = _read_journal(self._journal, os.fstat(self._file.fileno()).st_size)
             self._sweep()
@@ -57,11 +60,13 @@ class PackWriter:
 
     def _sweep(self) -> None:
         """Removes what is left of other attempts that were killed. Whoever still writes holds a lock on its file."""
-        for left in self.out.parent.glob(f"{glob.escape(self.out.name)}.*.partial"):
+        # A key has no dot. What has one more belongs to another packed file, whose name begins like this one's.
+        attempt = re.compile(rf"{re.escape(self.out.name)}\.[^.]+\.partial")
+        for left in [file for file in self.out.parent.iterdir() if attempt.fullmatch(file.name)]:
             with suppress(OSError), left.open("rb+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
-                _journal_of(left).unlink(missing_ok=True)
+                _forget(_journal_of(left))
 
     def _write(self, gathered: Gathered) -> None:
         """Writes a layer, unless an earlier attempt has written the same one at this place."""
@@ -114,39 +119,59 @@ class PackWriter:
             self._file.write(start.ljust(PAGE, b"\0"))
             self._file.flush()
             os.fsync(self._file.fileno())
+            os.replace(self._aside, self.out)  # still locked, so that nobody removes it as left over
             self._file.close()
-            os.replace(self._aside, self.out)
-            self._journal.unlink(missing_ok=True)
+            _forget(self._journal)
         return self.out
 
     def abort(self) -> None:
         """Removes what was written, unless the file is finished."""
-        self.interrupt()
+        self._close()
         self._aside.unlink(missing_ok=True)
-        self._journal.unlink(missing_ok=True)
+        _forget(self._journal)
 
     def interrupt(self) -> None:
-        """Leaves what was written to a later attempt."""
+        """Leaves what was written to a later attempt, if one can go on with it."""
+        if self._is_resumable:
+            self._close()
+        else:
+            self.abort()
+
+    def _close(self) -> None:
         with suppress(OSError):
             self._file.close()
+
+
+def _aside_of(out: Path, key: str) -> Path:
+    return out.with_name(f"{out.name}.{key}.partial")
 
 
 def _journal_of(partial: Path) -> Path:
     return partial.with_suffix(".journal")
 
 
+def _forget(journal: Path) -> None:
+    """Removes a journal. A kill while it was written has left a second file."""
+    for file in (journal, journal.with_name(journal.name + ".partial")):
+        file.unlink(missing_ok=True)
+
+
 def _lock(out: Path, key: str | None) -> tuple[Path, BinaryIO]:
-    """Opens and locks the file to write to. Its name has the `key`, or this process's number where another one has its lock."""
-    path = out.with_name(f"{out.name}.{key or os.getpid()}.partial")
+    """Opens and locks the file to write to. It has a name of its own without a `key`, and where another attempt has this one."""
+    path = _aside_of(out, key or uuid4().hex)
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if key is not None and error.errno in (errno.EACCES, errno.EAGAIN):
+        if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             return _lock(out, None)
         # Some file systems have no locks.
-    return path, file
+    with suppress(FileNotFoundError):
+        if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return path, file
+    file.close()  # before it was locked, another attempt has finished or removed it
+    return _lock(out, key)
 
 
 def _read_journal(journal: Path, size: int) -> list[Written]:

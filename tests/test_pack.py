@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.weights import checkpoint_fingerprint
 from predict_train.runtime import load_experts, load_offloaded, offload_experts
+from predict_train.runtime import pack as packing
 from predict_train.runtime.errors import StoreError
 from predict_train.runtime.formats import PAGE
 from predict_train.runtime.gatherer import Gathered
@@ -370,11 +372,11 @@ def test_a_killed_pack_is_gone_on_with(quantize: str | None, tmp_path: Path, mon
         return blocks(self)
 
     monkeypatch.setattr(Gathered, "blocks", counted)
-    made.append(0)
-    expected = pack(folder, tmp_path / "expected", quantize=quantize).read_bytes()
-    out = tmp_path / "experts"
+    out = tmp_path / "experts.1"
     command = [sys.executable, "-c", KILLED, str(folder), str(out), quantize or "", "3"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    made.append(0)
+    expected = pack(folder, tmp_path / "experts", quantize=quantize).read_bytes()
     left = {file.name: file.read_bytes() for file in tmp_path.glob("experts.*")}
     assert {name.rpartition(".")[2] for name in left} == {"partial", "journal"}
     partial = next(tmp_path / name for name in left if name.endswith("partial"))
@@ -397,4 +399,39 @@ def test_a_killed_pack_is_gone_on_with(quantize: str | None, tmp_path: Path, mon
     made.append(0)
     pack(folder, out, torch.bfloat16, quantize)
     assert made[-1] == 5
-    assert not list(tmp_path.glob("experts.*"))
+    assert not list(tmp_path.glob("experts.1.*"))
+
+
+def test_two_packs_of_the_same_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a file of its own. The second is interrupted, and then tried again while the first is still at work."""
+    folder, out = tmp_path / "model", tmp_path / "experts"
+    build_model("qwen3_moe", num_hidden_layers=3).save_pretrained(folder)
+    expected = pack(folder, tmp_path / "expected").read_bytes()
+    blocks = Gathered.blocks
+
+    def stops(_: Gathered) -> torch.Tensor:
+        monkeypatch.setattr(Gathered, "blocks", blocks)
+        raise KeyboardInterrupt
+
+    def starts_another(self: Gathered) -> torch.Tensor:
+        monkeypatch.setattr(Gathered, "blocks", stops)
+        before = sorted(tmp_path.iterdir())
+        assert len(before) == 3
+        with ThreadPoolExecutor() as pool:
+            assert isinstance(pool.submit(pack, folder, out).exception(), KeyboardInterrupt)
+            assert sorted(tmp_path.iterdir()) == before
+            assert pool.submit(pack, folder, out).result().read_bytes() == expected
+        return blocks(self)
+
+    monkeypatch.setattr(Gathered, "blocks", starts_another)
+    assert pack(folder, out).read_bytes() == expected
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["expected", "experts", "model"]
+
+
+def test_a_file_says_which_checkpoint_it_was_packed_from_though_this_was_downloaded_while_it_was_packed(
+    tiny_moe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([None])
+    monkeypatch.setattr(packing, "local_folder", lambda name, _: next(answers, name))
+    pack(tiny_moe_folder, tmp_path / "experts")
+    assert read_header(tmp_path / "experts").checkpoint == checkpoint_fingerprint(tiny_moe_folder)
