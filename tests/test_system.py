@@ -229,7 +229,8 @@ PLANNED = BENCHED | {
     "time_per_output_token_ms": 12345.6, "gain_over_on_demand": 1.234, "compute_ms_per_token": 12345.6,
     "copy_ms_per_token": 12345.6, "copies_share": 1.0, "bound": "launches",
 }  # fmt: skip
-REST = {"slots": 12288, "experts": 12288, "expert_bytes": 123456789, "resident_bytes": 1 << 40, "skipped": {},
+REST = {
+    "formats": {name: {"expert_bytes": 123_456_789, "slots": 120_000} for name in ("unquantized", "int8", "int4")},"slots": 12288, "experts": 12288, "expert_bytes": 123456789, "resident_bytes": 1 << 40, "skipped": {},
         "routing": {"routing": "synthetic"}, "settings": {"slots": 12288}, "link_bytes_per_second": 1e9}  # fmt: skip
 
 
