@@ -45,7 +45,10 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     if kind != "model":
         routing = _routing(kind, config, config.warmup + config.tokens, predictors, sizes)
     packed = config.pack is not None
-    reference = None if packed and config.model is None else partial(accelerated, model, config.model, device)
+    saved = config.model is not None or not (
+        packed or config.quantize
+    )  # a random model can be saved if its experts are in it
+    reference = partial(accelerated, model, config.model, device) if saved else None
 
     def tell(way: Way, r: Round) -> None:
         console.print(f"{way}: {1000 * r.seconds_per_token:.2f} ms per token", style="dim")

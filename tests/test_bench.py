@@ -166,6 +166,16 @@ def test_the_command_on_random_weights_in_a_packed_file(tiny_moe_folder: Path, t
     assert plot.stat().st_size > 1000
 
 
+def test_the_command_on_random_weights_that_are_quantised(tiny_moe_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    run("bench", "--random-weights", tiny_moe_folder / "config.json", "--quantize", "int8", "--tokens", 2, "--rounds", 1,
+        "--policies", "on_demand,resident,accelerate", "--json", out)  # fmt: skip
+    result = json.loads(out.read_text())
+    assert result["skipped"].keys() == {"resident", "accelerate"}
+    assert [row["policy"] for row in result["results"]] == ["on_demand"]
+    assert result["settings"]["quantized"] == "int8"
+
+
 def test_the_command_replays_a_trace(
     tiny_moe_folder: Path, collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -183,7 +183,7 @@ def _hindrance(way: Way, model: PreTrainedModel, device: torch.device, reference
     if way.policy != "resident":
         return None
     if any(p.is_meta for p in model.parameters()):
-        return "its experts are in a packed file, or quantised"
+        return "the experts are in a packed file or quantised, and not in the model"
     size = sum(p.nbytes for p in model.parameters())
     if device.type == "cuda" and size > 0.9 * torch.cuda.mem_get_info(device)[0]:
         return f"its {size / 2**30:.1f} GiB do not fit the device"
