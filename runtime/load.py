@@ -18,7 +18,7 @@ from ..predictors.loading import load_model, resolve_device, resolve_dtype
 from ..predictors.settings import combined, make
 from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .errors import OffloadError, StoreError
-from .gatherer import Gatherer
+from .gatherer import Gathered, Gatherer
 from .guard import Away
 from .offload import offload_experts, open_store
 from .pack import draw_experts, experts_ignored, load_and_pack, load_without_experts, random_without_experts
@@ -106,11 +106,18 @@ def _load_quantized(
 ) -> PreTrainedModel:
     """A model whose experts are quantised while they are read, layer by layer, and stay in host memory."""
     blocks: dict[nn.Module, torch.Tensor] = {}
-    gatherer = Gatherer(config.quantize, lambda gathered: blocks.update({gathered.experts: gathered.blocks()}))
+    samples: dict[nn.Module, str] = {}
+
+    def keep(gathered: Gathered) -> None:
+        samples[gathered.experts], blocks[gathered.experts] = gathered.sample, gathered.blocks()
+
+    gatherer = Gatherer(config.quantize, keep)
     loaded = load_without_experts(model, gatherer.take, dtype, config.seed, **options)
     layers = find_moe_layers(loaded)
     form = gatherer.finish(layers, str(getattr(model, "model_type", model)))
     vars(loaded)["expert_blocks"] = QuantizedExperts(form, [blocks[layer.experts] for layer in layers])
+    names = {module: path for path, module in loaded.named_modules()}
+    vars(loaded)["expert_samples"] = {names[module]: sample for module, sample in samples.items()}
     _refuse_to_run(loaded, f"quantised to {config.quantize}")
     return loaded
 
@@ -150,8 +157,9 @@ def _check_checkpoint(pack: Path, header: Header, model: str | Path, revision: s
 def load_experts(model: PreTrainedModel) -> None:
     """Brings the experts of a detached model into memory, from its packed file or widened from their quantised form.
 
-    It is then an ordinary model. Each layer's experts go to the device of its router. Raises `OffloadError` for a model that
-    is offloaded or has its experts in memory, and `StoreError` where the file can't be read. The model is then as it was.
+    It is then an ordinary model. Each layer's experts go to the device of its router. Widened ones are rounded to the model's
+    dtype, so its logits may change a little. Raises `OffloadError` for a model that is offloaded or has its experts in memory,
+    and `StoreError` where the file can't be read. The model is then as it was.
     """
     if getattr(model, "expert_offload", None) is not None:
         raise OffloadError("the model's experts are offloaded; detach it first: model.expert_offload.detach()")
@@ -164,7 +172,9 @@ def load_experts(model: PreTrainedModel) -> None:
         (block,) = blocks = empty_blocks(1, store.format.bytes, torch.device("cpu"))
         for number, layer in enumerate(layers):
             stacked = {
-                name: torch.empty(layer.num_experts, *place.shape, dtype=place.dtype, device="cpu")
+                name: torch.empty(
+                    layer.num_experts, *place.shape, dtype=layer.experts.get_parameter(name).dtype, device="cpu"
+                )
                 for name, place in store.format.full.places.items()
             }
             for expert in range(layer.num_experts):

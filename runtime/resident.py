@@ -37,7 +37,7 @@ def load_resident(name: str | Path, config: Loading, device: torch.device) -> Pr
                 for expert, block in enumerate(blocks):
                     store.read(number, expert, block.numpy())
             vars(model)["expert_blocks"] = QuantizedExperts(store.format, held)
-        del vars(model)["expert_pack"], vars(model)["expert_samples"]
+        del vars(model)["expert_pack"]
     quantized: QuantizedExperts = vars(model)["expert_blocks"]
     for tensor in [*model.parameters(), *model.buffers()]:
         if not tensor.is_meta:

@@ -162,11 +162,12 @@ def test_a_pack_of_other_experts_of_the_same_shape_is_refused(
             load_offloaded(folder, device="cpu", pack=packed)
         with pytest.raises(StoreError, match="with other weights files"):
             load_whole(EvaluateConfig(model=str(folder), pack=packed, device="cpu"))
-        own = load_offloaded(folder, device="cpu", pack=tmp_path / f"{number}.experts")
-        own.expert_offload.detach()
-        with pytest.raises(StoreError, match="other experts than those of this model"):
-            offload_experts(own, store=packed)
-        offload_experts(own, store=tmp_path / f"{number}.experts")
+        for where in ({"pack": tmp_path / f"{number}.experts"}, {"quantize": "int8", "dtype": "float32"}):
+            own = load_offloaded(folder, device="cpu", **where)
+            own.expert_offload.detach()
+            with pytest.raises(StoreError, match="other experts than those of this model"):
+                offload_experts(own, store=packed)
+            offload_experts(own, store=tmp_path / f"{number}.experts")
     # The same weights in another place, or in memory, are no others.
     load_offloaded(shutil.copytree(tiny_moe_folder, tmp_path / "copy"), device="cpu", pack=packed)
     offload_experts(fresh(), store=packed)

@@ -162,6 +162,10 @@ def test_without_a_kernel_weights_are_widened(monkeypatch: pytest.MonkeyPatch, t
         logits(model)
     load_experts(model)
     torch.testing.assert_close(logits(model), found, rtol=1e-4, atol=1e-4)
+    cast = load_offloaded(folder, quantize="int4", dtype="bfloat16", device="cpu")
+    cast.expert_offload.detach()
+    load_experts(cast.float())
+    assert {parameter.dtype for parameter in cast.parameters()} == {torch.float32}
 
 
 def test_what_cannot_be_quantised_is_refused_in_a_sentence(tmp_path: Path) -> None:
