@@ -125,9 +125,8 @@ def _load_quantized(
 def _check_quantized(pack: Path, header: Header, quantize: Quantization | None) -> None:
     """Raises `StoreError` where a packed file holds other experts than those that are asked for."""
     if quantize is not None and header.quantized != quantize:
-        kept = f"quantised to {header.quantized}" if header.quantized else f"in {header.dtype}"
         raise StoreError(
-            f"{pack} holds experts {kept}, and {quantize} is asked for; leave quantize out or name another file"
+            f"{pack} holds experts {header.kept}, and {quantize} is asked for; leave quantize out or name another file"
         )
 
 

@@ -33,7 +33,7 @@ from .errors import StoreError
 from .formats import PAGE, ExpertFormat, Place, laid_out
 from .formats.full import FullFormat
 from .formats.quantized import QuantizedFormat
-from .formats.registry import QUANTIZED, quantization_of
+from .formats.registry import QUANTIZED, format_of, quantization_of
 from .gatherer import sample_experts
 from .quantization import Quantization
 from .store import Bytes
@@ -85,6 +85,11 @@ class Header(BaseModel):
     def sample_of(self) -> dict[str, str]:
         """The samples by the names of `layers`; empty where there are none."""
         return dict(zip(self.layers, self.samples or [], strict=False))
+
+    @property
+    def kept(self) -> str:
+        """In words, in what form the experts are kept."""
+        return f"in torch.{self.dtype}" + (f" quantised to {self.quantized}" if self.quantized else "")
 
     @property
     def version(self) -> int:
@@ -190,11 +195,11 @@ class PackedStore:
                 f"{self.path} holds the experts of {theirs.get('name')}, and the model is a {describe_shape(shape)}; "
                 "pack this model"
             )
-        wanted = FullFormat.of(layers[0].experts)
-        if wanted != self.format.full:
+        wanted = format_of([layers[0].experts], quantization_of(self.format))
+        if wanted != self.format:
             raise StoreError(
-                f"{self.path} holds experts in torch.{self.header.dtype}, and the model's are in {wanted.dtype} or laid out "
-                "otherwise; load the model in that dtype or pack it again"
+                f"{self.path} holds experts {self.header.kept}, and the model's are in {wanted.full.dtype} or laid out otherwise; "
+                "load the model in that dtype or pack it again"
             )
         if theirs.get("weights") != weights_fingerprint(model):
             raise StoreError(

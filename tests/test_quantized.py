@@ -180,10 +180,14 @@ def test_what_cannot_be_quantised_is_refused_in_a_sentence(tmp_path: Path) -> No
     ):
         with pytest.raises(UserError, match=words):
             load_offloaded(narrow, device="cpu", **arguments)
-    with pytest.raises(UserError, match=r"int8 holds experts quantised to int8, and int4 is asked for"):
+    with pytest.raises(
+        UserError, match=r"int8 holds experts in torch.float32 quantised to int8, and int4 is asked for"
+    ):
         load_offloaded(folder, device="cpu", quantize="int4", pack=tmp_path / "int8")
-    with pytest.raises(UserError, match=r"full holds experts in float32, and int4 is asked for"):
+    with pytest.raises(UserError, match=r"full holds experts in torch.float32, and int4 is asked for"):
         load_offloaded(folder, device="cpu", quantize="int4", pack=tmp_path / "full")
+    with pytest.raises(UserError, match=r"in torch.float32 quantised to int8, and the model's are in torch.bfloat16"):
+        load_offloaded(folder, device="cpu", dtype="bfloat16", pack=tmp_path / "int8")
     with pytest.raises(UserError, match="can't be quantised to int3; give one of int8, int4"):
         pack(folder, tmp_path / "int3", quantize="int3")
     broken = build_model("qwen3_moe", **WIDE["qwen3_moe"])

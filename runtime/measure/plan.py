@@ -187,7 +187,8 @@ def slots_that_fit(shape: Shape, memory: int, reserve: int) -> int:
         least = shape.resident_bytes + reserve + shape.top_k * shape.expert_bytes
         raise PlanError(
             f"the device holds {memory / 2**30:.1f} GiB, and this model needs {least / 2**30:.1f} GiB for everything but its "
-            "experts and one layer's choice of them; take a larger device, quantise the experts, or reserve less"
+            "experts and one layer's choice of them; take a larger device, a smaller dtype, fewer bits for the experts or a smaller "
+            "reserve"
         )
     return slots
 
