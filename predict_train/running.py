@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data_collection.corpus import read_documents, sequences
 from .data_collection.refusals import Refuse
 from .predictors.loading import load_model, resolve_device, resolve_dtype
-from .runtime.load import load_experts, load_to_host
-from .runtime.packfile import read_header
+from .runtime.load import check_quantized, load_experts, load_to_host
+from .runtime.packfile import Header, read_header
 from .runtime.resident import load_resident
 from .runtime.settings import Loading, Named, Offloading
 from .settings import EvaluateConfig
@@ -23,17 +23,29 @@ def dtype_of(model: Named, offloading: Offloading) -> torch.dtype | str:
     return resolve_dtype(model.dtype, device)
 
 
+def _header(config: Loading) -> Header | None:
+    """The header of the packed file, if there is one already. Raises `StoreError` where it has other experts than asked for."""
+    if config.pack is None or not config.pack.exists():
+        return None
+    header = read_header(config.pack)
+    check_quantized(config.pack, header, config.quantize)
+    return header
+
+
 def quantization_asked(config: Loading) -> str | None:
-    """What the experts are quantised to: as the settings say, or as they are in the packed file."""
-    packed = config.pack is not None and config.pack.exists()
-    return config.quantize or (read_header(config.pack).quantized if config.pack is not None and packed else None)
+    """What the experts are quantised to: as they are in the packed file, or as the settings say.
+
+    Raises `StoreError` where both differ.
+    """
+    header = _header(config)
+    return config.quantize if header is None else header.quantized
 
 
 def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:
     """The model of the checkpoint on its device, in the dtype in which `load_whole` loads it."""
     device, dtype = resolve_device(config.device), dtype_of(config, config)
-    if dtype == "auto" and config.pack is not None:
-        dtype = read_header(config.pack).format().full.dtype
+    if dtype == "auto" and (header := _header(config)) is not None:
+        dtype = header.format().full.dtype
     return load_model(config.model, device, dtype)
 
 

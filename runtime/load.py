@@ -87,7 +87,7 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
         header = read_header(config.pack)
     else:
         header = read_header(config.pack)
-        _check_quantized(config.pack, header, config.quantize)
+        check_quantized(config.pack, header, config.quantize)
         if dtype == "auto":
             dtype = header.format().full.dtype
         if isinstance(model, PretrainedConfig):
@@ -122,7 +122,7 @@ def _load_quantized(
     return loaded
 
 
-def _check_quantized(pack: Path, header: Header, quantize: Quantization | None) -> None:
+def check_quantized(pack: Path, header: Header, quantize: Quantization | None) -> None:
     """Raises `StoreError` where a packed file holds other experts than those that are asked for."""
     if quantize is not None and header.quantized != quantize:
         raise StoreError(

@@ -40,7 +40,8 @@ from .store import Bytes
 
 FORMAT_VERSION = 1
 QUANTIZED_VERSION = 2
-"""Older releases read no quantised experts, so these have another version."""
+"""Older releases read no quantised experts, so these have another version. The header does not tell how quantised blocks are laid
+out: this follows from `runtime.formats`, so a change there needs a new version."""
 START = struct.Struct("<8sQQQQ")
 MAGIC = b"EXPERTS\n"
 

@@ -28,6 +28,9 @@ from predict_train.runtime.settings import Loading
 from test_device import logits_of
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
+from predict_train import running
+from predict_train.settings import EvaluateConfig
+
 WIDE: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"hidden_size": 64, "moe_intermediate_size": 64},
     "gpt_oss": {"hidden_size": 64, "intermediate_size": 64},
@@ -205,6 +208,19 @@ def test_what_cannot_be_quantised_is_refused_in_a_sentence(tmp_path: Path) -> No
     with pytest.raises(UserError, match="pack this model"):
         load_offloaded(tmp_path / "broken", device="cpu", pack=tmp_path / "int8")
     assert sorted(file.name for file in tmp_path.iterdir() if file.is_file()) == ["full", "int8"]
+
+
+def test_what_quantising_loses_is_told_before_the_packed_file_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("qwen3_moe", tmp_path / "model")
+    monkeypatch.setattr(running, "dtype_of", lambda *_: "auto")  # as on a GPU
+    config = {"model": str(folder), "pack": tmp_path / "experts", "device": "cpu"}
+    assert running.load_unquantized(EvaluateConfig(quantize="int8", **config)).dtype == torch.float32
+    pack(folder, tmp_path / "experts", torch.bfloat16, "int8")
+    assert running.load_unquantized(EvaluateConfig(**config)).dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"quantised to int8, and int4 is asked for"):
+        running.quantization_asked(EvaluateConfig(quantize="int4", **config))
 
 
 def test_a_quantised_pack_is_smaller_and_the_same_each_time(tmp_path: Path) -> None:
