@@ -57,7 +57,7 @@ def ratios(times: list[float], others: list[float]) -> float:
     return statistics.median(own / other for own, other in zip(times, others, strict=True))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", default="60,150,300", help="in bf16; the others have as many bytes")

@@ -38,6 +38,13 @@ def settings(policies: str, **others: Any) -> Measuring:
     return Measuring(policies=policies, **(usual | others))
 
 
+def test_it_may_be_called_in_inference_mode(build_moe: Callable[..., PreTrainedModel]) -> None:
+    model = build_moe("qwen3_moe")
+    with torch.inference_mode():
+        routing = draw_routing(Statistics(0.4, 0.7), steps=8, **TINY)
+        assert len(bench(model, PROMPT, settings("on_demand,prefetch", rounds=1), routing=routing).rounds) == 2
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_way_is_measured_over_the_same_routing(build_moe: Callable[..., PreTrainedModel], device: str) -> None:
     model = build_moe("qwen3_moe")

@@ -233,7 +233,8 @@ class Replayed:
 
     def __init__(self, layers: list[MoELayer], routing: ReplayedRouting):
         self._is_decoding = False
-        self._step = torch.zeros(1, dtype=torch.int64)
+        with torch.inference_mode(False):  # else only passes in inference mode could write to it
+            self._step = torch.zeros(1, dtype=torch.int64)
         tables = torch.from_numpy(routing.candidates), _ranks(routing, layers[0].num_experts)
         self._tables = {layer.index: [table[:, place] for table in tables] for place, layer in enumerate(layers)}
 
