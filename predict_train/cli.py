@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -24,7 +23,7 @@ from .flags import command
 from .predictors.errors import TerminatedError, UserError
 from .predictors.files import written_whole
 from .runtime.measure.settings import BenchConfig, PlanConfig
-from .runtime.settings import GenerateConfig, PackConfig
+from .runtime.settings import ChatConfig, GenerateConfig, PackConfig
 from .settings import DemoConfig, EvaluateConfig
 from .train.settings import ExportConfig, FitConfig, InspectConfig
 
@@ -115,23 +114,17 @@ def models(config: ModelsConfig) -> None:
 @command(app)
 def generate(config: GenerateConfig) -> None:
     """Streams text from MODEL with its experts in host memory or a packed file, and says what each token cost."""
-    from .predictors.generation import check_generation
-    from .predictors.loading import load_tokenizer
-    from .running import dtype_of
-    from .runtime.generate import arguments_of
-    from .runtime.generate import generate as job
-    from .runtime.load import load_offloaded
-    from .runtime.settings import LoadConfig
+    from .generating import generate as job
 
-    settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, config)}
-    tokenizer = load_tokenizer(config.model)
-    asked = partial(arguments_of, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
-    check_generation(config.model, tokenizer, asked)
-    model = load_offloaded(config.model, config.predictors, **settings)
-    sampling = (config.prompt, config.max_new_tokens, config.temperature, config.seed)
-    result = job(model, tokenizer, *sampling, on_text=lambda text: print(text, end="", flush=True))
-    for name, value in result.figures().items():
-        typer.echo(f"{name:>22}: {value}", err=True)
+    _write(job(config), config.json_file)
+
+
+@command(app)
+def chat(config: ChatConfig) -> None:
+    """Chats with MODEL in the terminal, with its experts in host memory or a packed file."""
+    from .generating import chat as job
+
+    job(config)
 
 
 @command(app)

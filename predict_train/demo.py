@@ -20,6 +20,7 @@ from .runtime import Gating, Policy, offloaded
 from .runtime.generate import generate
 from .runtime.measure.evaluate import evaluate
 from .runtime.measure.report import print_hit_rates, print_losses
+from .runtime.settings import Sampling
 from .settings import DemoConfig, EvaluateConfig
 from .train.export import export
 from .train.fit import fit
@@ -71,7 +72,7 @@ def _time_policies(
     milliseconds, text = {}, ""
     for policy, gating in ways:
         with offloaded(model, predictors, policy=policy, gating=gating, device=model.device):
-            result = generate(model, tokenizer, PROMPT, max_new_tokens=64, temperature=0.8, seed=2)
+            result = generate(model, tokenizer, PROMPT, Sampling(max_new_tokens=64, temperature=0.8), seed=2)
         name = f"{policy}/{gating}" if policy is Policy.SPECULATIVE else str(policy)
         milliseconds[name] = 1000 * (result.seconds_per_output_token or 0.0)
         text = PROMPT + result.text

@@ -10,13 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..predictors.errors import UserError
 from ..predictors.generation import taken_over
 from ..predictors.loading import check_tokens
 from .engine import Counters
 from .offload import ExpertOffload
+from .settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -78,30 +79,40 @@ class _Streamer(TextStreamer):
         self._on_text(text + "\n" if stream_end else text)
 
 
-def arguments_of(config: GenerationConfig, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+def arguments_of(config: GenerationConfig, sampling: Sampling) -> dict[str, Any]:
     """The arguments for a model's `generate`, with what its `config` asks for. Raises `UserError` for what can't be streamed."""
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    return taken_over(config, max_new_tokens=max_new_tokens, **sampling)
+    own = sampling.model_dump(include={"max_new_tokens", "top_k", "top_p", "min_p", "repetition_penalty"})
+    if sampling.temperature is not None:
+        own |= (
+            {"do_sample": True, "temperature": sampling.temperature}
+            if sampling.temperature > 0
+            else {"do_sample": False}
+        )
+    elif {"top_k", "top_p", "min_p"} & sampling.model_fields_set:
+        own["do_sample"] = True
+    own["stop_strings"] = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop
+    return taken_over(config, **{name: value for name, value in own.items() if value is not None})
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
+    prompt: str | torch.Tensor,
+    sampling: Sampling = Sampling(),  # noqa: B008  # it never changes
     seed: int = 0,
     on_text: Callable[[str], None] = lambda _: None,
+    cache: Cache | None = None,
 ) -> Generation:
-    """Continues `prompt` with a model, offloaded or not. Temperature 0 is greedy.
+    """Continues `prompt`, a text or its token ids `[1, tokens]`, with a model, offloaded or not.
 
-    What else decides the next token is taken from the model's generation config; see `predictors.generation`. `on_text` gets the
-    text as it comes. Raises `UserError` for an empty prompt, for one that the model has no tokens for, and where the generation
+    What `sampling` does not say is taken from the model's generation config; see `predictors.generation`. `on_text` gets the
+    text as it comes. `cache` may hold the keys and values of the first tokens of the prompt, and then holds those of all tokens
+    but the last. Raises `UserError` for an empty prompt, for one that the model has no tokens for, and where the generation
     config asks for what can't be streamed.
     """
     assert model.generation_config is not None
-    arguments = arguments_of(model.generation_config, max_new_tokens, temperature)
-    token_ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    arguments = arguments_of(model.generation_config, sampling)
+    token_ids = prompt if isinstance(prompt, torch.Tensor) else tokenizer(prompt, return_tensors="pt")["input_ids"]
     if token_ids.shape[-1] == 0:
         raise UserError("the prompt is empty; give --prompt some text to go on from")
     check_tokens(token_ids, model)
@@ -110,12 +121,13 @@ def generate(
     torch.manual_seed(seed)
     begun = time.perf_counter()
     model.generate(  # type: ignore[operator]  # transformers' mix-in is hidden by nn.Module's __getattr__
-        token_ids,
-        attention_mask=torch.ones_like(token_ids),
+        token_ids.to(model.device),
+        attention_mask=torch.ones_like(token_ids, device=model.device),
         streamer=streamer,
         tokenizer=tokenizer,  # for stop strings
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **arguments,
+        **({} if cache is None else {"past_key_values": cache}),
     )
     steps = [after - before for before, after in pairwise(streamer.times)]
     counters = offload.counters if offload is not None else Counters()

@@ -11,6 +11,7 @@ from ..predictors.settings import (
     Count,
     Device,
     Dtype,
+    Figures,
     Horizon,
     LocalPath,
     Name,
@@ -140,22 +141,70 @@ class Named(Predicted, Loading):
     or `float16`."""
 
 
-class GenerateConfig(Named, LoadConfig):
-    """Settings of `generate`."""
+class Sampling(Settings):
+    """How the next token is chosen. What is None is as the model's generation config says."""
 
-    prompt: str
-    """Text to continue."""
     max_new_tokens: Count = 128
     """The most tokens to generate."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float | None = Field(0.0, ge=0)
     """Temperature of the sampling; 0 is greedy."""
+    top_k: Count | None = None
+    """Draw from this many tokens, the likeliest ones."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Draw from the likeliest tokens that have this much probability together."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    """Draw from the tokens that are at least this many times as likely as the likeliest one."""
+    repetition_penalty: float | None = Field(None, gt=0)
+    """Above 1, tokens that were there before become less likely."""
+    stop: str | list[str] | None = None
+    """Text after which generation ends. The flag may be given several times."""
+
+    @model_validator(mode="after")
+    def _something_to_draw(self) -> Self:
+        narrowed = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if self.temperature == 0 and narrowed:
+            raise ValueError(
+                f"{narrowed[0]} says what to draw from, and nothing is drawn at temperature 0; give a temperature"
+            )
+        if self.stop is not None and not all([self.stop] if isinstance(self.stop, str) else self.stop):
+            raise ValueError("stop is an empty text; leave it out")
+        return self
+
+
+class Generating(Named, LoadConfig, Sampling):
+    """Settings of a command that generates text."""
+
     policy: PolicyName = Policy.SPECULATIVE
+
+
+class GenerateConfig(Generating, Figures):
+    """Settings of `generate`."""
+
+    prompt: str | list[str]
+    """Text to continue; `-` stands for what comes from standard input. The flag may be given several times."""
+    chat: bool = False
+    """Take each prompt as a message of a user, in the form that the model's chat template gives it."""
 
     @model_validator(mode="after")
     def _some_prompt(self) -> Self:
-        if not self.prompt:
+        if not self.prompts or not all(self.prompts):
             raise ValueError("the prompt is empty; give --prompt some text to go on from")
         return self
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+class ChatConfig(Generating):
+    """Settings of `chat`."""
+
+    system: str | None = None
+    """A system message: what the model should know or be in all its answers."""
+    max_new_tokens: Count = 1024
+    """The most tokens of an answer."""
+    temperature: float | None = Field(None, ge=0)
+    """Temperature of the sampling; 0 is greedy. By default it is as the model's generation config says."""
 
 
 class Made(Settings):

@@ -15,6 +15,7 @@ from predict_train.runtime import offload_experts
 from predict_train.runtime.generate import generate
 from predict_train.runtime.measure.evaluate import evaluate
 from predict_train.runtime.measure.settings import Evaluating
+from predict_train.runtime.settings import Sampling
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
@@ -104,7 +105,7 @@ def test_generation_streams_the_models_own_tokens(
     expected = tiny_moe.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     offload_experts(tiny_moe, policy="prefetch", slots=6)
     pieces: list[str] = []
-    result = generate(tiny_moe, tokenizer, "The river", max_new_tokens=12, on_text=pieces.append)
+    result = generate(tiny_moe, tokenizer, "The river", Sampling(max_new_tokens=12), on_text=pieces.append)
     assert result.token_ids == expected[0, ids.shape[1] :].tolist()
     assert "".join(pieces).rstrip("\n") == result.text.rstrip("\n")
     assert result.counters.tokens == 11, "the first token is the prompt's"

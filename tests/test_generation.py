@@ -20,14 +20,14 @@ from predict_train.data_collection.settings import CollectConfig
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.generation import REPLACED, read_generation_config
-from predict_train.runtime import load as load_module
 from predict_train.runtime import offloaded
 from predict_train.runtime.device.graphs import wants_static_cache
 from predict_train.runtime.generate import generate
+from predict_train.runtime.settings import Sampling
 from test_offload import prompt
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from predict_train import cli
+from predict_train import cli, generating
 
 # Values that change tokens, and that both commands take over.
 SCORES: dict[str, Any] = {
@@ -101,7 +101,9 @@ def test_what_changes_tokens_is_taken_over(tiny_moe: PreTrainedModel, tokenizer:
         expected[name] = tiny_moe.generate(ids, attention_mask=torch.ones_like(ids), **sampling)[0, ids.shape[1] :]
     with offloaded(tiny_moe, policy="prefetch", slots=5, device="cpu"):
         for name, tiny_moe.generation_config in configs.items():
-            result = generate(tiny_moe, tokenizer, "The stone number 12 is", 8, temperature=2.0, seed=3)
+            result = generate(
+                tiny_moe, tokenizer, "The stone number 12 is", Sampling(max_new_tokens=8, temperature=2.0), seed=3
+            )
             assert result.token_ids == expected[name].tolist(), name
 
 
@@ -110,7 +112,7 @@ def test_what_changes_no_token_is_replaced(tiny_moe: PreTrainedModel, tokenizer:
     with offloaded(tiny_moe, policy="prefetch", slots=5, device="cpu"):
         for values in HARMLESS:
             tiny_moe.generation_config = GenerationConfig(**{"eos_token_id": 256, **values})
-            result = generate(tiny_moe, tokenizer, "The stone", 9, temperature=2.0)
+            result = generate(tiny_moe, tokenizer, "The stone", Sampling(max_new_tokens=9, temperature=2.0))
             found.append((values, result.token_ids, result.counters.tokens))
     assert [other for other in found if other[1:] != found[0][1:]] == []
 
@@ -159,7 +161,7 @@ def test_the_rest_is_refused_before_the_model_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(load_module, "load_offloaded", load)
+    monkeypatch.setattr(generating, "load_offloaded", load)
     monkeypatch.setattr(collect_module, "load_model", load)
     model, out = tmp_path / "model", tmp_path / "trace"
     shutil.copytree(tiny_moe_folder, model)

@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("predictors", "data_collection", "train", "runtime")
 PACKAGE = "predict_train"
 EMBEDDED = ("checkpoints/tiny-moe", "checkpoints/tiny-moe-predictors")
-COMMANDS = ("collect", "fit", "export", "inspect", "models", "generate", "evaluate", "demo", "bench", "plan", "pack")
+COMMANDS = (
+    "collect", "fit", "export", "inspect", "models", "generate", "chat", "evaluate", "demo", "bench", "plan", "pack",
+)  # fmt: skip
 
 # The user's own train.py and the others. Where a command runs by itself, nobody has a reason to import them.
 OWN_FILE = """
@@ -199,6 +201,7 @@ def found(place: Place, folder: Path, tiny_moe_folder: Path, text_corpus: Path) 
         "export": ["run", "--out", "predictors"],
         "inspect": ["trace"],
         "evaluate": [tiny_moe_folder, "--predictors", "predictors", *text, "--tokens", 100],
+        "chat": [tiny_moe_folder, "--predictors", "predictors"],
         "generate": [tiny_moe_folder, "--predictors", "predictors", "--prompt", "The", "--max-new-tokens", 4],
         "pack": [tiny_moe_folder, "--out", "experts.pack"],
         "bench": [tiny_moe_folder, *quick, "--pack", "experts.pack", "--policies", "prefetch", "--rounds", 1],

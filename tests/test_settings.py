@@ -26,7 +26,7 @@ from predict_train.predictors.settings import (
     parse_count,
     parse_layers,
 )
-from predict_train.runtime import load, offload_experts, offloaded
+from predict_train.runtime import offload_experts, offloaded
 from predict_train.runtime.measure.bench import bench
 from predict_train.runtime.measure.evaluate import evaluate
 from predict_train.runtime.measure.replay import replay
@@ -37,7 +37,7 @@ from pydantic_core import PydanticUndefined
 from test_cli import run
 from transformers import PreTrainedModel
 
-from predict_train import cli
+from predict_train import cli, generating
 from predict_train.flags import bytes_text, count_text
 from predict_train.settings import EvaluateConfig
 
@@ -284,8 +284,8 @@ def test_generate_loads_and_offloads_as_it_is_told(
         offloads.append((vars(model)["expert_offload"], settings, model.dtype))
         return model
 
-    plain = load.load_offloaded
-    monkeypatch.setattr(load, "load_offloaded", watched)
+    plain = generating.load_offloaded
+    monkeypatch.setattr(generating, "load_offloaded", watched)
     (tmp_path / "settings.yaml").write_text(
         f"model: {tiny_moe_folder}\nprompt: The stone\nmax_new_tokens: 6\npolicy: prefetch\nreaders: 1\n"
         "speculated_tokens: 4\neviction: lru\nexpert_memory: 60KiB\n"
