@@ -23,7 +23,7 @@ from .flags import command
 from .predictors.errors import TerminatedError, UserError
 from .predictors.files import written_whole
 from .runtime.measure.settings import BenchConfig, PlanConfig
-from .runtime.settings import ChatConfig, GenerateConfig, PackConfig
+from .runtime.settings import ChatConfig, GenerateConfig, PackConfig, ServeConfig
 from .settings import DemoConfig, EvaluateConfig
 from .train.settings import ExportConfig, FitConfig, InspectConfig
 
@@ -123,6 +123,14 @@ def generate(config: GenerateConfig) -> None:
 def chat(config: ChatConfig) -> None:
     """Chats with MODEL in the terminal, with its experts in host memory or a packed file."""
     from .generating import chat as job
+
+    job(config)
+
+
+@command(app)
+def serve(config: ServeConfig) -> None:
+    """Serves MODEL by OpenAI's interface, with its experts in host memory or a packed file, until it is stopped."""
+    from .serving import serve as job
 
     job(config)
 

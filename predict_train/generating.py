@@ -27,7 +27,7 @@ COMMANDS = "/reset forgets what was said, /stats tells what the last answer cost
 def generate(config: GenerateConfig) -> dict[str, Any]:
     """Streams a text for each prompt, and says what its tokens cost. Returns everything for a JSON file."""
     prompts = [_from_stdin() if prompt == "-" else prompt for prompt in config.prompts]
-    model, tokenizer = _loaded(config)
+    model, tokenizer = loaded(config)
     texts = []
     for prompt in prompts:
         if len(prompts) > 1:
@@ -36,6 +36,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
             result = Conversation(model, tokenizer, config).answer(prompt, _tell, config.seed)
         else:
             result = generate_text(model, tokenizer, prompt, config, config.seed, _tell)
+        print()
         _tell_figures(result)
         texts.append({"prompt": prompt, **asdict(result)})
     settings = config.model_dump(mode="json", exclude={"json_file", "prompt"})
@@ -44,7 +45,7 @@ def generate(config: GenerateConfig) -> dict[str, Any]:
 
 def chat(config: ChatConfig) -> None:
     """Answers each line of standard input, until it ends. A line that begins with / is a command: `COMMANDS`."""
-    model, tokenizer = _loaded(config)
+    model, tokenizer = loaded(config)
     conversation = Conversation(model, tokenizer, config, config.system)
     is_terminal, last = sys.stdin.isatty(), None
     if not conversation.has_template:
@@ -69,6 +70,7 @@ def chat(config: ChatConfig) -> None:
                 seed = config.seed + len(conversation.messages)  # asked again, the model may answer otherwise
                 try:
                     last = conversation.answer(line if conversation.has_template else line + "\n", _tell, seed)
+                    print()
                 except KeyboardInterrupt:
                     if not is_terminal:
                         raise
@@ -79,7 +81,8 @@ def chat(config: ChatConfig) -> None:
                     typer.echo(str(error), err=True)
 
 
-def _loaded(config: Generating) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def loaded(config: Generating) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a command, offloaded, and its tokenizer. Refuses what it can't generate as before it is loaded."""
     tokenizer = load_tokenizer(config.model)
     check_generation(config.model, tokenizer, partial(arguments_of, sampling=config))
     settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, config)}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import takewhile
-from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..predictors.errors import UserError, one_line
 from .generate import Generation, generate
-from .offload import ExpertOffload
+from .promptcache import PromptCache
 from .settings import Sampling
 
 
@@ -36,14 +34,13 @@ class Conversation:
         """Each with its `role` and `content`."""
         self._first = [] if system is None else [{"role": "system", "content": system}]
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
-        self._cache: Cache | None = None
-        self._cached: list[int] = []
+        self._kept = PromptCache(model)
         self.reset()
 
     def reset(self) -> None:
         """Forgets what was said, but for the system message."""
         self.messages = list(self._first)
-        self._cache, self._cached = None, []
+        self._kept.clear()
 
     def answer(self, text: str, on_text: Callable[[str], None] = lambda _: None, seed: int = 0) -> Generation:
         """The model's answer to `text`, which `on_text` gets as it comes. What is broken off (Ctrl-C) counts as said.
@@ -58,53 +55,51 @@ class Conversation:
             on_text(piece)
 
         asked = [*self.messages, {"role": "user", "content": text}]
-        ids = self._ids_of(asked)
-        cache = self._cache_for(ids)
-        self._cache, self._cached = None, []  # an answer that is broken off leaves a cache that nobody should use
+        ids = token_ids_of(asked, self._tokenizer)
+        check_length(self._model, ids, self._sampling.max_new_tokens)
+        cache = self._kept.take(ids)
         try:
-            result = generate(self._model, self._tokenizer, torch.tensor([ids]), self._sampling, seed, tell, cache)
+            result = generate(
+                self._model, self._tokenizer, torch.tensor([ids]), self._sampling, seed, tell, cache=cache
+            )
         except KeyboardInterrupt:
             self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
             raise
         self.messages = [*asked, {"role": "assistant", "content": result.text}]
-        self._cache, self._cached = cache, [*ids, *result.token_ids[:-1]]
+        self._kept.keep([*ids, *result.token_ids[:-1]], cache)
         return result
 
-    def _ids_of(self, messages: list[dict[str, str]]) -> list[int]:
-        if self.has_template:
-            try:
-                rendered = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            except Exception as error:  # a template is a program of the model's authors
-                raise ChatError(
-                    f"the tokenizer's chat template can't render this chat ({one_line(error)}); begin a new one"
-                ) from error
-        else:
-            rendered = "".join(message["content"] for message in messages)
-        assert isinstance(rendered, str)
-        ids: list[int] = self._tokenizer(rendered, add_special_tokens=not self.has_template)["input_ids"]
-        longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if longest is not None and len(ids) + self._sampling.max_new_tokens > longest:
+
+def token_ids_of(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a chat, up to where the answer begins. Without a chat template they are those of the messages' text.
+
+    Raises `ChatError` if the template does not render it.
+    """
+    if tokenizer.chat_template:
+        try:
+            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program of the model's authors
             raise ChatError(
-                f"the chat has {len(ids):,} tokens and the answer up to {self._sampling.max_new_tokens:,}, and the model's "
-                f"context is {longest:,}; begin a new chat, or give fewer max_new_tokens"
-            )
-        return ids
+                f"the tokenizer's chat template can't render this chat ({one_line(error)}); begin a new one"
+            ) from error
+    else:
+        rendered = "".join(message["content"] for message in messages)
+    assert isinstance(rendered, str)
+    ids: list[int] = tokenizer(rendered, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    return ids
 
-    def _cache_for(self, ids: list[int]) -> Cache | None:
-        """The keys and values of the first of `ids`, as far as they are known; None where `generate` has its own.
 
-        A template may write earlier turns otherwise than they were generated (many drop what the model thought), and then the
-        cache is cut back to where both agree. Where steps are captured, `generate` has a static cache of its own for each answer.
-        """
-        offload: ExpertOffload | None = vars(self._model).get("expert_offload")
-        if offload is not None and offload.captures:
-            return None
-        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self._cached, ids[:-1], strict=False)))
-        cache: Any = self._cache
-        if cache is None or known == 0:
-            return DynamicCache(config=self._model.config)
-        if known < len(self._cached):
-            if not all(getattr(layer, "is_croppable", False) for layer in cache.layers):
-                return DynamicCache(config=self._model.config)
-            cache.crop(known - len(self._cached))
-        return self._cache
+def check_length(model: PreTrainedModel, ids: list[int], new_tokens: int) -> None:
+    """Raises `ChatError` if `ids` and `new_tokens` more do not fit the model's context."""
+    longest = context_of(model)
+    if longest is not None and len(ids) + new_tokens > longest:
+        raise ChatError(
+            f"the chat has {len(ids):,} tokens and the answer up to {new_tokens:,}, and the model's context is {longest:,}; "
+            "begin a new chat, or give fewer max_new_tokens"
+        )
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """The most tokens of a text that the model reads; None if its config does not say."""
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest

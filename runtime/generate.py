@@ -18,6 +18,7 @@ from ..predictors.loading import check_tokens
 from .engine import Counters
 from .offload import ExpertOffload
 from .settings import Sampling
+from .stops import Stops
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Generation:
     """The generated text, without the prompt."""
     token_ids: list[int]
     """The generated tokens."""
+    finish_reason: str
+    """`stop` where the model ended it or a stop text was found, or else `length`."""
     seconds_to_first_token: float
     seconds_per_output_token: float | None
     """The median. None where only one token was generated."""
@@ -59,11 +62,9 @@ class Generation:
 class _Streamer(TextStreamer):
     """Passes on each finished word, and notes when each token came."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], offload: ExpertOffload | None
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Stops, offload: ExpertOffload | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._offload = on_text, offload
+        self._stops, self._offload = stops, offload
         self.times: list[float] = []
         self.token_ids: list[int] = []
 
@@ -76,7 +77,9 @@ class _Streamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text + "\n" if stream_end else text)
+        self._stops.put(text)
+        if stream_end:
+            self._stops.end()
 
 
 def arguments_of(config: GenerationConfig, sampling: Sampling) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def arguments_of(config: GenerationConfig, sampling: Sampling) -> dict[str, Any]
         )
     elif {"top_k", "top_p", "min_p"} & sampling.model_fields_set:
         own["do_sample"] = True
-    own["stop_strings"] = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop
+    own["stop_strings"] = sampling.stops or None
     return taken_over(config, **{name: value for name, value in own.items() if value is not None})
 
 
@@ -101,12 +104,13 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008  # it never changes
     seed: int = 0,
     on_text: Callable[[str], None] = lambda _: None,
+    is_over: Callable[[], bool] = lambda: False,
     cache: Cache | None = None,
 ) -> Generation:
     """Continues `prompt`, a text or its token ids `[1, tokens]`, with a model, offloaded or not.
 
     What `sampling` does not say is taken from the model's generation config; see `predictors.generation`. `on_text` gets the
-    text as it comes. `cache` may hold the keys and values of the first tokens of the prompt, and then holds those of all tokens
+    text as it comes, and a stop text and what follows it are not part of it. After each token `is_over` can end it. `cache` may hold the keys and values of the first tokens of the prompt, and then holds those of all tokens
     but the last. Raises `UserError` for an empty prompt, for one that the model has no tokens for, and where the generation
     config asks for what can't be streamed.
     """
@@ -117,7 +121,7 @@ def generate(
         raise UserError("the prompt is empty; give --prompt some text to go on from")
     check_tokens(token_ids, model)
     offload: ExpertOffload | None = vars(model).get("expert_offload")
-    streamer = _Streamer(tokenizer, on_text, offload)
+    streamer = _Streamer(tokenizer, Stops(sampling.stops, on_text), offload)
     torch.manual_seed(seed)
     begun = time.perf_counter()
     model.generate(  # type: ignore[operator]  # transformers' mix-in is hidden by nn.Module's __getattr__
@@ -125,6 +129,7 @@ def generate(
         attention_mask=torch.ones_like(token_ids, device=model.device),
         streamer=streamer,
         tokenizer=tokenizer,  # for stop strings
+        stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), is_over(), device=ids.device)],
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **arguments,
         **({} if cache is None else {"past_key_values": cache}),
@@ -132,9 +137,16 @@ def generate(
     steps = [after - before for before, after in pairwise(streamer.times)]
     counters = offload.counters if offload is not None else Counters()
     stalled = counters.stalled_seconds
+    text = str(tokenizer.decode(streamer.token_ids, skip_special_tokens=True))
+    ends = model.generation_config.eos_token_id
+    is_ended = streamer.token_ids[-1] in (ends if isinstance(ends, list) else [ends])
+    for stop in sampling.stops:
+        text, found, _ = text.partition(stop)
+        is_ended = is_ended or bool(found)
     return Generation(
-        text=str(tokenizer.decode(streamer.token_ids, skip_special_tokens=True)),
+        text=text,
         token_ids=streamer.token_ids,
+        finish_reason="stop" if is_ended else "length",
         seconds_to_first_token=streamer.times[0] - begun,
         seconds_per_output_token=statistics.median(steps) if steps else None,
         bytes_per_token=counters.bytes_copied / len(steps) if steps else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -166,9 +167,13 @@ class Sampling(Settings):
             raise ValueError(
                 f"{narrowed[0]} says what to draw from, and nothing is drawn at temperature 0; give a temperature"
             )
-        if self.stop is not None and not all([self.stop] if isinstance(self.stop, str) else self.stop):
+        if not all(self.stops):
             raise ValueError("stop is an empty text; leave it out")
         return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class Generating(Named, LoadConfig, Sampling):
@@ -205,6 +210,32 @@ class ChatConfig(Generating):
     """The most tokens of an answer."""
     temperature: float | None = Field(None, ge=0)
     """Temperature of the sampling; 0 is greedy. By default it is as the model's generation config says."""
+
+
+class ServeConfig(Generating):
+    """Settings of `serve`."""
+
+    host: str = "127.0.0.1"
+    """The address to listen at. With another one than this machine's own, give an API key."""
+    port: int = Field(8000, ge=0, lt=2**16)
+    """The port to listen at; 0 takes any that is free."""
+    api_key: str | None = Field(None, min_length=1)
+    """Clients must send this key. Others can read a command's flags: better give it in the file of settings, or as
+    PREDICT_TRAIN_API_KEY in the environment."""
+    queue: Whole = 16
+    """The most requests that wait while one is answered; more are refused with status 429."""
+    max_request: Bytes = 4 << 20
+    """The most bytes of a request."""
+    max_new_tokens: Count = 1024
+    """The most tokens of an answer where the request does not say."""
+    temperature: float | None = Field(None, ge=0)
+    """Temperature of the sampling where the request does not say; 0 is greedy. By default it is as the model's generation config
+    says."""
+
+    @property
+    def key(self) -> str | None:
+        """The API key, if one is asked for."""
+        return self.api_key or os.environ.get("PREDICT_TRAIN_API_KEY") or None
 
 
 class Made(Settings):

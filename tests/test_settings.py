@@ -106,7 +106,7 @@ def test_a_file_says_what_flags_say(name: str, tmp_path: Path) -> None:
         default = kind.model_fields[field].default
         if default is PydanticUndefined or default is None:
             continue
-        is_size = field in ("shard_bytes", "reserve")
+        is_size = field in ("shard_bytes", "reserve", "max_request")
         plain = default if isinstance(default, bool | int | float) else str(default)
         values[key] = bytes_text(default) if is_size else plain
     file.write_text(yaml.safe_dump(values))
