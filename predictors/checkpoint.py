@@ -1,7 +1,8 @@
 """The files that `export` writes and the runtime loads: a folder shaped like a Hub repository.
 
-    predictors.safetensors   `layers.<target>.{w1,v,b1,w2,b2}`, `default_vectors.<source>`
-    config.json              format version, the model they belong to, per layer source, width and hit rates, and checksums
+    predictors.safetensors   `layers.<target>.{w1,v,b1,w2,b2}`, with a memory `u` too, `default_vectors.<source>`
+    config.json              format version, the model they belong to, per layer source, width, memory and hit rates, and
+                             checksums
     README.md                a model card
 
 Nothing is ever unpickled. Memory is allocated only after the header of the weights agrees with config.json. Whatever is
@@ -48,7 +49,8 @@ class TargetLayer:
     mlp: ResidualMLP | None = None
     """fp32 when loaded; None means training-free speculation."""
     hit_rates: dict[str, float] = field(default_factory=dict)
-    """`training_free`, and `predictor` if there is an MLP; on validation sequences."""
+    """`training_free`, `predictor` if there is an MLP, and `without_memory` if that has a memory, for where it remembers nothing;
+    on validation sequences."""
     recall: list[float] = field(default_factory=list)
     """At k, k + 1, ..., 2k candidates, on validation sequences; empty in exports of older releases."""
 
@@ -124,7 +126,7 @@ def make_speculators(
         mlp, speculator = predictors.of(layer.index).mlp, Speculator(wirings[layer.index])
         if mlp is not None:
             weight = next(layer.router.parameters())
-            copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width)
+            copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width, mlp.memory)
             copy.load_state_dict(mlp.state_dict(), assign=True)  # no second copy if the dtype is the model's
             speculator.mlp = copy.to(weight.device, weight.dtype)
             if not_finite(speculator.mlp.state_dict()):
@@ -161,6 +163,7 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
                 "layer": entry.layer,
                 **({} if entry.source == "nearest" else {"source": entry.source}),
                 "width": 0 if entry.mlp is None else entry.mlp.width,
+                "memory": 0 if entry.mlp is None else entry.mlp.memory,
                 "hit_rate": entry.hit_rates,
                 "recall": entry.recall,
             }
@@ -191,7 +194,11 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     config = read_config(folder)
     hidden, experts = config.model.hidden_size, config.model.num_experts
     with torch.device("meta"):  # shapes only: memory is taken once the file has them too
-        mlps = {entry.layer: ResidualMLP(hidden, experts, entry.width) for entry in config.layers if entry.width}
+        mlps = {
+            entry.layer: ResidualMLP(hidden, experts, entry.width, entry.memory)
+            for entry in config.layers
+            if entry.width
+        }
     shapes: dict[str, tuple[int, ...]] = {
         f"default_vectors.{source}": (experts, hidden) for source in config.default_vectors
     }

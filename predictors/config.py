@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 from .architecture import fingerprint
 from .errors import UserError
 from .files import CHECKSUM, is_changed
+from .memory import MOST
 from .settings import describe, shown
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 READABLE = range(2, FORMAT_VERSION + 1)
-"""Version 2 had no `source`: every source was the nearest. Version 3 had no checksums."""
+"""Version 2 had no `source`: every source was the nearest. Version 3 had no checksums, and version 4 no memory."""
 CONFIG = "config.json"
 MOST_BYTES = 4 << 20
 """The limit for config.json and for the weights' header: a hundred times what an export of a large model needs."""
@@ -76,8 +77,11 @@ class LayerEntry(_Entry):
     """The source layer, None for the target's own input. If left out, as in version 2, it is the nearest."""
     width: int = Field(ge=0, le=1 << 20)
     """Of the predictor; 0 means that none was better than training-free speculation; then there are no tensors."""
-    hit_rate: dict[Literal["training_free", "predictor"], Rate] = {}
-    """On validation sequences; `predictor` only if there is one."""
+    memory: int = Field(0, ge=0, le=MOST)
+    """How many tokens the predictor remembers."""
+    hit_rate: dict[Literal["training_free", "without_memory", "predictor"], Rate] = {}
+    """On validation sequences; `predictor` only if there is one, and `without_memory` only if it has a memory: its rate where
+    nothing is remembered."""
     recall: list[Rate] = []
     """Of the exported speculation, at k, k + 1, ..., 2k candidates, on validation sequences."""
 

@@ -4,13 +4,15 @@ When one token is decoded, the cost of speculation is the number of its operatio
 With a router that takes the largest of `R x + c`, and the RMS norm `norm_t(x) = g x / r(x)`, `r(x) = sqrt(mean(x^2) +
 eps)`, the speculated logits are
 
-    R (q + W2 silu(W1 a + V m + b1) + b2) + c  =  R' u / r(u) + (R W2) silu(W1' s / r(s) + V m + b1) + (R b2 + c)
+    R (q + W2 silu(W1 a + V m + U h + b1) + b2) + c
+        =  R' u / r(u) + c  +  (R W2) silu(W1' s / r(s) + V m + U h + b1) + R b2
 
 with `u = s + sum_j w_j D[id_j]`, `R' = R diag(g)` and `W1' = W1 diag(g)`. One matrix `[R'; W1']` multiplies `s` alone,
 because `R' u = R' s + sum_j w_j (D R'^T)[id_j]`. `R W2` `[experts, width]` replaces `W2` `[hidden, width]`. One table
 `[D R'^T | k V^T | D]` holds everything that the source router's weights multiply. Without a predictor and without `c`,
-the order of the logits depends on neither `r` nor `u`: both are left out unless weights are asked for. Symbols as in
-`predictors.speculation`.
+the order of the logits depends on neither `r` nor `u`: both are left out unless weights are asked for. `R' u / r(u) + c` are
+the training-free logits, which a memory is made of. Where there is one, `R b2` must stay out of them: it is the output of
+one more hidden unit, which is always 1. Without a memory it is added to `c`. Symbols as in `predictors.speculation`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from .speculation import Router, Routing, Speculator
 
 PROBES = 256
 """How many random states a norm and a router are compared on with their plain forms."""
+
+SILU_IS_ONE = 1.2784645427610738
+"""The `x` with `silu(x) = 1`."""
 
 Weigh = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits `[tokens, experts]` and ids `[tokens, top_k]` to weights `[tokens, top_k]`, fp32."""
@@ -106,10 +111,18 @@ class FoldedSpeculator:
         weight, self._root = router.weight.float(), len(gain) ** 0.5
         self._experts = len(weight)
         matrix, offset = weight, torch.zeros_like(weight[:, 0]) if router.bias is None else router.bias.float()
+        self._u = None
         if mlp is not None:
             w1, v, b1, w2, b2 = (p.float() for p in (mlp.w1, mlp.v, mlp.b1, mlp.w2, mlp.b2))
-            self._out = (weight @ w2).T.contiguous()
-            matrix, offset = torch.cat([weight, w1]), torch.cat([offset + weight @ b2, b1])
+            out, shift = (weight @ w2).T, weight @ b2
+            if mlp.u is None:
+                offset = offset + shift
+            else:
+                w1, v, u = (F.pad(p, (0, 0, 0, 1)) for p in (w1, v, mlp.u.float()))
+                b1, out = F.pad(b1, (0, 1), value=SILU_IS_ONE), torch.cat([out, shift[None]])
+                self._u = u.T.contiguous()
+            self._out = out.contiguous()
+            matrix, offset = torch.cat([weight, w1]), torch.cat([offset, b1])
             vectors = torch.zeros_like(weight) if vectors is None else vectors
         self._is_corrected = mlp is not None
         self._is_scale_free = mlp is None and not offset.any() and not to_scale
@@ -150,20 +163,33 @@ class FoldedSpeculator:
             expected = F.rms_norm(scale * states.float(), gain.shape, gain, eps)
             if not torch.allclose(norm.forward(scale * states).float(), expected, rtol=close, atol=close):
                 return None
-        router = PlainRouter.of(wiring.router, layer.num_experts, norm.forward(states))
+        states = norm.forward(states)
+        router = PlainRouter.of(wiring.router, layer.num_experts, states)
         if router is None or (to_scale and router.weigh is None):
             return None
+        if speculator.mlp is not None and speculator.mlp.memory:  # it reads values of the logits, not their order
+            logits = wiring.router.forward(states).logits.float()
+            if not torch.allclose(
+                router.logits(states).float(), logits, rtol=0, atol=close * float(logits.abs().max())
+            ):
+                return None
         return cls(speculator, gain, eps, router, to_scale)
 
-    def logits(self, residual: torch.Tensor, source: Routing | None) -> torch.Tensor:
-        """The speculated logits `[tokens, experts]` for `residual` `[tokens, hidden]` of the source layer; without
-        `to_scale`, each token's may be off by a factor."""
+    def logits(
+        self, residual: torch.Tensor, source: Routing | None, memory: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The speculated and the training-free logits, `[tokens, experts]` each, for `residual` `[tokens, hidden]` of the source
+        layer. The training-free ones are None unless the predictor has a memory.
+
+        `memory` `[tokens, memory * 2 experts]`, fp32, is what the tokens before these left, as in `Speculator.forward`. Without
+        `to_scale`, the speculated logits of each token may be off by a factor if there is no predictor.
+        """
         if residual.requires_grad:  # much cheaper than switching gradients off and on
             residual = residual.detach()
         logits = F.linear(residual.to(self._matrix.dtype), self._matrix)
         source = None if self._table is None else source
         if self._is_scale_free:
-            return logits if source is None else self._weighted(logits.float(), source)
+            return logits if source is None else self._weighted(logits.float(), source), None
         logits, hidden = logits[:, : self._experts], logits[:, self._experts :]
         offset, guess = self._offset[self._experts :], residual
         if source is not None:
@@ -171,11 +197,15 @@ class FoldedSpeculator:
             sums = self._weighted(self._base, source)
             offset = sums[:, self._experts : inner]
             logits, guess = logits + sums[:, : self._experts], residual + sums[:, inner:]
-        logits = torch.addcdiv(self._offset[: self._experts], logits, self._length(guess), value=self._root)
-        if self._is_corrected:
-            hidden = torch.addcdiv(offset, hidden, self._length(residual), value=self._root)
-            logits = torch.addmm(logits, F.silu(hidden), self._out)
-        return logits
+        free = torch.addcdiv(self._offset[: self._experts], logits, self._length(guess), value=self._root)
+        if not self._is_corrected:
+            return free, None
+        hidden = torch.addcdiv(offset, hidden, self._length(residual), value=self._root)
+        if memory is not None:
+            assert self._u is not None
+            hidden = torch.addmm(hidden, memory, self._u)
+        logits = torch.addmm(free, F.silu(hidden), self._out)
+        return logits, None if self._u is None else free
 
     def _weighted(self, base: torch.Tensor, source: Routing) -> torch.Tensor:
         """`base` plus the table's rows that the source chose, times its weights: `[tokens, columns]`, fp32."""

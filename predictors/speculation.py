@@ -5,7 +5,8 @@
     q    = norm_t(s + sum_j w_j D[id_j])       quasi-hidden state                            [tokens, hidden]
     a    = norm_t(s)                                                                         [tokens, hidden]
     m    = k w_j at the place of id_j          the source router's mixture of experts      [tokens, experts]
-    q'   = q + MLP(a, m)                       only where a predictor was trained
+    h    what the last tokens left             what a predictor with a memory reads of them (`memory`)
+    q'   = q + MLP(a, m, h)                    only where a predictor was trained
     logits, weights, ids = router_t(q')        the model's own frozen router
 
 (*Speculating Experts*, arXiv 2603.19289, section 3; the residual form of the predictor is this project's.)
@@ -169,16 +170,41 @@ class Speculator(nn.Module):
         quasi, normed = self.wiring.norm.forward(torch.stack((guess, residual))).unbind()
         return quasi, normed
 
-    def forward(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None = None) -> Routing:
+    def forward(
+        self,
+        residual: torch.Tensor,
+        source: Routing | None,
+        inner: torch.Tensor | None = None,
+        memory: torch.Tensor | None = None,
+    ) -> Routing:
         """The speculated routing of the target layer for `residual` `[tokens, hidden]` of its source layer.
 
-        `inner` is the source layer's shared term, if that goes through its post-norm.
+        `inner` is the source layer's shared term, if that goes through its post-norm. `memory` `[tokens, memory * 2 experts]` is
+        what the tokens before these left, the most recent first, if the predictor has a memory; without it nothing is remembered.
         """
-        if self.mlp is None:  # without an MLP nothing reads the normed residual
-            return self.wiring.router.forward(self.quasi(residual, source, inner))
+        return self.with_free(residual, source, inner, memory)[0]
+
+    def with_free(
+        self,
+        residual: torch.Tensor,
+        source: Routing | None,
+        inner: torch.Tensor | None = None,
+        memory: torch.Tensor | None = None,
+    ) -> tuple[Routing, torch.Tensor | None]:
+        """What `forward` returns, and the training-free logits `[tokens, experts]`, which `memory.memory_of` reads.
+
+        These are None unless the predictor has a memory.
+        """
+        route, mlp = self.wiring.router.forward, self.mlp
+        if mlp is None:  # without an MLP nothing reads the normed residual
+            return route(self.quasi(residual, source, inner)), None
         quasi, normed = self.states(residual, source, inner)
-        mixture = None if source is None else mixture_of(source, self.mlp.v.shape[1], normed.dtype)
-        return self.wiring.router.forward(self.mlp(quasi, normed, mixture))
+        mixture = None if source is None else mixture_of(source, mlp.v.shape[1], normed.dtype)
+        state = mlp(quasi, normed, mixture, memory)
+        if not mlp.memory:
+            return route(state), None
+        parts = [part.tensor_split(2) for part in route(torch.cat((state, quasi)))]
+        return Routing(*(own for own, _ in parts)), parts[0][1]
 
 
 def candidates(routing: Routing, m: int) -> torch.Tensor:

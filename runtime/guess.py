@@ -45,7 +45,7 @@ class FoldedGuesser:
         self._speculator, self._m, self._weighs = speculator, m, weighs
 
     def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:  # noqa: ARG002
-        logits = self._speculator.logits(residual, source)
+        logits, _ = self._speculator.logits(residual, source)
         chosen = logits.topk(self._m, dim=-1).indices
         if not self._weighs:
             return Guess(chosen, None)

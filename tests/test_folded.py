@@ -38,11 +38,11 @@ def last_layer(model_type: str) -> MoELayer:
         pytest.skip("not supported")
 
 
-def speculator_of(layer: MoELayer, seed: int, trained: bool, has_vectors: bool = True) -> Speculator:
+def speculator_of(layer: MoELayer, seed: int, trained: bool, has_vectors: bool = True, memory: int = 0) -> Speculator:
     torch.manual_seed(seed)
     mlp = None
     if trained:
-        mlp = ResidualMLP(layer.hidden_size, layer.num_experts, 24)
+        mlp = ResidualMLP(layer.hidden_size, layer.num_experts, 24, memory)
         for parameter in mlp.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
     vectors = torch.randn(layer.num_experts, layer.hidden_size) if has_vectors else None
@@ -72,7 +72,7 @@ def test_it_is_the_speculator_to_rounding(model_type: str) -> None:
             residual = 0.5 * torch.randn(tokens, layer.hidden_size, generator=generator)
             for source in (routing_of(layer, tokens, generator), None):
                 expected = candidates(speculator(residual, source), m).sort(-1).values
-                named = folded.logits(residual, source).topk(m).indices.sort(-1).values
+                named = folded.logits(residual, source)[0].topk(m).indices.sort(-1).values
                 assert named.shape == expected.shape
                 # A tie to rounding may be decided either way.
                 assert (named == expected).all(-1).float().mean() >= (1.0 if tokens == 1 else 0.98)
@@ -100,12 +100,48 @@ def test_to_scale_it_weights_its_guess_as_the_speculator_does(
     for source in (routing_of(layer, 50, generator), None):
         with torch.no_grad():
             expected = speculator(residual, source)
-        logits = folded.logits(residual, source)
+        logits, _ = folded.logits(residual, source)
         assert not logits.requires_grad
         weighted = folded.router.weighted(logits, expected.ids.long())
         torch.testing.assert_close(weighted.weights, expected.weights, rtol=1e-3, atol=1e-4)
-        same = ordered.logits(residual, source).topk(layer.top_k).indices == logits.topk(layer.top_k).indices
+        same = ordered.logits(residual, source)[0].topk(layer.top_k).indices == logits.topk(layer.top_k).indices
         assert same.all(-1).float().mean() >= 0.98
+
+
+@pytest.mark.parametrize("model_type", catalog.moe_types())
+def test_with_a_memory_its_logits_are_those_of_the_speculator(model_type: str) -> None:
+    """The training-free ones too, since a memory is made of them; so routers whose logits are others are not folded."""
+    layer = last_layer(model_type)
+    for memory, has_vectors in ((1, False), (2, True)):
+        speculator = speculator_of(layer, 3, True, has_vectors, memory)
+        folded = FoldedSpeculator.of(speculator, layer)
+        if folded is None:
+            assert model_type not in PLAIN, "this router is plain"
+            return
+        free = Speculator(speculator.wiring)
+        generator = torch.Generator().manual_seed(9)
+        residual = 0.5 * torch.randn(9, layer.hidden_size, generator=generator)
+        left = torch.randn(9, memory * 2 * layer.num_experts, generator=generator)
+        with torch.no_grad():
+            for source in (routing_of(layer, 9, generator), None):
+                for remembers in (left, torch.zeros_like(left), None):
+                    routing, guess = speculator.with_free(residual, source, None, remembers)
+                    torch.testing.assert_close(speculator(residual, source, None, remembers), routing)
+                    assert guess is not None
+                    torch.testing.assert_close(guess, free(residual, source).logits, rtol=1e-4, atol=1e-4)
+                    logits, own = folded.logits(residual, source, remembers)
+                    torch.testing.assert_close(logits.float(), routing.logits.float(), rtol=1e-3, atol=1e-3)
+                    torch.testing.assert_close(own.float(), guess.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_without_a_memory_there_are_no_training_free_logits() -> None:
+    layer, generator = layers_of("qwen3_moe")[-1], torch.Generator().manual_seed(9)
+    residual, source = torch.randn(3, layer.hidden_size, generator=generator), routing_of(layer, 3, generator)
+    for trained in (False, True):
+        speculator = speculator_of(layer, 3, trained)
+        folded = FoldedSpeculator.of(speculator, layer)
+        assert folded is not None
+        assert folded.logits(residual, source)[1] is speculator.with_free(residual, source)[1] is None
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -127,7 +163,7 @@ def test_in_half_precision_large_states_have_weights_too(trained: bool) -> None:
     halved = Routing(source.logits.half(), source.weights.half(), source.ids)
     with torch.no_grad():
         expected = speculator(residual.half(), halved)
-    weighted = folded.router.weighted(folded.logits(residual.half(), halved), expected.ids.long())
+    weighted = folded.router.weighted(folded.logits(residual.half(), halved)[0], expected.ids.long())
     torch.testing.assert_close(weighted.weights.float(), expected.weights.float(), rtol=0, atol=0.1)
 
 
@@ -155,7 +191,7 @@ def test_in_bfloat16_the_same_experts_are_found() -> None:
 
     rounded = Routing(source.logits.bfloat16(), source.weights.bfloat16(), source.ids)
     in_bf16 = recall(speculator(residual.bfloat16(), rounded).ids)
-    assert recall(folded.logits(residual.bfloat16(), rounded).topk(layer.top_k).indices) >= in_bf16 - 0.01
+    assert recall(folded.logits(residual.bfloat16(), rounded)[0].topk(layer.top_k).indices) >= in_bf16 - 0.01
 
 
 @pytest.mark.parametrize("model_type", catalog.moe_types())

@@ -49,11 +49,13 @@ def ramp(first: int, *shape: int) -> torch.Tensor:
     return ((first + torch.arange(torch.Size(shape).numel()) % 16) / 8.0).reshape(shape)
 
 
-def mlp(first: int, width: int) -> ResidualMLP:
-    made = ResidualMLP(HIDDEN, EXPERTS, width)
+def mlp(first: int, width: int, memory: int = 0) -> ResidualMLP:
+    made = ResidualMLP(HIDDEN, EXPERTS, width, memory)
     shapes = {
         "w1": (width, HIDDEN), "v": (width, EXPERTS), "b1": (width,), "w2": (HIDDEN, width), "b2": (HIDDEN,),
     }  # fmt: skip
+    if memory:
+        shapes["u"] = (width, memory * 2 * EXPERTS)
     made.load_state_dict({name: ramp(first + number, *shape) for number, (name, shape) in enumerate(shapes.items())})
     return made.requires_grad_(False)
 
@@ -71,6 +73,17 @@ def of_version(version: int) -> Predictors:
                 TargetLayer(1, "nearest", mlp(-7, 3), {"training_free": 0.5, "predictor": 0.75}, [0.75, 0.875, 1.0]),
                 # Of before recall was written.
                 TargetLayer(3, "nearest", mlp(-2, 3), {"training_free": 0.875, "predictor": 0.9375}, []),
+            ],
+            **both,
+        )
+    if version == 5:
+        rates = {"training_free": 0.5, "without_memory": 0.75, "predictor": 0.875}
+        return Predictors(
+            layers=[
+                TargetLayer(0, None, mlp(-7, 3, memory=1).bfloat16(), rates, [0.875, 0.875, 1.0]),
+                TargetLayer(1, 0, mlp(4, 1), {"training_free": 0.625, "predictor": 0.6875}, [0.6875, 0.75, 0.75]),
+                TargetLayer(2, 1, None, {"training_free": 0.875}, [0.875, 0.875, 0.9375]),
+                TargetLayer(3, 1, mlp(-2, 2, memory=2), rates, []),
             ],
             **both,
         )

@@ -92,7 +92,7 @@ CONFIGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a list": (lambda c: [c], "holds no predictors"),
     "a string": (lambda _: "format_version", "holds no predictors"),
     "no version": (drop("format_version"), "holds no predictors"),
-    "a version of the future": (put("format_version", 99), "format version 99, and this release reads 2 to 4"),
+    "a version of the future": (put("format_version", 99), "format version 99, and this release reads 2 to 5"),
     "a version that is a list": (put("format_version", [3] * 1000), r"format version \[3, 3.*update predict-train"),
     "a version that is a fraction": (put("format_version", 3.0), "format_version: input should be a valid integer"),
     "an unknown field": (put("extra", 1), "extra: extra inputs are not permitted"),

@@ -18,23 +18,35 @@ def training_steps(stack: StackedResidualMLPs, steps: int) -> None:
     optimizer = torch.optim.AdamW(stack.parameters(), 1e-2, weight_decay=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
-        inputs = torch.randn(layers, 7, hidden), torch.randn(layers, 7, hidden), torch.randn(layers, 7, experts)
+        widths = [hidden, hidden, experts, *([stack.u.shape[2]] if stack.memory else [])]
+        inputs = [torch.randn(layers, 7, width) for width in widths]
         (stack(*inputs) - 1).square().sum().backward()
         optimizer.step()
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 5))
-def test_a_layer_of_the_stack_is_its_slice_whatever_its_width(widths, hidden, experts, rows):
-    layers, stack = len(widths), StackedResidualMLPs(widths, hidden, experts)
+@given(
+    widths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    hidden=st.integers(1, 9),
+    experts=st.integers(1, 9),
+    rows=st.integers(0, 5),
+    memory=st.integers(0, 2),
+)
+def test_a_layer_of_the_stack_is_its_slice_whatever_its_width(widths, hidden, experts, rows, memory):
+    layers, stack = len(widths), StackedResidualMLPs(widths, hidden, experts, memory)
     training_steps(stack, 3)
-    assert [stack.layer(number).width for number in range(layers)] == widths
+    singles = [stack.layer(number) for number in range(layers)]
+    assert [single.width for single in singles] == widths
+    assert {single.memory for single in singles} == {memory}
+    assert stack.count() == sum(p.numel() for single in singles for p in single.parameters())
     quasi, normed = torch.randn(2, layers, rows, hidden)
-    mixture = torch.randn(layers, rows, experts)
+    mixture, remembers = torch.randn(layers, rows, experts), torch.randn(layers, rows, memory * 2 * experts)
     mixture[0] = 0  # as of a layer without a source
-    expected = stack(quasi, normed, mixture)
-    for number in range(layers):
-        single = stack.layer(number)(quasi[number], normed[number], mixture[number] if number else None)
-        torch.testing.assert_close(single, expected[number], rtol=1e-4, atol=1e-4)
+    for some in (remembers, 0 * remembers) if memory else (None,):
+        expected = stack(quasi, normed, mixture, some)
+        for number, single in enumerate(singles):
+            own = None if some is None or not some.any() else some[number]  # zeros are nothing remembered
+            actual = single(quasi[number], normed[number], mixture[number] if number else None, own)
+            torch.testing.assert_close(actual, expected[number], rtol=1e-4, atol=1e-4)
 
 
 def test_an_untrained_predictor_changes_nothing():
