@@ -56,8 +56,8 @@ class Clock(lightning.Callback):
 def train(config: FitConfig, trace: Trace, targets: list[Target], steps: int) -> float:
     """Seconds of `steps` steps of these targets."""
     sources = {target.layer: target.source for target in targets}
-    data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers)
-    module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay)
+    data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers, config.memory)
+    module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay, config.memory)
     clock = Clock()
     with quiet():
         trainer = lightning_trainer(

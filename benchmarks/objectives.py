@@ -51,7 +51,9 @@ def measure(trace: Path, epochs: int, variant: dict[str, Any], out: Path) -> dic
         "weakest": min(entry["predictor"]["recall@k"] for entry in layers),
         "recall_at_2k": sum(entry["predictor"]["recall@2k"] for entry in layers) / len(layers),
         "gap_closed": gap_closed(free, reached),
-        "parameters": sum(ResidualMLP.count(model.hidden_size, model.num_experts, entry["width"]) for entry in layers),
+        "parameters": sum(
+            ResidualMLP.count(model.hidden_size, model.num_experts, entry["width"], config.memory) for entry in layers
+        ),
         "seconds": seconds,
     }
 

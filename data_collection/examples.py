@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from ..predictors.memory import follows, memory_of, remembered
+from ..predictors.mlp import ResidualMLP
 from ..predictors.speculation import Routing, mixture_of
 from ..predictors.stacked import StackedSpeculators
-from .columns import Column, Columns
+from .columns import POSITION, SEQUENCE, Column, Columns
 
 
 class Batch(NamedTuple):
@@ -25,12 +27,22 @@ class Batch(NamedTuple):
     """The experts that the router chose, `[layers, rows, top_k]`, int64."""
     logits: torch.Tensor
     """The router's logits, `[layers, rows, experts]`."""
+    memory: torch.Tensor | None = None
+    """What each row remembers of the tokens before it, `[layers, rows, tokens * 2 experts]`; None if nothing was asked for."""
+
+    def corrected(self, number: int, mlp: ResidualMLP) -> torch.Tensor:
+        """The states `[rows, hidden]` of layer `number` of the stack as `mlp` corrects them; it may remember less."""
+        known = None if self.memory is None or mlp.u is None else self.memory[number, :, : mlp.u.shape[1]]
+        return mlp(self.quasi[number], self.normed[number], self.mixture[number], known)
 
 
-def make_batch(columns: Columns, sources: dict[int, int | None], speculators: StackedSpeculators) -> Batch:
+def make_batch(
+    columns: Columns, sources: dict[int, int | None], speculators: StackedSpeculators, memory: int = 0
+) -> Batch:
     """The inputs and true routings for the predictors of the target layers in `sources`, for the rows of `columns`.
 
-    States are those of `Speculator.states`, which the runtime calls. No gradient flows through them.
+    States are those of `Speculator.states`, which the runtime calls. No gradient flows through them. A row remembers up to
+    `memory` tokens, if the rows before it are these tokens.
     """
 
     def stack(names: Iterable[str]) -> torch.Tensor:
@@ -49,4 +61,8 @@ def make_batch(columns: Columns, sources: dict[int, int | None], speculators: St
     # A speculation does not read a source's logits; the trace lacks them if the source is no target.
     routing = Routing(weights, weights, chosen)
     quasi, normed = speculators.states(read, routing, [None if i is None else i.float() for i in inner])
-    return Batch(quasi, normed, mixture_of(routing, logits.shape[-1], logits.dtype), ids, logits)
+    kept = None
+    if memory:
+        left = memory_of(logits, speculators.logits(quasi))
+        kept = remembered(left, follows(columns[SEQUENCE], columns[POSITION]), memory)
+    return Batch(quasi, normed, mixture_of(routing, logits.shape[-1], logits.dtype), ids, logits, kept)

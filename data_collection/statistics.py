@@ -96,14 +96,15 @@ def hit_rates(
     """For each number of candidates in `sizes`, by target: the recall of the speculation, over the rows of `batches`.
 
     A target without an MLP is speculated on training-free. MLPs are fp32, like the `speculators`, which are in the
-    order of `sources`.
+    order of `sources`. An MLP with a memory remembers tokens in the rows before, if `batches` have them.
     """
     metrics, mlps = [HitRate(len(sources)) for _ in sizes], mlps or {}
+    memory = max((mlp.memory for mlp in mlps.values()), default=0)
     with torch.no_grad():
         for columns in batches:
-            batch, states = make_batch(columns, sources, speculators), []
-            for target, *read in zip(sources, batch.quasi, batch.normed, batch.mixture, strict=True):
-                states.append(mlps[target](*read) if target in mlps else read[0])
+            batch, states = make_batch(columns, sources, speculators, memory), []
+            for number, target in enumerate(sources):
+                states.append(batch.corrected(number, mlps[target]) if target in mlps else batch.quasi[number])
             found = [candidates(routing, max(sizes)) for routing in speculators.route(states)]
             for metric, size in zip(metrics, sizes, strict=True):
                 metric.update(torch.stack(found)[..., :size], batch.ids)
@@ -114,7 +115,7 @@ def _previous_token(trace: Trace) -> tuple[list[float], int]:
     """Each target's hit rate with the previous token's experts as the guess; and how many rows have a previous token."""
     metric, pairs = HitRate(len(trace.sources)), 0
     for shard in range(len(trace.manifest.shards)):
-        token, order = _tokens(trace, shard)
+        token, order = trace.by_token(shard)
         follows = (token.diff() == 1).nonzero().flatten()
         present, before = order[follows + 1], order[follows]
         for now, then in zip(present.split(CHUNK_ROWS), before.split(CHUNK_ROWS), strict=True):
@@ -159,19 +160,9 @@ def _long_runs(trace: Trace, most_rows: int) -> Iterator[Piece]:
 
 def _runs(trace: Trace, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of a shard by sequence and position, and the lengths of the runs of consecutive tokens among them."""
-    token, order = _tokens(trace, shard)
+    token, order = trace.by_token(shard)
     starts = torch.cat([torch.tensor([0]), (token.diff() != 1).nonzero().flatten() + 1, torch.tensor([len(token)])])
     return order, starts.diff()
-
-
-def _tokens(trace: Trace, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A shard's tokens as rising numbers, which differ by 1 from one token of a sequence to the next, and their rows.
-
-    Neighbouring rows say nothing: rows may be sampled, and sequences may be interleaved.
-    """
-    sequence, position = trace.places(shard)
-    token, order = ((sequence.long() << 32) + position.long()).sort()
-    return token, order
 
 
 def stack_distances(ids: torch.Tensor, num_experts: int) -> torch.Tensor:

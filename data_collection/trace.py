@@ -177,10 +177,10 @@ class Trace:
         shapes = column_shapes(self.manifest)
         return sum((shapes[name][1] or 1) * shapes[name][0].itemsize for name in names)
 
-    def columns_for(self, sources: dict[int, int | None]) -> list[str]:
-        """The columns that `examples.make_batch` reads for `sources`."""
+    def columns_for(self, sources: dict[int, int | None], memory: int = 0) -> list[str]:
+        """The columns that `examples.make_batch` reads for `sources` and `memory`."""
         recorded = column_shapes(self.manifest)
-        names: dict[str, None] = {}
+        names: dict[str, None] = dict.fromkeys((SEQUENCE, POSITION) if memory else ())
         for target, source in sources.items():
             names |= dict.fromkeys((Column.EXPERT_IDS.of(target), Column.ROUTER_LOGITS.of(target)))
             if source is None:
@@ -194,9 +194,23 @@ class Trace:
         """Each token's sequence number and its position in the sequence, int32 `[rows]` each, of a shard."""
         return self.column(shard, SEQUENCE), self.column(shard, POSITION)
 
+    def by_token(self, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of a shard as rising numbers, int64 `[rows]`, and their rows.
+
+        The numbers differ by 1 from one token of a sequence to the next. Neighbouring rows say nothing: rows may be sampled, and
+        sequences may be interleaved.
+        """
+        sequence, position = self.places(shard)
+        token, order = ((sequence.long() << 32) + position.long()).sort()
+        return token, order
+
     def expert_ids(self, columns: Columns) -> torch.Tensor:
         """The experts that each target's router chose, for the rows of `columns`, int64 `[rows, targets, top_k]`."""
         return torch.stack([columns[Column.EXPERT_IDS.of(target)] for target in self.sources], 1).long()
+
+    def router_logits(self, columns: Columns, target: int) -> torch.Tensor:
+        """The logits of the target's router for the rows of `columns`, fp32 `[rows, experts]`."""
+        return columns[Column.ROUTER_LOGITS.of(target)].float()
 
     def speculator_input(
         self, columns: Columns, target: int, source: int | None

@@ -81,7 +81,9 @@ class StackedResidualMLPs(nn.Module):
     w2: nn.Parameter
     b2: nn.Parameter
     u: nn.Parameter
-    """Only where there is a memory."""
+    """Only where there is a memory, of values times `scale`."""
+    scale: torch.Tensor
+    """`[layers, 1, memory * 2 experts]`: makes what is remembered about as large in every layer. A layer's own `u` has it in it."""
 
     def __init__(self, widths: list[int], hidden_size: int, num_experts: int, memory: int = 0):
         super().__init__()
@@ -92,6 +94,8 @@ class StackedResidualMLPs(nn.Module):
             mlp.v.data[width:] = 0
         for name, _ in single[0].named_parameters():
             self.register_parameter(name, nn.Parameter(torch.stack([getattr(mlp, name).detach() for mlp in single])))
+        if memory:
+            self.register_buffer("scale", torch.ones_like(self.u[:, :1]))
 
     def forward(
         self, quasi: torch.Tensor, normed: torch.Tensor, mixture: torch.Tensor, memory: torch.Tensor | None = None
@@ -103,7 +107,7 @@ class StackedResidualMLPs(nn.Module):
         hidden = torch.baddbmm(self.b1.unsqueeze(1), normed, self.w1.mT)
         hidden = torch.baddbmm(hidden, mixture, self.v.mT)
         if memory is not None:
-            hidden = torch.baddbmm(hidden, memory, self.u.mT)
+            hidden = torch.baddbmm(hidden, memory, (self.u * self.scale).mT)
         return quasi + torch.baddbmm(self.b2.unsqueeze(1), F.silu(hidden), self.w2.mT)
 
     def count(self) -> int:
@@ -115,6 +119,8 @@ class StackedResidualMLPs(nn.Module):
         width = self.widths[number]
         mlp = ResidualMLP(self.w1.shape[2], self.v.shape[2], width, self.memory)
         own = {name: p.detach()[number].clone() for name, p in self.named_parameters()}
+        if self.memory:
+            own["u"] *= self.scale[number]
         cut = {name: p[:width] for name, p in own.items() if name not in ("w2", "b2")}
         mlp.load_state_dict(own | cut | {"w2": own["w2"][:, :width]})
         return mlp

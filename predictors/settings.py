@@ -251,6 +251,12 @@ def _horizon(value: Any) -> Any:
     return int(value)
 
 
+def _memory(value: Any) -> Any:
+    if str(value) not in ("0", "1", "2"):
+        raise ValueError("remember 0, 1 or 2 tokens")
+    return int(value)
+
+
 def _in_a_folder(file: Path) -> Path:
     if not file.absolute().parent.is_dir():
         raise ValueError(f"there is no folder {file.parent} to write {file.name} to; make it first")
@@ -289,6 +295,8 @@ Layers = Annotated[Literal["all", "auto"] | list[int], BeforeValidator(parse_lay
 """Layers of a model: `all`, `auto`, or numbers like `0,1` or `0-3,7`."""
 Horizon = Annotated[int, BeforeValidator(_horizon)]
 """MoE layers from a source to its target: 1 or 2."""
+Memory = Annotated[int, BeforeValidator(_memory)]
+"""Tokens that a predictor remembers: 0, 1 or 2."""
 Name = Annotated[str, BeforeValidator(_expanded), Kind("name")]
 """A path or a name of the Hub; `~` is the user's home."""
 Device = Annotated[str, BeforeValidator(lambda device: "auto" if device is None else str(device))]

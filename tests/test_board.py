@@ -41,7 +41,7 @@ def test_every_chart_of_the_first_page_shows_something(events):
                 assert any(re.match(pattern, tag) for tag in tags), pattern
     for layer, chart in zip(LAYERS, by_layer.chart, strict=True):
         shown = {tag for tag in tags if any(re.match(pattern, tag) for pattern in chart.multiline.tag)}
-        assert shown == {f"hit_rate/layer_{layer:02d}", f"training_free/layer_{layer:02d}"}
+        assert shown == {f"{kind}/layer_{layer:02d}" for kind in ("hit_rate", "without_memory", "training_free")}
     loss = {tag for tag in tags if any(re.match(pattern, tag) for pattern in overview.chart[0].multiline.tag)}
     assert loss == {"loss/train", "loss/validation"}
 
@@ -54,6 +54,7 @@ def test_baselines_and_final_figures_are_those_of_the_result(events, result):
     assert last(events, "final/hit_rate") == pytest.approx(result["mean"]["predictor"], abs=1e-6)
     assert last(events, "final/training_free") == pytest.approx(result["mean"]["training_free"], abs=1e-6)
     assert last(events, "final/weakest_layer") == pytest.approx(min(rates["predictor"]), abs=1e-6)
+    assert last(events, "final/without_memory") == pytest.approx(result["mean"]["without_memory"], abs=1e-6)
     before, after = result["mean"]["training_free"], result["mean"]["predictor"]
     assert last(events, "final/gap_closed") == pytest.approx((after - before) / (1 - before), abs=1e-5)
 
@@ -116,5 +117,5 @@ def test_scalars_are_grouped(events):
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
     assert groups == {
         "calibration", "epoch", "exact", "final", "hit_rate", "hit_rate_at_2k", "loss", "recall_by_candidates",
-        "throughput", "training_free",
+        "throughput", "training_free", "without_memory",
     }  # fmt: skip

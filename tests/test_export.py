@@ -69,15 +69,15 @@ def test_an_export_is_what_was_trained(exported, fitted, collected):
     result = json.loads((fitted / "result.json").read_text())
     trace = Trace.open(collected)
     targets = [Target(layer, source, 32) for layer, source in trace.sources.items()]
-    module = PredictorTraining(trace, targets, "kl", learning_rate=1e-3, weight_decay=0.0)
+    module = PredictorTraining(trace, targets, "kl", learning_rate=1e-3, weight_decay=0.0, memory=1)
     module.load_state_dict(torch.load(fitted / result["checkpoint"], weights_only=True)["state_dict"])
     predictors = load_predictors(exported)
     state, layer = torch.randn(2, 4, 10, 32), None
     with torch.no_grad():
-        mixture = torch.randn(4, 10, 8)
-        expected = module.mlps(*state, mixture)
+        mixture, memory = torch.randn(4, 10, 8), torch.randn(4, 10, 16)
+        expected = module.mlps(*state, mixture, memory)
         for number, layer in enumerate(trace.sources):
-            actual = predictors.mlps[layer](state[0, number], state[1, number], mixture[number])
+            actual = predictors.mlps[layer](state[0, number], state[1, number], mixture[number], memory[number])
             torch.testing.assert_close(actual, expected[number], rtol=1e-5, atol=1e-5)
     assert predictors.default_vectors.keys() == {0, 1, 2}
     for source, vectors in trace.default_vectors().items():
@@ -102,14 +102,15 @@ def test_the_model_card_has_front_matter_and_the_figures(exported, fitted):
         [cell.strip() for cell in line.split("|")[1:-1]] for line in card.text.splitlines() if line.startswith("| ")
     ]
     assert table[0] == [
-        "layer", "source", "width", "bytes", "training-free", "predictor", "gap closed", "top 4",
+        "layer", "source", "width", "bytes", "training-free", "without memory", "predictor", "gap closed", "top 4",
     ]  # fmt: skip
     for entry, row in zip(json.loads((fitted / "result.json").read_text())["layers"], table[2:-1], strict=True):
         before, after = entry["training_free"]["recall@k"], entry["predictor"]["recall@k"]
         size = sum(w.nbytes for name, w in tensors.items() if name.startswith(f"layers.{entry['layer']}."))
         source = "its input" if entry["source"] is None else str(entry["source"])
         closed = f"{(after - before) / (1 - before):.0%}"
-        expected = [source, "32", f"{size:,}", f"{before:.3f}", f"{after:.3f}", closed]
+        alone = entry["without_memory"]["recall@k"]
+        expected = [source, "32", f"{size:,}", f"{before:.3f}", f"{alone:.3f}", f"{after:.3f}", closed]
         assert row == [str(entry["layer"]), *expected, f"{entry['predictor']['recall'][-1]:.3f}"]
     total = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("layers."))
     assert table[-1][:4] == ["all", "", "", f"{total:,}"]
@@ -167,7 +168,9 @@ def test_a_predictor_that_is_no_better_than_none_is_dropped(fitted, tiny_moe, tm
         written = config["layers"][entry["layer"]]
         assert written["source"] == entry["source"]
         assert written["recall"] == entry["predictor" if kept else "training_free"]["recall"]
-        assert written["hit_rate"].keys() == ({"training_free", "predictor"} if kept else {"training_free"})
+        assert written["hit_rate"].keys() == (
+            {"training_free", "without_memory", "predictor"} if kept else {"training_free"}
+        )
         figure = f"{entry['predictor']['recall@k']:.3f}{'' if kept else ', dropped'}"
         assert f"| {figure} |" in card
         assert figure in told
@@ -205,11 +208,11 @@ def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, 
     metric, wirings, rows = HitRate(4), trace.wirings(), 0
     for shard in range(len(trace.manifest.shards)):
         own = held_out[trace.column(shard, "sequence").long()].nonzero().flatten()
-        batch = make_batch(trace.read(shard, own), trace.sources, trace.stacked())
+        names = trace.columns_for(trace.sources, memory=1)
+        batch = make_batch(trace.read(shard, own, names), trace.sources, trace.stacked(), memory=1)
         with torch.no_grad():
             ids = [
-                wirings[target].router(mlps[target](batch.quasi[n], batch.normed[n], batch.mixture[n])).ids
-                for n, target in enumerate(trace.sources)
+                wirings[target].router(batch.corrected(n, mlps[target])).ids for n, target in enumerate(trace.sources)
             ]
         metric.update(torch.stack(ids), batch.ids)
         rows += len(own)

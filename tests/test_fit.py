@@ -18,11 +18,14 @@ from predict_train.predictors.errors import UserError
 from predict_train.train import fit as job
 from predict_train.train.data import (
     BLOCK_BYTES,
+    RUN,
     FitError,
+    Rows,
     TraceBlocks,
     TraceData,
     TraceLoader,
     held_out_sequences,
+    places_of,
     plan_blocks,
 )
 from predict_train.train.fit import FitConfig, fit
@@ -54,9 +57,9 @@ def quiet() -> Console:
     return Console(quiet=True)
 
 
-def training(trace: Trace, width: int, loss: str = "kl") -> PredictorTraining:
+def training(trace: Trace, width: int, loss: str = "kl", memory: int = 0) -> PredictorTraining:
     targets = [Target(layer, source, width) for layer, source in trace.sources.items()]
-    return PredictorTraining(trace, targets, loss, learning_rate=1e-3, weight_decay=0.0)
+    return PredictorTraining(trace, targets, loss, learning_rate=1e-3, weight_decay=0.0, memory=memory)
 
 
 def curves(run: Path) -> dict[str, list[float]]:
@@ -163,24 +166,91 @@ def test_a_single_sequence_can_not_be_split():
         held_out_sequences(1, 0.1, 0)
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(1, 60), st.integers(1, 1 << 20), st.booleans())
-def test_a_plan_holds_each_row_once(sizes, batch_size, row_bytes, shuffled):
+@given(
+    sizes=st.lists(st.integers(0, 50), min_size=1, max_size=9),
+    batch_size=st.integers(1, 60),
+    row_bytes=st.integers(1, 1 << 20),
+    shuffled=st.booleans(),
+    run=st.integers(1, 9),
+)
+def test_a_plan_holds_each_row_once(sizes, batch_size, row_bytes, shuffled, run):
     rows = [torch.arange(0, 2 * size, 2) for size in sizes]
-    plan = plan_blocks(rows, batch_size, row_bytes, torch.Generator().manual_seed(0) if shuffled else None)
+    plan = plan_blocks(rows, batch_size, row_bytes, torch.Generator().manual_seed(0) if shuffled else None, run)
     planned = sorted((shard, row) for block in plan for shard, piece in block.pieces for row in piece.tolist())
     assert planned == sorted((shard, row) for shard, given in enumerate(rows) for row in given.tolist())
     for block in plan:
         count = sum(len(piece) for _, piece in block.pieces)
-        assert 1 <= block.batches <= count <= block.batches * (2 * batch_size + len(sizes))
+        assert 1 <= block.batches <= count <= block.batches * (2 * batch_size + run * len(sizes))
+        assert len(block.runs) == count
+        # No run is cut, and each batch has one.
+        assert block.runs.bincount().min() >= 1
+        assert block.runs.bincount().max() <= run
+        assert set((block.runs % block.batches).tolist()) == set(range(block.batches))
         assert block.batches == 1 or block.batches * batch_size * row_bytes <= BLOCK_BYTES
 
 
-@given(rows=st.integers(1, 300), batch_size=st.integers(1, 200), world=st.integers(1, 4), shuffled=st.booleans())
-def test_batches_are_each_row_once_whatever_their_size(collected, rows, batch_size, world, shuffled):
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6)), max_size=20, unique=True), st.integers(1, 5))
+def test_a_place_is_counted_from_where_tokens_begin_to_follow_one_another(places, run):
+    token = torch.tensor(sorted((sequence << 32) + position for sequence, position in places), dtype=torch.long)
+    expected: list[int] = []
+    for number, (now, before) in enumerate(zip(token.tolist(), [-2, *token.tolist()], strict=False)):
+        expected.append(expected[-1] + 1 if number and now == before + 1 else 0)
+    found = places_of(token)
+    assert found.tolist() == expected
+    rows = torch.arange(len(token))
+    for generator in (None, torch.Generator().manual_seed(0)):
+        for block in plan_blocks([rows], 20, 1, generator, run, [found]):
+            [(_, own)] = block.pieces
+            for number in block.runs.unique():
+                assert (token[own[block.runs == number]].diff() == 1).all()  # no run holds two stretches
+
+
+def test_a_batch_remembers_what_a_pass_over_the_text_would(collected):
+    """In validation each row does, whatever its batch. In training the first rows of runs remember less."""
+    trace = Trace.open(collected)
+    module, data = training(trace, width=8, memory=2), TraceData(trace, trace.sources, 128, 0.1, 0, 0, memory=2)
+    expected: dict[tuple[int, int], torch.Tensor] = {}
+    for shard, entry in enumerate(trace.manifest.shards):
+        columns = trace.read(shard, torch.arange(entry.rows), data.names)
+        known = remembered_by(module, Rows(columns, entry.rows))
+        expected |= dict(list(known.items())[2:])  # a sequence may have begun in the shard before
+    for row, memory in remembered_by(module, *data.val_dataloader()).items():
+        assert row not in expected or torch.allclose(memory, expected[row], atol=1e-4)
+    whole, rows = 0, 0
+    for row, memory in remembered_by(module, *data.train_dataloader()).items():
+        if row in expected and row[1] > 1:
+            tokens = memory.chunk(2, -1)
+            knows = [bool(token.any()) for token in tokens]
+            assert knows in ([True, True], [True, False], [False, False])
+            for token, right, known in zip(tokens, expected[row].chunk(2, -1), knows, strict=True):
+                assert not known or torch.allclose(token, right, atol=1e-4)
+            whole, rows = whole + all(knows), rows + 1
+    assert whole / rows == pytest.approx(1 - 2 / RUN, abs=0.05)
+
+
+def remembered_by(module: PredictorTraining, *batches: Rows) -> dict[tuple[int, int], torch.Tensor]:
+    """What each row of the batches remembers, by sequence and position."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for rows in batches:
+        memory = module.batch(rows).memory
+        assert memory is not None
+        places = zip(rows.columns["sequence"].tolist(), rows.columns["position"].tolist(), strict=True)
+        found |= dict(zip(places, memory.unbind(1), strict=True))
+    return found
+
+
+@given(
+    rows=st.integers(1, 300),
+    batch_size=st.integers(1, 200),
+    world=st.integers(1, 4),
+    shuffled=st.booleans(),
+    run=st.integers(1, 9),
+)
+def test_batches_are_each_row_once_whatever_their_size(collected, rows, batch_size, world, shuffled, run):
     trace = Trace.open(collected)
     chosen = [torch.arange(shard.rows)[:rows] for shard in trace.manifest.shards]
     names = ["token_ids", "sequence", "position"]
-    plan = plan_blocks(chosen, batch_size, 12, torch.Generator().manual_seed(1) if shuffled else None)
+    plan = plan_blocks(chosen, batch_size, 12, torch.Generator().manual_seed(1) if shuffled else None, run)
     found = []
     for rank in range(world):
         loader = TraceLoader(TraceBlocks(trace, plan, names, rank, world), batch_size=None)
@@ -238,8 +308,11 @@ def test_the_loss_is_the_divergence_from_the_true_routing(collected):
     for layer in range(4):
         assert module.mlps.w2.grad is not None
         assert module.mlps.w2.grad[layer].abs().sum() > 0
-    assert {name for name, _ in module.named_parameters()} == {"mlps.w1", "mlps.v", "mlps.b1", "mlps.w2", "mlps.b2"}
-    assert set(module.state_dict()) == {"mlps.w1", "mlps.v", "mlps.b1", "mlps.w2", "mlps.b2"}
+    learned = {"mlps.w1", "mlps.v", "mlps.b1", "mlps.w2", "mlps.b2"}
+    assert {name for name, _ in module.named_parameters()} == set(module.state_dict()) == learned
+    remembering = training(trace, width=8, memory=1)
+    assert {name for name, _ in remembering.named_parameters()} == learned | {"mlps.u"}
+    assert set(remembering.state_dict()) == learned | {"mlps.u", "mlps.scale"}
 
 
 def test_a_single_layer_is_fitted_too(tiny_moe_folder, text_corpus, config, tmp_path):

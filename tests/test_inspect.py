@@ -210,7 +210,8 @@ def test_predictors_are_told(exported):
         own = [tensor for name, tensor in tensors.items() if name.startswith(f"layers.{entry['layer']}.")]
         assert own
         assert entry["bytes"] == sum(tensor.nbytes for tensor in own)
-        assert entry["hit_rate"].keys() == {"training_free", "predictor"}
+        assert entry["hit_rate"].keys() == {"training_free", "without_memory", "predictor"}
+        assert entry["memory"] == 1
     assert found["bytes"] == sum(file.stat().st_size for file in exported.iterdir())
     text = told(found)
     assert "of layers 0, 1, 2" in text

@@ -100,7 +100,7 @@ def test_what_is_measured_agrees_with_itself_and_is_forgotten():
     assert measured.summary(1)["recall@k"] == measured.recall[1, 0]
     assert (measured.exact < measured.recall[:, 0]).all()
     # The mean over the experts, each by how often it was chosen, is the hit rate.
-    chosen = measures.training_free.expert_recall.chosen
+    chosen = measures.of("training_free").expert_recall.chosen
     weighed = (measured.expert_recall.nan_to_num() * chosen).sum(-1) / chosen.sum(-1)
     torch.testing.assert_close(weighed, measured.recall[:, 0])
     # So is the share of right candidates over all bins, for 2k candidates.
@@ -109,8 +109,10 @@ def test_what_is_measured_agrees_with_itself_and_is_forgotten():
     torch.testing.assert_close(right, measured.recall[:, -1])
     assert (measures.compute()["predictor"].recall == 1).all()
     assert not measures.state_dict()
+    assert measures.kinds == list(KINDS)
+    assert Measures(LAYERS, TOP_K, EXPERTS, memory=1).kinds == ["training_free", "without_memory", "predictor"]
     measures.reset()
-    assert measures.training_free.expert_recall.chosen.sum() == 0
+    assert measures.of("training_free").expert_recall.chosen.sum() == 0
 
 
 def as_process(rank: int, folder: str) -> None:

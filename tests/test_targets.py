@@ -107,16 +107,27 @@ def test_the_own_input_says_more_than_the_source_does(with_inputs):
     assert own[0] == nearest[0]
 
 
-@pytest.mark.parametrize("changes", [{"source": "layer_input"}, {"horizon": 2}, {"loss": "bce"}, {"loss": "ranking"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"source": "layer_input"},
+        {"horizon": 2},
+        {"loss": "bce"},
+        {"loss": "ranking"},
+        {"memory": 0},
+        {"memory": 2, "horizon": 2},
+    ],
+)
 @torch.no_grad()
 def test_every_kind_is_trained_exported_and_run(with_inputs, collected, tmp_path, tiny_moe_folder, tokenizer, changes):
     run = train(with_inputs, tmp_path / "run", **changes)
     result = json.loads((run / "result.json").read_text())
     assert result["mean"]["predictor"] > result["mean"]["training_free"]
     predictors = load_predictors(export(ExportConfig(run=run, out=tmp_path / "predictors")))
-    what_is_read = {name: value for name, value in changes.items() if name != "loss"}
+    what_is_read = {name: value for name, value in changes.items() if name not in ("loss", "memory")}
     expected = {target.layer: target.source for target in choose(with_inputs, **what_is_read)}
     assert {layer.layer: layer.source for layer in predictors.layers} == expected
+    assert {mlp.memory for mlp in predictors.mlps.values()} == {changes.get("memory", 1)}
     # Replayed from the trace they guess as well as on validation.
     replayed = replay(Trace.open(with_inputs), 1000, 4, predictors)
     assert replayed.hit_rate == pytest.approx(result["mean"]["predictor"], abs=0.1)
@@ -137,14 +148,15 @@ def test_every_kind_is_trained_exported_and_run(with_inputs, collected, tmp_path
 
 @given(
     st.dictionaries(st.integers(0, 50), st.floats(0, 1), min_size=1, max_size=12),
-    st.integers(29_000, 1_000_000),  # the least for twelve layers is 28,800
+    st.integers(42_000, 1_000_000),  # the least for twelve layers is 28,800, and 41,088 with a memory of two tokens
+    st.integers(0, 2),
 )
-def test_a_budget_is_kept_and_goes_where_the_gap_is(collected_trace, gaps, budget):
+def test_a_budget_is_kept_and_goes_where_the_gap_is(collected_trace, gaps, budget, memory):
     model = collected_trace.manifest.model
-    widths = share_out(collected_trace, gaps, str(budget))
-    counts = [ResidualMLP.count(model.hidden_size, model.num_experts, width) for width in widths.values()]
+    widths = share_out(collected_trace, gaps, str(budget), memory)
+    counts = [ResidualMLP.count(model.hidden_size, model.num_experts, width, memory) for width in widths.values()]
     assert 2 * sum(counts) <= budget
-    step = 2 * 16 * (ResidualMLP.count(model.hidden_size, model.num_experts, 1) - model.hidden_size)
+    step = 2 * 16 * (ResidualMLP.count(model.hidden_size, model.num_experts, 1, memory) - model.hidden_size)
     assert 2 * sum(counts) + step > budget
     assert all(widths[a] >= widths[b] for a in gaps for b in gaps if gaps[a] > gaps[b])
 
@@ -167,7 +179,7 @@ def test_a_budget_in_the_place_of_a_width(collected, tmp_path, tiny_moe):
     every = sum(p.numel() for p in tiny_moe.parameters())
     assert parameters_in(trace, "10%") == int(0.1 * (every - experts))
     with pytest.raises(FitError, match="60000 is too small for 50 predictors, which take 120,000 bytes"):
-        share_out(trace, dict.fromkeys(range(50), 0.5), "60000")
+        share_out(trace, dict.fromkeys(range(50), 0.5), "60000", memory=0)
     for wrong in ("much", "0%", "-5%", "200%", "5 apples"):
         with pytest.raises(FitError, match="a budget can't be"):
             parameters_in(trace, wrong)

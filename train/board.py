@@ -1,8 +1,8 @@
 """The scalars, figures and texts that `fit` writes for TensorBoard; Lightning itself logs the losses.
 
 Custom Scalars    the first page to look at: loss, hit rates beside their training-free baselines, throughput
-Scalars           hit_rate, training_free, hit_rate_at_2k, exact (each by layer, and the mean), calibration, throughput;
-                  of the best epoch: final, and recall_by_candidates, whose step is the number of candidates
+Scalars           hit_rate, training_free, without_memory, hit_rate_at_2k, exact (each by layer, and the mean), calibration,
+                  throughput; of the best epoch: final, and recall_by_candidates, whose step is the number of candidates
 Images            hit rate by layer, recall by candidates, missed experts, calibration, for each validation
 HParams           the settings with the final measures
 Text              the settings and the run's provenance
@@ -25,33 +25,41 @@ from torch.utils.tensorboard.summary import hparams
 from ..predictors.metrics import gap_closed
 from ..predictors.provenance import hardware
 from . import figures
-from .measures import Kind
+from .measures import KINDS, Kind
 from .module import PredictorTraining, Results, mean_of
 
 WINDOW = 20
 """Batches per measurement of the throughput."""
-KINDS: tuple[Kind, Kind] = ("predictor", "training_free")
+GROUPS: dict[Kind, str] = {
+    "training_free": "training_free",
+    "without_memory": "without_memory",
+    "predictor": "hit_rate",
+}
+"""The group of scalars with the hit rates of each kind."""
 
 
-def layout(targets: Sequence[int]) -> dict[str, dict[str, list[Any]]]:
-    """The charts of the Custom Scalars page: category -> title -> kind of chart and its tags, as regexes."""
+def layout(targets: Sequence[int], kinds: Sequence[Kind]) -> dict[str, dict[str, list[Any]]]:
+    """The charts of the Custom Scalars page: category -> title -> kind of chart and its tags, as regexes.
+
+    `kinds` are those that are measured.
+    """
 
     def chart(*tags: str) -> list[Any]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
 
+    def rates(name: str) -> list[Any]:
+        return chart(*(f"{GROUPS[kind]}/{name}" for kind in reversed(kinds)))
+
     return {
         "Overview": {
             "loss, train and validation": chart("loss/train", "loss/validation"),
-            "hit rate, mean of all layers; flat: training-free": chart("hit_rate/mean", "training_free/mean"),
-            "hit rate, weakest layer; flat: training-free": chart("hit_rate/weakest", "training_free/weakest"),
+            "hit rate, mean of all layers; flat: training-free": rates("mean"),
+            "hit rate, weakest layer; flat: training-free": rates("weakest"),
             "recall by number of candidates (the step), at the end": chart("recall_by_candidates/.*"),
             "recall with 2k candidates; below: exact": chart("hit_rate_at_2k/mean", "exact/mean"),
             "training rows per second": chart("throughput/rows_per_second"),
         },
-        "Hit rate by layer; flat: training-free": {
-            f"layer {target}": chart(f"hit_rate/{_name(target)}", f"training_free/{_name(target)}")
-            for target in targets
-        },
+        "Hit rate by layer; flat: training-free": {f"layer {target}": rates(_name(target)) for target in targets},
     }
 
 
@@ -75,7 +83,7 @@ class Board(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, PredictorTraining)
-        self.writer.add_custom_scalars(layout(list(module.sources)))
+        self.writer.add_custom_scalars(layout(list(module.sources), module.measures.kinds))
         for name, facts in _texts(self.run).items():
             self.writer.add_text(f"run/{name}", _table(facts), trainer.global_step)
 
@@ -116,15 +124,16 @@ class Board(Callback):
     def _write_validation(self, module: PredictorTraining, step: int) -> None:
         scalars: dict[str, float] = {}
         for target, result in module.results.items():
-            scalars[f"hit_rate/{_name(target)}"] = result["predictor"]["recall@k"]
-            scalars[f"training_free/{_name(target)}"] = result["training_free"]["recall@k"]
+            for kind in module.measures.kinds:
+                scalars[f"{GROUPS[kind]}/{_name(target)}"] = result[kind]["recall@k"]
             scalars[f"hit_rate_at_2k/{_name(target)}"] = result["predictor"]["recall@2k"]
             scalars[f"exact/{_name(target)}"] = result["predictor"]["exact"]
-        scalars["training_free/mean"] = mean_of(module.results, "training_free")
         scalars["hit_rate_at_2k/mean"] = mean_of(module.results, "predictor", "recall@2k")
         scalars["exact/mean"] = mean_of(module.results, "predictor", "exact")
-        for kind, group in zip(KINDS, ("hit_rate", "training_free"), strict=True):
-            scalars[f"{group}/weakest"] = weakest(module.results, kind)
+        for kind in module.measures.kinds:
+            scalars[f"{GROUPS[kind]}/weakest"] = weakest(module.results, kind)
+            if kind != "predictor":  # Lightning logs that one
+                scalars[f"{GROUPS[kind]}/mean"] = mean_of(module.results, kind)
             scalars[f"calibration/error_{kind}"] = float(module.measured[kind].calibration.error().mean())
         self._write(scalars, step)
         layers, measured = list(module.sources), module.measured
@@ -149,9 +158,12 @@ class Board(Callback):
             "final/exact": mean_of(results, "predictor", "exact"),
             "final/parameters": float(parameters),
         }
+        kinds = [kind for kind in KINDS if all(kind in result for result in results.values())]
+        if "without_memory" in kinds:
+            final["final/without_memory"] = mean_of(results, "without_memory")
         # A separate file, because Lightning closes the logger's file when training ends.
         with SummaryWriter(self.logger.log_dir) as writer:
-            for kind in KINDS:
+            for kind in kinds:
                 curves = zip(*(result[kind]["recall"] for result in results.values()), strict=True)
                 for number, layers in enumerate(curves, top_k):
                     writer.add_scalar(f"recall_by_candidates/{kind}", sum(layers) / len(layers), number)

@@ -32,24 +32,29 @@ def layer_table(
 ) -> tuple[list[str], list[list[str]]]:
     """Headers, a row for each target layer, and a row of means.
 
-    `entries` are the layers of a run's result, by target: `training_free` and `predictor`, each with `recall@k`.
+    `entries` are the layers of a run's result, by target: `training_free`, `predictor` and, with a memory, `without_memory`,
+    each with `recall@k`.
     """
     top_k, experts = predictors.model["top_k"], predictors.model["num_experts"]
     most = min(2 * top_k, experts)
     sizes = sorted({min(top_k + 2, most), most} - {top_k})
-    headers = ["layer", "source", "width", "bytes", "training-free", "predictor", "gap closed"]
+    remember = any("without_memory" in entry for entry in entries.values())
+    headers = ["layer", "source", "width", "bytes", "training-free", *(["without memory"] if remember else [])]
+    headers += ["predictor", "gap closed"]
     headers += [f"top {size}" for size in sizes] + (["by rounding"] if rounding else [])
     rows, rates = [], []
     for target, entry in entries.items():
         own = predictors.of(target)
         source, mlp, curve = own.source, own.mlp, own.recall
         before, after = entry["training_free"]["recall@k"], entry["predictor"]["recall@k"]
+        alone = entry["without_memory"]["recall@k"] if remember else after
         row = [
             str(target),
             "its input" if source is None else str(source),
             str(mlp.width if mlp else 0),
             f"{own.nbytes:,}",
             f"{before:.3f}",
+            *([f"{alone:.3f}"] if remember else []),
             f"{after:.3f}" if mlp else f"{after:.3f}, dropped",
             f"{gap_closed(before, after):.0%}" if mlp else "",
             *(f"{curve[size - top_k]:.3f}" if curve else "" for size in sizes),
@@ -57,10 +62,11 @@ def layer_table(
         if rounding:
             row.append(f"{rounding.after[target] - rounding.before[target]:+.4f}" if mlp else "")
         rows.append(row)
-        rates.append((before, after if mlp else before))
-    before, after = (sum(values) / len(rates) for values in zip(*rates, strict=True))
+        rates.append((before, alone, after) if mlp else (before, before, before))
+    before, alone, after = (sum(values) / len(rates) for values in zip(*rates, strict=True))
     size = f"{sum(own.nbytes for own in predictors.layers):,}"
-    means = ["all", "", "", size, f"{before:.3f}", f"{after:.3f}", f"{gap_closed(before, after):.0%}"]
+    means = ["all", "", "", size, f"{before:.3f}", *([f"{alone:.3f}"] if remember else [])]
+    means += [f"{after:.3f}", f"{gap_closed(before, after):.0%}"]
     return headers, [*rows, means + [""] * (len(headers) - len(means))]
 
 
@@ -68,6 +74,12 @@ def remarks(predictors: Predictors, rounding: Rounding | None = None) -> list[st
     """Sentences with facts that the table lacks."""
     vectors = sum(d.nbytes for d in predictors.default_vectors.values())
     found = [f"The default vectors take another {vectors:,} bytes."]
+    if tokens := max((mlp.memory for mlp in predictors.mlps.values()), default=0):
+        found.append(
+            f"For each token the predictors read what the router decided for the last {'token' if tokens == 1 else 'two tokens'} of "
+            "its sequence, and how wrong the guess was. Where there is none, as at its beginning, they find as many experts as the "
+            "column without memory says."
+        )
     dropped = [str(own.layer) for own in predictors.layers if own.mlp is None]
     if dropped:
         found.append(

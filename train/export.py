@@ -27,7 +27,9 @@ from .fit import RESULT, is_trained_on, read_checkpoint, read_result, read_run
 from .settings import ExportConfig
 
 ROUNDING_ROWS = 20_000
-"""The most validation rows that the cost of rounding is measured on."""
+"""About the most validation rows that the cost of rounding is measured on."""
+ROUNDING_RUN = 64
+"""Consecutive tokens of them."""
 
 
 def export(config: ExportConfig, console: Console | None = None) -> Path:
@@ -46,7 +48,8 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     if not is_trained_on(settings, source):
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
     entries = {entry["layer"]: entry for entry in result["layers"]}
-    trained = _trained(run / result["checkpoint"], {t: entry["width"] for t, entry in entries.items()}, source)
+    memory = settings["settings"]["memory"]
+    trained = _trained(run / result["checkpoint"], {t: entry["width"] for t, entry in entries.items()}, memory, source)
     predictors = Predictors(
         model=source.manifest.model.identity(),
         layers=[_layer(entry, trained[target]) for target, entry in entries.items()],
@@ -73,34 +76,36 @@ def _layer(entry: dict[str, Any], mlp: ResidualMLP) -> TargetLayer:
     # The last kind is the exported speculation.
     kinds = ["training_free"]
     if entry["predictor"]["recall@k"] > entry["training_free"]["recall@k"]:
-        kinds.append("predictor")
+        kinds += [kind for kind in ("without_memory", "predictor") if kind in entry]
     rates, recall = {kind: entry[kind]["recall@k"] for kind in kinds}, entry[kinds[-1]]["recall"]
     return TargetLayer(entry["layer"], entry["source"], mlp if "predictor" in kinds else None, rates, recall)
 
 
-def _trained(checkpoint: Path, widths: dict[int, int], trace: Trace) -> dict[int, ResidualMLP]:
-    """The predictors of a checkpoint by target layer, fp32, with these `widths`."""
+def _trained(checkpoint: Path, widths: dict[int, int], memory: int, trace: Trace) -> dict[int, ResidualMLP]:
+    """The predictors of a checkpoint by target layer, fp32, with these `widths` and this `memory`."""
     model = trace.manifest.model
-    stack = StackedResidualMLPs(list(widths.values()), model.hidden_size, model.num_experts)
+    stack = StackedResidualMLPs(list(widths.values()), model.hidden_size, model.num_experts, memory)
     state = read_checkpoint(checkpoint)["state_dict"]
     stack.load_state_dict({n.removeprefix("mlps."): tensor for n, tensor in state.items() if n.startswith("mlps.")})
     return {target: stack.layer(number) for number, target in enumerate(widths)}
 
 
 def _validation_rows(trace: Trace, share: float, seed: int) -> list[torch.Tensor]:
-    """Rows of each shard that `fit` kept for validation, evenly spaced, at most `ROUNDING_ROWS` in all."""
+    """Rows of each shard that `fit` kept for validation, about `ROUNDING_ROWS` in all: evenly spaced runs of consecutive tokens."""
     held_out = held_out_sequences(trace.manifest.sequences, share, seed)
-    shards = range(len(trace.manifest.shards))
-    rows = [held_out[trace.column(shard, SEQUENCE).long()].nonzero().flatten() for shard in shards]
-    step = -(-sum(map(len, rows)) // ROUNDING_ROWS)
-    return [some[::step] for some in rows]
+    found = []
+    for shard in range(len(trace.manifest.shards)):
+        _, rows = trace.by_token(shard)
+        found.append(rows[held_out[trace.column(shard, SEQUENCE)[rows].long()]])
+    step = -(-sum(map(len, found)) // ROUNDING_ROWS)
+    return [rows[torch.arange(len(rows)) // ROUNDING_RUN % step == 0] for rows in found]
 
 
 def _hit_rates(predictors: Predictors, trace: Trace, rows: list[torch.Tensor]) -> dict[int, float]:
     """The hit rate of each layer that has an MLP, computed in fp32, on the given rows of each shard."""
     mlps = _cast(predictors, torch.float32).mlps
     sources = predictors.sources_among({target: trace.sources[target] for target in mlps})
-    names = trace.columns_for(sources)
+    names = trace.columns_for(sources, max(mlp.memory for mlp in mlps.values()))
     pieces = ((shard, some) for shard, own in enumerate(rows) for some in own.split(CHUNK_ROWS))
     batches = (trace.read(shard, piece, names) for shard, piece in pieces if len(piece))
     [rates] = hit_rates(batches, sources, trace.stacked(sources), [trace.manifest.model.top_k], mlps)

@@ -20,6 +20,7 @@ COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00")
 MARKERS = ("o", "s", "^", "D")
 STYLE: dict[Kind, tuple[str, str, str]] = {
     "training_free": ("training-free", COLOURS[2], MARKERS[2]),
+    "without_memory": ("predictor without its memory", COLOURS[3], MARKERS[3]),
     "predictor": ("predictor", COLOURS[0], MARKERS[0]),
 }
 
@@ -39,7 +40,7 @@ def draw_rates(axes: Axes, layers: Sequence[int], curves: Mapping[str, Sequence[
 
 
 def hit_rates(layers: Sequence[int], measured: Mapping[Kind, Measured]) -> Figure:
-    """Hit rate by target layer, with and without the predictors."""
+    """Hit rate by target layer, with and without the predictors, and without their memory if they have one."""
     figure = new_figure(7.5, 4.4)
     predictor, training_free = measured["predictor"].recall, measured["training_free"].recall
     axes = figure.subplots()
@@ -48,6 +49,8 @@ def hit_rates(layers: Sequence[int], measured: Mapping[Kind, Measured]) -> Figur
         "predictor, 2k candidates": predictor[:, -1].tolist(),
         "training-free": training_free[:, 0].tolist(),
     }
+    if "without_memory" in measured:
+        curves[STYLE["without_memory"][0]] = measured["without_memory"].recall[:, 0].tolist()
     draw_rates(axes, layers, curves)
     axes.set_ylim(min(0.9, math.floor(10 * float(training_free.min())) / 10), 1.005)
     axes.set_title("hit rate by target layer", fontsize=11)
@@ -58,7 +61,7 @@ def recall_by_candidates(layers: Sequence[int], top_k: int, measured: Mapping[Ki
     """Recall against the number of candidates: the mean over the layers, and the weakest layer."""
     figure = new_figure(7.5, 4.4)
     axes = figure.subplots()
-    for kind, (label, colour, marker) in STYLE.items():
+    for kind, (label, colour, marker) in _styles(measured):
         recall = measured[kind].recall
         numbers = range(top_k, top_k + recall.shape[1])
         weakest = int(recall[:, 0].argmin())
@@ -77,9 +80,10 @@ def recall_by_candidates(layers: Sequence[int], top_k: int, measured: Mapping[Ki
 
 def missed_experts(layers: Sequence[int], measured: Mapping[Kind, Measured]) -> Figure:
     """Layers by experts: how often an expert was not among k candidates when the router chose it. Grey: never chosen."""
-    figure = new_figure(9, 7)
+    styles = _styles(measured)
+    figure = new_figure(9, 3.5 * len(styles))
     figure.suptitle("how often an expert that the router chose was missed (each panel has its own scale)", fontsize=11)
-    for axes, (kind, (label, *_)) in zip(figure.subplots(2, 1), STYLE.items(), strict=True):
+    for axes, (kind, (label, *_)) in zip(figure.subplots(len(styles), 1), styles, strict=True):
         missed = 1 - measured[kind].expert_recall
         # Each panel has its own scale: else one bad layer without predictors would make the other panel one colour. The
         # colours end at the 99th percentile: else one expert that is always missed would do the same.
@@ -102,7 +106,7 @@ def calibration(measured: Mapping[Kind, Measured]) -> Figure:
     figure = new_figure(7.5, 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     upper.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="a probability that holds")
-    for kind, (label, colour, marker) in STYLE.items():
+    for kind, (label, colour, marker) in _styles(measured):
         curve = _pooled(measured[kind].calibration)
         error = float(curve.error())
         points = curve.candidates[0] > 0
@@ -135,6 +139,11 @@ def draw_loads(axes: Axes, layers: list[int], loads: list[list[int]]) -> None:
     axes.set_yticks(list(ticks), [str(layers[number]) for number in ticks])
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, extend="max" if ranked[-1] > top else "neither")
     bar.set_label("load over the mean load")
+
+
+def _styles(measured: Mapping[Kind, Measured]) -> list[tuple[Kind, tuple[str, str, str]]]:
+    """Label, colour and marker of each kind that was measured."""
+    return [(kind, style) for kind, style in STYLE.items() if kind in measured]
 
 
 def _pooled(curve: CalibrationCurve) -> CalibrationCurve:

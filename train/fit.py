@@ -29,9 +29,10 @@ from ..predictors.files import CHECKSUM, is_changed, sealed, written_whole
 from ..predictors.loading import resolve_device
 from ..predictors.metrics import gap_closed
 from ..predictors.provenance import command, versions
-from ..predictors.tables import figure_table
+from ..predictors.tables import broken, figure_table
 from .board import Board
 from .data import FitError, TraceData
+from .measures import KINDS
 from .module import MEAN_HIT_RATE, PredictorTraining, mean_of
 from .settings import FitConfig
 from .targets import choose_targets
@@ -63,9 +64,9 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
             read_checkpoint(last)
     targets = choose_targets(trace, config)
     sources = {target.layer: target.source for target in targets}
-    data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers)
+    data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers, config.memory)
     torch.manual_seed(config.seed)
-    module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay)
+    module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay, config.memory)
     settings = config.model_dump(mode="json")
     run = {"settings": settings, "trace": _identity(trace), "command": command(), "versions": versions()}
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
@@ -98,7 +99,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
                 {"layer": target.layer, "source": target.source, "width": target.width, **results[target.layer]}
                 for target in targets
             ],
-            "mean": {kind: mean_of(results, kind) for kind in ("training_free", "predictor")},
+            "mean": {kind: mean_of(results, kind) for kind in module.measures.kinds},
             "epochs": trainer.current_epoch,
         }
         board.finish(results, trace.manifest.model.top_k, module.mlps.count())
@@ -127,6 +128,7 @@ def read_run(run: Path) -> dict[str, Any]:
     if is_changed(settings) or settings.keys() - {CHECKSUM} != ENTRIES[CONFIG]:
         raise FitError(f"{run / CONFIG} is not what fit wrote; train again")
     settings.pop(CHECKSUM, None)
+    settings["settings"].setdefault("memory", 0)  # of an older release
     return settings
 
 
@@ -229,15 +231,17 @@ def resumable(out: Path) -> Iterator[None]:
 
 
 def _report(layers: list[dict[str, Any]], console: Console) -> None:
+    kinds = [kind for kind in KINDS if kind in layers[0]]
+    headers = {"training_free": "training-free", "without_memory": broken("without memory"), "predictor": "predictor"}
     table = figure_table(
-        *("target", "source", "width", "training-free", "predictor", "gap closed", "at 2k", "exact"),
+        *("target", "source", "width", *(headers[kind] for kind in kinds), "gap closed", "at 2k", "exact"),
         title="hit rate on validation sequences",
         caption="at 2k: with twice as many candidates; exact: all experts found",
     )
     for entry in layers:
-        before, after = entry["training_free"]["recall@k"], entry["predictor"]
-        rates = [f"{rate:.3f}" for rate in (before, after["recall@k"], after["recall@2k"], after["exact"])]
-        closed = f"{gap_closed(before, after['recall@k']):.0%}"
+        rates, after = [entry[kind]["recall@k"] for kind in kinds], entry["predictor"]
         source = "input" if entry["source"] is None else str(entry["source"])
-        table.add_row(str(entry["layer"]), source, str(entry["width"]), *rates[:2], closed, *rates[2:])
+        row = [str(entry["layer"]), source, str(entry["width"]), *(f"{rate:.3f}" for rate in rates)]
+        row.append(f"{gap_closed(rates[0], rates[-1]):.0%}")
+        table.add_row(*row, *(f"{rate:.3f}" for rate in (after["recall@2k"], after["exact"])))
     console.print(table)

@@ -85,8 +85,8 @@ def _run(path: Path) -> dict[str, Any]:
     found = {"kind": "run", "path": str(path), "bytes": _size(path), **settings, "epochs": _epochs(path)}
     if result is None:
         return found | {"finished": False, "layers": []}
-    names = ("layer", "source", "training_free", "predictor")
-    layers = [{name: entry[name] for name in names} for entry in result["layers"]]
+    names = ("layer", "source", "training_free", "without_memory", "predictor")
+    layers = [{name: entry[name] for name in names if name in entry} for entry in result["layers"]]
     return found | {"finished": True, "checkpoint": result["checkpoint"], "mean": result["mean"], "layers": layers}
 
 
@@ -111,6 +111,7 @@ def _predictors(path: Path) -> dict[str, Any]:
             "layer": entry.layer,
             "source": entry.source,
             "width": 0 if entry.mlp is None else entry.mlp.width,
+            "memory": 0 if entry.mlp is None else entry.mlp.memory,
             # Their size in the file; in memory they are fp32.
             "bytes": sum(w.nbytes for name, w in weights.items() if name.startswith(f"layers.{entry.layer}.")),
             "hit_rate": entry.hit_rates,
@@ -176,6 +177,11 @@ def _closed(before: float | None, after: float | None) -> str:
     return "" if before is None or after is None or before == 1 else f"{gap_closed(before, after):.0%}"
 
 
+def _without(remember: bool) -> list[str]:
+    """The header of the column with the hit rates without a memory, if there is one."""
+    return [broken("without memory")] if remember else []
+
+
 def _report_trace(found: dict[str, Any], console: Console) -> None:
     provenance = dict(found["provenance"])
     facts = {"model": _model(provenance.pop("model")), "bytes": found["bytes"], "shards": found["shards"]}
@@ -234,13 +240,23 @@ def _report_run(found: dict[str, Any], console: Console) -> None:
     if found["epochs"]:
         rows = ([str(e["epoch"]), f"{e['hit_rate']:.4f}", f"{e['loss']:.4f}"] for e in found["epochs"])
         _print(console, ("epoch", "hit rate", "loss"), rows, "mean over all layers, on validation sequences")
-    layers = []
+    layers, remember = [], any("without_memory" in entry for entry in found["layers"])
     for entry in found["layers"]:
         before, after = entry["training_free"]["recall@k"], entry["predictor"]
-        rates = [_rate(before), _rate(after["recall@k"]), _closed(before, after["recall@k"])]
+        alone = [_rate(entry["without_memory"]["recall@k"])] if remember else []
+        rates = [_rate(before), *alone, _rate(after["recall@k"]), _closed(before, after["recall@k"])]
         layers.append([*_places(entry), *rates, _rate(after.get("recall@2k")), _rate(after.get("exact"))])
     if layers:
-        headers = ("target", "source", "training-free", "predictor", "gap closed", "at 2k", "exact")
+        headers = (
+            "target",
+            "source",
+            "training-free",
+            *_without(remember),
+            "predictor",
+            "gap closed",
+            "at 2k",
+            "exact",
+        )
         _print(console, headers, layers, "best epoch")
 
 
@@ -257,13 +273,14 @@ def _report_predictors(found: dict[str, Any], console: Console) -> None:
     _facts(console, f"predictors {found['path']}", facts)
     k, experts = found["model"]["top_k"], found["model"]["num_experts"]
     sizes = {name: min(size, 2 * k, experts) for name, size in zip(SIZES, (k, k + 2, 2 * k), strict=True)}
-    rows = []
+    rows, remember = [], any(entry["memory"] for entry in found["layers"])
     for entry in found["layers"]:
         before, after = entry["hit_rate"].get("training_free"), entry["hit_rate"].get("predictor")
-        row = [*_places(entry), str(entry["width"] or "none"), f"{entry['bytes']:,}"]
-        row += [_rate(before), _rate(after), _closed(before, after)]
+        row = [*_places(entry), str(entry["width"] or "none"), f"{entry['bytes']:,}", _rate(before)]
+        row += [_rate(entry["hit_rate"].get("without_memory"))] if remember else []
+        row += [_rate(after), _closed(before, after)]
         rows.append(row + [_rate(entry["recall"][size - k]) if entry["recall"] else "" for size in sizes.values()])
-    headers = ("target", "source", "width", "bytes", "training-free", "predictor", "gap closed")
+    headers = ("target", "source", "width", "bytes", "training-free", *_without(remember), "predictor", "gap closed")
     _print(
         console,
         map(broken, (*headers, *(f"top {size}" for size in sizes.values()))),
@@ -308,12 +325,18 @@ def _curves(found: dict[str, Any]) -> dict[str, list[float | None]]:
         names["previous_token"] = "previous token's experts"
         return {label: [entry["hit_rate"][name] for entry in layers] for name, label in names.items()}
     if found["kind"] == "run":
-        return {
+        curves = {
             "predictor": [entry["predictor"]["recall@k"] for entry in layers],
             "predictor, 2k candidates": [entry["predictor"].get("recall@2k") for entry in layers],
             "training-free": [entry["training_free"]["recall@k"] for entry in layers],
         }
-    return {
-        "predictor": [entry["hit_rate"].get("predictor") for entry in layers],
-        "training-free": [entry["hit_rate"].get("training_free") for entry in layers],
-    }
+        alone = [entry.get("without_memory", {}).get("recall@k") for entry in layers]
+    else:
+        curves = {
+            "predictor": [entry["hit_rate"].get("predictor") for entry in layers],
+            "training-free": [entry["hit_rate"].get("training_free") for entry in layers],
+        }
+        alone = [entry["hit_rate"].get("without_memory") for entry in layers]
+    if any(rate is not None for rate in alone):
+        curves["predictor without its memory"] = alone
+    return curves

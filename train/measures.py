@@ -11,7 +11,9 @@ from torch import nn
 from ..predictors.metrics import Calibration, CalibrationCurve, ExpertRecall, HitRate, RecallCurve
 from ..predictors.speculation import Routing, candidates
 
-Kind = Literal["training_free", "predictor"]
+Kind = Literal["training_free", "without_memory", "predictor"]
+KINDS: tuple[Kind, ...] = ("training_free", "without_memory", "predictor")
+"""`without_memory` is what predictors with a memory do where they remember nothing; others have no such kind."""
 
 
 class Measured(NamedTuple):
@@ -66,25 +68,33 @@ class Counts(nn.Module):
 
 
 class Measures(nn.Module):
-    """Counts over a validation, for training-free speculation and for the predictors.
+    """Counts over a validation by kind: training-free speculation and the predictors, without their memory too if they have one.
 
     The metrics are submodules, so that they move to the device with this module; they leave nothing in a checkpoint.
     """
 
-    def __init__(self, num_layers: int, top_k: int, num_experts: int):
+    def __init__(self, num_layers: int, top_k: int, num_experts: int, memory: int = 0):
         super().__init__()
-        self.training_free = Counts(num_layers, top_k, num_experts)
-        self.predictor = Counts(num_layers, top_k, num_experts)
+        kinds = [kind for kind in KINDS if memory or kind != "without_memory"]
+        self.counts = nn.ModuleDict({kind: Counts(num_layers, top_k, num_experts) for kind in kinds})
+
+    def of(self, kind: Kind) -> Counts:
+        counts = self.counts[kind]
+        assert isinstance(counts, Counts)
+        return counts
+
+    @property
+    def kinds(self) -> list[Kind]:
+        return [kind for kind in KINDS if kind in self.counts]
 
     def update(self, kind: Kind, routings: Sequence[Routing], ids: torch.Tensor) -> None:
         """Compares the speculated `routings`, one a layer, with the routers' choice `ids` `[layers, rows, top_k]`."""
-        counts = self.training_free if kind == "training_free" else self.predictor
-        counts.update(Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True))), ids)
+        self.of(kind).update(Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True))), ids)
 
     def compute(self) -> dict[Kind, Measured]:
         """The measures by kind, over all updates since `reset` in all processes: every process must call it."""
-        return {"training_free": self.training_free.compute(), "predictor": self.predictor.compute()}
+        return {kind: self.of(kind).compute() for kind in self.kinds}
 
     def reset(self) -> None:
-        self.training_free.reset()
-        self.predictor.reset()
+        for kind in self.kinds:
+            self.of(kind).reset()

@@ -10,7 +10,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..data_collection.examples import Batch, make_batch
 from ..data_collection.trace import Trace
+from ..predictors.memory import memory_of
 from ..predictors.mlp import StackedResidualMLPs
+from ..predictors.stacked import StackedSpeculators
 from .data import FitError, Rows
 from .losses import LOSSES
 from .measures import Kind, Measured, Measures
@@ -18,9 +20,11 @@ from .targets import Target
 
 MEAN_HIT_RATE = "hit_rate/mean"
 WARM_UP = 0.1
+SCALE_ROWS = 2048
+"""Rows that the size of what is remembered is measured on."""
 
 Results = dict[int, dict[str, dict[str, Any]]]
-"""Target layer -> `training_free` or `predictor` -> measure -> value, as plain values."""
+"""Target layer -> kind (`measures.Kind`) -> measure -> value, as plain values."""
 
 
 class PredictorTraining(lightning.LightningModule):
@@ -29,17 +33,29 @@ class PredictorTraining(lightning.LightningModule):
     Only `mlps` is learned and saved; norms, routers and default vectors come from the trace.
     """
 
-    def __init__(self, trace: Trace, targets: list[Target], loss: str, learning_rate: float, weight_decay: float):
+    def __init__(
+        self,
+        trace: Trace,
+        targets: list[Target],
+        loss: str,
+        learning_rate: float,
+        weight_decay: float,
+        memory: int = 0,
+    ):
+        """`memory` is how many tokens the predictors remember."""
         super().__init__()
         self.sources = {target.layer: target.source for target in targets}
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.row_losses = LOSSES[loss]
         self.top_k = trace.manifest.model.top_k
         model = trace.manifest.model
-        self.mlps = StackedResidualMLPs([target.width for target in targets], model.hidden_size, model.num_experts)
+        widths = [target.width for target in targets]
+        self.mlps = StackedResidualMLPs(widths, model.hidden_size, model.num_experts, memory)
         # No submodule: the frozen parts are no parameters of this module and not in its checkpoints.
         self.speculators = trace.stacked(self.sources)
-        self.measures = Measures(len(self.sources), self.top_k, model.num_experts)
+        if memory:
+            self.mlps.scale.copy_(_scale_of(trace, self.sources, self.speculators).repeat(1, 1, memory))
+        self.measures = Measures(len(self.sources), self.top_k, model.num_experts, memory)
         self.measured: dict[Kind, Measured] = {}
         """All measures of the last validation."""
         self.results: Results = {}
@@ -66,12 +82,16 @@ class PredictorTraining(lightning.LightningModule):
 
     def corrected(self, batch: Batch) -> torch.Tensor:
         """The quasi-hidden states that the predictors have corrected, `[layers, rows, hidden]`, fp32."""
-        return self.mlps(batch.quasi, batch.normed, batch.mixture).float()
+        return self.mlps(batch.quasi, batch.normed, batch.mixture, batch.memory).float()
+
+    def batch(self, rows: Rows) -> Batch:
+        """What the predictors read of `rows`, and the true routings."""
+        return make_batch(rows.columns, self.sources, self.speculators, self.mlps.memory)
 
     def training_step(self, rows: Rows, _: int) -> torch.Tensor:
         # Only the predictors compute in mixed precision: routers choose in fp32, as at inference.
         with torch.autocast(self.device.type, enabled=False):
-            batch = make_batch(rows.columns, self.sources, self.speculators)
+            batch = self.batch(rows)
         states = self.corrected(batch)
         with torch.autocast(self.device.type, enabled=False):
             loss = self.loss(batch, self.speculators.logits(states), rows.in_all)
@@ -80,11 +100,14 @@ class PredictorTraining(lightning.LightningModule):
 
     def validation_step(self, rows: Rows, _: int) -> None:
         with torch.autocast(self.device.type, enabled=False):  # measures what an fp32 export does
-            batch = make_batch(rows.columns, self.sources, self.speculators)
+            batch = self.batch(rows)
             corrected = self.speculators.route(self.corrected(batch))
             loss = self.loss(batch, torch.stack([routing.logits for routing in corrected]), rows.in_all)
             self.measures.update("training_free", self.speculators.route(batch.quasi), batch.ids)
             self.measures.update("predictor", corrected, batch.ids)
+            if batch.memory is not None:
+                alone = self.speculators.route(self.corrected(batch._replace(memory=None)))
+                self.measures.update("without_memory", alone, batch.ids)
         self.log("loss/validation", loss, batch_size=rows.in_all, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
@@ -114,6 +137,21 @@ class PredictorTraining(lightning.LightningModule):
         )
         schedule = one_cycle(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@torch.no_grad()
+def _scale_of(trace: Trace, sources: dict[int, int | None], speculators: StackedSpeculators) -> torch.Tensor:
+    """One over the spread of what tokens leave, of the logits and of the errors: `[layers, 1, 2 experts]`.
+
+    Errors are often much smaller than logits, and logits of another size in each layer.
+    """
+    rows = torch.arange(0, trace.manifest.shards[0].rows, -(-trace.manifest.shards[0].rows // SCALE_ROWS))
+    batch = make_batch(trace.read(0, rows, trace.columns_for(sources)), sources, speculators)
+    trace.unmap()
+    left = memory_of(batch.logits, speculators.logits(batch.quasi)).unflatten(-1, (2, -1))
+    spread = left.std((1, 3), correction=0)  # [layers, 2]
+    spread = spread.maximum(1e-3 * spread[:, :1]).clamp(min=1e-6)
+    return (1 / spread).repeat_interleave(left.shape[-1], 1).unsqueeze(1)
 
 
 def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:

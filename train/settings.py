@@ -13,6 +13,7 @@ from ..predictors.settings import (
     Horizon,
     Layers,
     LocalPath,
+    Memory,
     Picture,
     Settings,
     Whole,
@@ -44,6 +45,8 @@ class FitConfig(Settings):
     """How many MoE layers ahead of its target the source is, 1 or 2."""
     width: Count = 320
     """Hidden width of each predictor."""
+    memory: Memory = 1
+    """How many tokens back a predictor remembers what the target's router decided and how wrong the guess was: 0, 1 or 2."""
     budget: str | None = None
     """Instead of a width: the size of all predictors in bfloat16, like `2MB`, or like `1%` of the model's weights
     without its routed experts. Layers that are hard to guess get more of it."""

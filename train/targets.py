@@ -79,7 +79,7 @@ def choose_targets(trace: Trace, config: FitConfig) -> list[Target]:
         sources = below
     widths = dict.fromkeys(sources, config.width)
     if budget is not None:
-        widths = share_out(trace, {target: 1 - rates[target] for target in sources}, budget)
+        widths = share_out(trace, {target: 1 - rates[target] for target in sources}, budget, config.memory)
     return [Target(target, source, widths[target]) for target, source in sources.items()]
 
 
@@ -93,15 +93,15 @@ def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, floa
     return rates
 
 
-def share_out(trace: Trace, gaps: dict[int, float], budget: str) -> dict[int, int]:
-    """The width of each target's predictor, so that all together take at most `budget` in bfloat16.
+def share_out(trace: Trace, gaps: dict[int, float], budget: str, memory: int) -> dict[int, int]:
+    """The width of each target's predictor that remembers `memory` tokens, so that all take at most `budget` in bfloat16.
 
     The share of a layer's gap to 1 that its predictor closes grows about with the logarithm of its width
     (docs/predictors.md). So one more unit of width is worth the gap over the width, and the best widths follow the
     gaps.
     """
     model = trace.manifest.model
-    fixed, one = (ResidualMLP.count(model.hidden_size, model.num_experts, width) for width in (0, 1))
+    fixed, one = (ResidualMLP.count(model.hidden_size, model.num_experts, width, memory) for width in (0, 1))
     steps = (parameters_in(trace, budget) - fixed * len(gaps)) // (WIDTH_STEP * (one - fixed))
     if steps < len(gaps):
         least = (fixed + WIDTH_STEP * (one - fixed)) * len(gaps) * BYTES_OF_A_PARAMETER

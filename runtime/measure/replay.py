@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...predictors.checkpoint import Predictors, as_predictors
+from ...predictors.memory import memory_of, remembered
 from ...predictors.speculation import Speculator, candidates
 from ..targets import sources_read
 from .routing import ReplayedRouting, RoutingError
@@ -20,7 +21,7 @@ def replay(
     """The routing of the longest run of consecutive tokens in a trace, at most `steps`, with `m` candidates for each layer.
 
     `trace` is a `data_collection.trace.Trace`. Speculation reads the layers that `predictors` were trained on. Without
-    predictors it is training-free, `horizon` (by default 1) layers ahead. Raises `RoutingError` for a trace that lacks layers
+    predictors it is training-free, `horizon` (by default 1) layers ahead. The first token remembers nothing. Raises `RoutingError` for a trace that lacks layers
     or inputs that are needed, and what `sources_read` raises.
     """
     if sorted(trace.sources) != trace.manifest.model.moe_layers:
@@ -35,11 +36,15 @@ def replay(
     )
     rows = torch.arange(start, start + min(steps, length))
     columns = trace.read(shard, rows)
-    guesses = []
+    guesses, follows = [], torch.arange(len(rows)) > 0
     for target, wiring in trace.wirings(sources).items():
-        speculator = Speculator(wiring, None if predictors is None else predictors.of(target).mlp)
+        mlp = None if predictors is None else predictors.of(target).mlp
+        speculator, read = Speculator(wiring, mlp), trace.speculator_input(columns, target, sources[target])
         with torch.no_grad():
-            speculation = speculator(*trace.speculator_input(columns, target, sources[target]))
+            speculation, free = speculator.with_free(*read)
+            if mlp is not None and free is not None:
+                left = memory_of(trace.router_logits(columns, target), free)
+                speculation = speculator(*read, remembered(left, follows, mlp.memory))
         guesses.append(candidates(speculation, m))
     source_of = {"routing": "trace", "path": str(trace.path), "steps": len(rows), "model": trace.manifest.model.name}
     return ReplayedRouting(
