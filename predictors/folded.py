@@ -112,6 +112,8 @@ class FoldedSpeculator:
         self._experts = len(weight)
         matrix, offset = weight, torch.zeros_like(weight[:, 0]) if router.bias is None else router.bias.float()
         self._u = None
+        self.memory = 0 if mlp is None else mlp.memory
+        """How many tokens its predictor remembers."""
         if mlp is not None:
             w1, v, b1, w2, b2 = (p.float() for p in (mlp.w1, mlp.v, mlp.b1, mlp.w2, mlp.b2))
             out, shift = (weight @ w2).T, weight @ b2

@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +23,7 @@ from .engine import Ahead
 from .gating import RouterCall, decider, prefetch
 from .guess import Guess, Guesser, make_guesser
 from .hits import HitCount
+from .memory import Memory, in_order
 from .observer import Observer
 from .policy import Gating, Policy
 from .targets import Target
@@ -99,12 +101,22 @@ class LayerControl:
         return join.residual(stream, x, beside, join.shared_term(x))
 
 
+class Reading(NamedTuple):
+    """What a guess is made from; see `Guesser.guess`."""
+
+    residual: torch.Tensor
+    source: Routing | None
+    inner: torch.Tensor | None
+
+
 class Pass(threading.local):
     """What a thread's forward pass keeps from layer to layer. Compiled passes of several threads can alternate."""
 
     def __init__(self) -> None:
-        self.guesses: dict[int, Guess] = {}
-        """By the target's number, until its router is called."""
+        self.guesses: dict[int, Guess | Reading] = {}
+        """By the target's number, until its router is called. A guess that is made in order is only then made."""
+        self.frees: dict[int, torch.Tensor] = {}
+        """The same of training-free logits for each row's last tokens, where nothing is guessed but something is remembered."""
         self.is_exact = False
 
 
@@ -114,6 +126,9 @@ class RoutingControl:
     It copies nothing itself. It announces the candidates of a target layer to `engine` as soon as they are known. In a forward
     pass over more than `max_tokens` tokens nothing is guessed, and the routers decide alone. In an exact pass guesses are only
     announced, whatever the policy.
+
+    With `in_order`, passes are over whole sequences `[sequences, length]`, and each token remembers the ones before it, as when a
+    text is read token by token. Nothing is announced in time then.
     """
 
     def __init__(
@@ -124,6 +139,7 @@ class RoutingControl:
         gating: Gating,
         max_tokens: int | None = None,
         engine: Ahead = Ahead(),  # noqa: B008  # it has no state
+        in_order: bool = False,
     ):
         self.handle = 0
         """By this number, compiled graphs know the offload that it belongs to. 0 where it belongs to none."""
@@ -131,7 +147,9 @@ class RoutingControl:
         """While it is off, new forward passes are executed as under `on_demand`."""
         self.observer: Observer | None = None
         self._decide = decider(policy, gating)
-        self._max_tokens, self._engine = max_tokens, engine
+        self._max_tokens, self._engine, self._in_order = max_tokens, engine, in_order
+        self._rows = 1
+        self.memory = Memory([], 0, 0, torch.device("cpu"))
         self._attached = ExitStack()
         self._pass = Pass()
         self.layers: list[LayerControl] = []
@@ -142,6 +160,10 @@ class RoutingControl:
         for target in targets:
             guesser = make_guesser(speculators[target.layer.index], target, weighs)
             self.layers.append(LayerControl(target, guesser, engine.hit_count(target.layer.top_k)))
+        depths = [layer.guesser.depth for layer in self.layers]
+        first = targets[0].layer
+        device = next(first.router.parameters()).device
+        self.memory = Memory(depths, first.num_experts, max_tokens or 0, device)
         by_index = {layer.target.layer.index: layer for layer in self.layers}
         for layer in self.layers:
             if layer.target.source is not None:
@@ -193,12 +215,16 @@ class RoutingControl:
         """Guesses a layer without a source from its own input `x` `[..., hidden]`."""
         if layer is self.layers[0]:
             self._pass.guesses.clear()
+            self._pass.frees.clear()
+            self._rows = len(x) if x.ndim > 2 else 1
         state = x.reshape(-1, layer.target.layer.hidden_size)
         if self._guesses(len(state)):
             begun = time.perf_counter()
-            self._guess([layer], state, None, None)
+            self._guess([layer], Reading(state, None, None))
             if self.observer is not None:
                 self.observer.controlled(layer.target.number, begun, time.perf_counter())
+        elif self.memory.is_on:
+            self._note([layer], Reading(state, None, None))
 
     def route(
         self,
@@ -218,9 +244,12 @@ class RoutingControl:
         if self._guesses(len(state)):
             if layer.targets:
                 known, inner = residual(state)
-                self._guess(layer.targets, known, routing, inner)
+                self._guess(layer.targets, Reading(known, routing, inner))
             if self.observer is not None:
                 self.observer.controlled(layer.target.number, begun, time.perf_counter())
+        elif self.memory.is_on and any(target.guesser.depth for target in layer.targets):
+            known, inner = residual(state)
+            self._note(layer.targets, Reading(known, routing, inner))
         return routing
 
     def _attach_router(self, layer: LayerControl) -> None:
@@ -253,22 +282,44 @@ class RoutingControl:
     def _guesses(self, tokens: int) -> bool:
         return self.is_on and (self._max_tokens is None or tokens <= self._max_tokens)
 
-    def _guess(
-        self, targets: list[LayerControl], residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None
-    ) -> None:
-        with self._engine.guessing(residual, source, inner):
+    def _guess(self, targets: list[LayerControl], reading: Reading) -> None:
+        with self._engine.guessing(*reading):
             for target in targets:
+                number = target.target.number
+                if self._in_order and target.guesser.depth:
+                    self._pass.guesses[number] = reading
+                    continue
                 begun = time.perf_counter()
-                target.is_guessing = True
-                try:
-                    guess = target.guesser.guess(residual, source, inner)
-                finally:
-                    target.is_guessing = False
+                guess = self._made(target, reading, self.memory.read(number))
                 # For a target without a source no layer computes before it. So its copies begin at once.
-                self._pass.guesses[target.target.number] = guess
-                self._engine.announce(target.target.number, guess.candidates, now=source is None)
+                self._pass.guesses[number] = guess
+                self._engine.announce(number, guess.candidates, now=reading.source is None)
                 if self.observer is not None:
-                    self.observer.guessed(target.target.number, begun, time.perf_counter())
+                    self.observer.guessed(number, begun, time.perf_counter())
+
+    def _note(self, targets: list[LayerControl], reading: Reading) -> None:
+        """Keeps the training-free logits of each row's last tokens, in a pass in which nothing is guessed."""
+        for target in targets:
+            number = target.target.number
+            if not target.guesser.depth:
+                continue
+            residual, source, inner = reading
+            last = partial(self.memory.last, number)
+            part = Reading(
+                last(residual),
+                None if source is None else Routing(*map(last, source)),
+                None if inner is None else last(inner),
+            )
+            free = self._made(target, part, None).free
+            assert free is not None
+            self._pass.frees[number] = free
+
+    def _made(self, target: LayerControl, reading: Reading, memory: torch.Tensor | None) -> Guess:
+        target.is_guessing = True
+        try:
+            return target.guesser.guess(*reading, memory)
+        finally:
+            target.is_guessing = False
 
     def _decided(self, layer: LayerControl, state: torch.Tensor, route: Callable[[], Any]) -> Routing:
         number = layer.target.number
@@ -283,12 +334,28 @@ class RoutingControl:
             routed(begun)
             return routing
 
-        guess, layer.known = self._pass.guesses.pop(number, None), False
-        if guess is None or self._decide is None:
-            return own()
+        found, layer.known = self._pass.guesses.pop(number, None), False
+        if found is None or self._decide is None:
+            routing = own()
+            if (free := self._pass.frees.pop(number, None)) is not None:
+                self.memory.write(number, self.memory.last(number, routing.logits), free)
+            return routing
+        guess = found if isinstance(found, Guess) else self._in_turn(layer, found, own)
         self._engine.guessed(number)
         call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: self._engine.absent(number), routed)
-        decide = prefetch if self._pass.is_exact else self._decide
-        routing, chosen, layer.known = decide(call)
-        layer.count.add(guess.candidates, chosen)
-        return routing
+        decided = (prefetch if self._pass.is_exact else self._decide)(call)
+        layer.known = decided.known
+        if guess.free is not None and self.memory.is_on:
+            logits, free = (self.memory.last(number, values) for values in (decided.logits, guess.free))
+            self.memory.write(number, logits, free)
+        layer.count.add(guess.candidates, decided.own)
+        return decided.routing
+
+    def _in_turn(self, layer: LayerControl, reading: Reading, own: Callable[[], Routing]) -> Guess:
+        """The guess for sequences whose tokens come one by one."""
+        logits = own().logits
+        layer.is_guessing = True
+        try:
+            return in_order(layer.guesser, layer.guesser.depth, reading, logits, self._rows)
+        finally:
+            layer.is_guessing = False

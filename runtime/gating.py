@@ -26,6 +26,8 @@ class Decided(NamedTuple):
     routing: Routing
     own: torch.Tensor
     """The router's own choice: ids `[tokens, top_k]`, or logits `[tokens, experts]`, of which it chooses the largest."""
+    logits: torch.Tensor
+    """The router's logits, `[tokens, experts]`."""
     known: bool = False
     """Whether the ids are the first candidates of the guess, in order."""
 
@@ -53,24 +55,25 @@ Decide = Callable[[RouterCall], Decided]
 def prefetch(call: RouterCall) -> Decided:
     """Executes the router's own decision."""
     routing = call.route()
-    return Decided(routing, routing.ids)
+    return Decided(routing, routing.ids, routing.logits)
 
 
 def speculated(call: RouterCall) -> Decided:
     """Executes the ids and weights of the speculation (the paper's form). The router's choice is only counted."""
     assert call.guess.speculation is not None
-    return Decided(call.guess.speculation, call.route().ids, known=True)
+    own = call.route()
+    return Decided(call.guess.speculation, own.ids, own.logits, known=True)
 
 
 def true(call: RouterCall) -> Decided:
     """Executes the guessed ids, with the weights that the router would give them if it had chosen them."""
     ids = call.guess.candidates[:, : call.target.layer.top_k]
-    routing, own, _ = _restricted(call, fixed(ids))
+    routing, own, logits, _ = _restricted(call, fixed(ids))
     if call.guesser.plain is None:  # a router may return its choice in another order than the guess
         ids = ids.to(routing.ids.dtype)
         places = (routing.ids.unsqueeze(-1) == ids.unsqueeze(-2)).int().argmax(1)
         routing = Routing(routing.logits, routing.weights.gather(-1, places), ids)
-    return Decided(routing, own, known=True)
+    return Decided(routing, own, logits, known=True)
 
 
 def resident(call: RouterCall) -> Decided:
@@ -100,11 +103,11 @@ def _restricted(call: RouterCall, choose: Choose) -> Decided:
         ranks = call.guesser.ranks(logits)
         routing = plain.weighted(logits, choose(ranks))
         call.routed(begun)
-        return Decided(routing, ranks)
+        return Decided(routing, ranks, logits)
     with RestrictedChoice((len(call.state), layer.num_experts), layer.top_k, choose) as choice:
         routing = call.route()
     if choice.free_ids is None:
         raise UnsupportedModelError(
             "the routers of this model don't choose by topk, so that they can't be restricted; use gating speculated"
         )
-    return Decided(routing, choice.free_ids)
+    return Decided(routing, choice.free_ids, routing.logits)

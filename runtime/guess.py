@@ -18,6 +18,8 @@ class Guess(NamedTuple):
     """`[tokens, m]`, the best guess first."""
     speculation: Routing | None
     """The guessed routing; it may be None where its weights are not executed."""
+    free: torch.Tensor | None = None
+    """The training-free logits `[tokens, experts]`, of which a memory is made; None where the predictor has none."""
 
 
 class Guesser(Protocol):
@@ -25,12 +27,21 @@ class Guesser(Protocol):
 
     plain: PlainRouter | None
     """The target's router, if its decision follows from its logits alone."""
+    depth: int
+    """How many tokens its predictor remembers."""
 
-    def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:
+    def guess(
+        self,
+        residual: torch.Tensor,
+        source: Routing | None,
+        inner: torch.Tensor | None,
+        memory: torch.Tensor | None = None,
+    ) -> Guess:
         """Guesses from `residual` `[tokens, hidden]` and the routing of the source layer.
 
         Without a source layer `residual` is the target's own input, and `source` is None. `inner` is what the source layer
-        norms together with its experts, or None.
+        norms together with its experts, or None. `memory` `[tokens, depth * 2 experts]`, fp32, is what the tokens remember, or
+        None where they remember nothing.
         """
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
@@ -43,14 +54,21 @@ class FoldedGuesser:
     def __init__(self, speculator: FoldedSpeculator, m: int, weighs: bool):
         self.plain: PlainRouter | None = speculator.router if speculator.router.weigh is not None else None
         self._speculator, self._m, self._weighs = speculator, m, weighs
+        self.depth = speculator.memory
 
-    def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:  # noqa: ARG002
-        logits, _ = self._speculator.logits(residual, source)
+    def guess(
+        self,
+        residual: torch.Tensor,
+        source: Routing | None,
+        inner: torch.Tensor | None,  # noqa: ARG002
+        memory: torch.Tensor | None = None,
+    ) -> Guess:
+        logits, free = self._speculator.logits(residual, source, memory)
         chosen = logits.topk(self._m, dim=-1).indices
         if not self._weighs:
-            return Guess(chosen, None)
+            return Guess(chosen, None, free)
         router = self._speculator.router
-        return Guess(chosen, router.weighted(logits, chosen[:, : router.top_k]))
+        return Guess(chosen, router.weighted(logits, chosen[:, : router.top_k]), free)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
@@ -63,11 +81,18 @@ class ModelGuesser:
 
     def __init__(self, speculator: Speculator, m: int):
         self._speculator, self._m = speculator, m
+        self.depth = 0 if speculator.mlp is None else speculator.mlp.memory
 
     @torch.no_grad()
-    def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:
-        speculation = self._speculator(residual, source, inner)
-        return Guess(candidates(speculation, self._m), speculation)
+    def guess(
+        self,
+        residual: torch.Tensor,
+        source: Routing | None,
+        inner: torch.Tensor | None,
+        memory: torch.Tensor | None = None,
+    ) -> Guess:
+        speculation, free = self._speculator.with_free(residual, source, inner, memory)
+        return Guess(candidates(speculation, self._m), speculation, free)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
         return logits

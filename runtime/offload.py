@@ -207,14 +207,8 @@ class ExpertOffload:
         for target in targets:
             self._attach(target, attached)
         sources = {target.layer.index: target.source for target in targets}
-        self._control = RoutingControl(
-            targets,
-            make_speculators(model, predictors, layers, sources),
-            self.policy,
-            self.gating,
-            max_tokens=config.speculated_tokens,
-            engine=engine,
-        )
+        speculators = make_speculators(model, predictors, layers, sources)
+        self._control = RoutingControl(targets, speculators, self.policy, self.gating, config.speculated_tokens, engine)
         attached.callback(self._control.detach)
         self._control.handle, self._passes.control = self._passes.handle, self._control
         folded = [layer.target.layer for layer in self._control.layers if isinstance(layer.guesser, FoldedGuesser)]
@@ -333,7 +327,7 @@ class ExpertOffload:
                 try:
                     self._depth = 1
                     self._control.is_exact = not self._steps.is_step(args, kwargs)
-                    return self._timed(functools.partial(self._captured, original, args, kwargs))
+                    return self._timed(functools.partial(self._remembered, original, args, kwargs))
                 except BaseException as error:
                     let_go(error)
                     raise
@@ -348,6 +342,11 @@ class ExpertOffload:
         output = forward()
         self._passes.end(begun)
         return output
+
+    def _remembered(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pass, with what its tokens remember of the pass before. While nothing is guessed, nothing is kept."""
+        with self._control.memory.during(shape_of(args, kwargs) if self._control.is_on else None, args, kwargs):
+            return self._captured(original, args, kwargs)
 
     def _captured(self, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pass, replayed as a graph where the device decides in it."""

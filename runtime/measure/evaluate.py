@@ -136,9 +136,15 @@ def _cross_entropy(model: PreTrainedModel, batches: list[torch.Tensor], bar: tqd
     return total / count
 
 
-def _controlled(cross_entropy: Callable[[], float], *control: Any) -> tuple[RoutingControl, float]:
+def _controlled(
+    cross_entropy: Callable[[], float],
+    targets: list[Target],
+    speculators: dict[int, Speculator],
+    policy: Policy,
+    gating: Gating,
+) -> tuple[RoutingControl, float]:
     """The cross-entropy under a `RoutingControl` with these arguments, and that control, detached again."""
-    made = RoutingControl(*control)
+    made = RoutingControl(targets, speculators, policy, gating, in_order=True)
     try:
         return made, cross_entropy()
     finally:

@@ -263,14 +263,20 @@ class Replayed:
 
 class _ReplayedGuesser:
     def __init__(self, replayed: Replayed, target: int, guesser: Guesser):
-        self.plain = guesser.plain
+        self.plain, self.depth = guesser.plain, guesser.depth
         self._replayed, self._target, self._guesser = replayed, target, guesser
 
-    def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:
-        found, speculation = self._guesser.guess(residual, source, inner)
+    def guess(
+        self,
+        residual: torch.Tensor,
+        source: Routing | None,
+        inner: torch.Tensor | None,
+        memory: torch.Tensor | None = None,
+    ) -> Guess:
+        found, speculation, free = self._guesser.guess(residual, source, inner, memory)
         now = self._replayed.now(self._target, len(found))
         chosen = found if now is None else now[0][:, : found.shape[1]]
-        return Guess(chosen, speculation and speculation._replace(ids=chosen[:, : speculation.ids.shape[-1]]))
+        return Guess(chosen, speculation and speculation._replace(ids=chosen[:, : speculation.ids.shape[-1]]), free)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
         now = self._replayed.now(self._target, len(logits))
