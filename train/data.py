@@ -23,8 +23,8 @@ from ..data_collection.trace import Piece, Trace
 from ..predictors.errors import UserError
 
 MIXED_SHARDS = 4
-RUN = 8
-"""Tokens of a run in training."""
+RUN = 4
+"""Tokens of a run in training, for each token that is remembered."""
 BLOCK_BYTES = 8 << 20
 """About the bytes of a block, at least one batch: reading takes a call for each column and shard."""
 
@@ -233,7 +233,7 @@ class TraceData(lightning.LightningDataModule):
         run = 1
         if self.memory:
             most = max(1, self.batch_size // world)  # with longer ones some processes would have no rows
-            run = min(RUN, most) if generator else most
+            run = min(RUN * self.memory, most) if generator else most
         plan = plan_blocks(rows, self.batch_size, self.trace.row_bytes(self.names), generator, run, places)
         blocks = TraceBlocks(self.trace, plan, self.names, rank, world)
         return TraceLoader(
