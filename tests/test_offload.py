@@ -219,10 +219,17 @@ class Counted:
     """A guesser that notes how many candidates it names."""
 
     def __init__(self, found: dict[int, int], target: int, guesser: Guesser):
-        self.found, self.target, self.guesser, self.plain = found, target, guesser, guesser.plain
+        self.found, self.target, self.guesser = found, target, guesser
+        self.plain, self.depth = guesser.plain, guesser.depth
 
-    def guess(self, residual: torch.Tensor, source: Routing | None, inner: torch.Tensor | None) -> Guess:
-        guess = self.guesser.guess(residual, source, inner)
+    def guess(
+        self,
+        residual: torch.Tensor,
+        source: Routing | None,
+        inner: torch.Tensor | None,
+        memory: torch.Tensor | None = None,
+    ) -> Guess:
+        guess = self.guesser.guess(residual, source, inner, memory)
         self.found[self.target] = guess.candidates.shape[-1]
         return guess
 
