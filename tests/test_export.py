@@ -227,6 +227,20 @@ def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, 
     assert "Rounding" not in (export(ExportConfig(run=fitted, out=tmp_path / "whole")) / "README.md").read_text()
 
 
+def test_a_run_of_before_there_was_a_memory_is_resumed_and_exported(collected, tmp_path):
+    settings = FitConfig(trace=collected, out=tmp_path / "run", width=8, epochs=1, memory=0, device="cpu")
+    run = fit(settings, Console(quiet=True))
+    config = json.loads((run / "config.json").read_text())
+    del config["settings"]["memory"]
+    (run / "config.json").write_text(json.dumps(sealed(config)))
+    with pytest.raises(UserError, match="was started with memory 0, not 1"):
+        fit(settings.model_copy(update={"memory": 1, "resume": True}), Console(quiet=True))
+    fit(settings.model_copy(update={"resume": True}), Console(quiet=True))
+    folder = export(ExportConfig(run=run, out=tmp_path / "out", dtype="bfloat16"))
+    assert {mlp.memory for mlp in load_predictors(folder).mlps.values()} == {0}
+    assert "without memory" not in told_of(folder).replace("\n", " ")
+
+
 def test_bfloat16_halves_the_file_and_loads(fitted, exported, tmp_path, tiny_moe):
     small = export(ExportConfig(run=fitted, out=tmp_path / "small", dtype="bfloat16"))
     tensors = load_file(small / "predictors.safetensors")

@@ -228,6 +228,20 @@ def test_a_batch_remembers_what_a_pass_over_the_text_would(collected):
     assert whole / rows == pytest.approx(1 - 1 / RUN, abs=0.05)  # of two tokens
 
 
+def test_where_no_token_follows_another_nothing_is_learned_of_a_memory(collected):
+    """As in a small sample: then what the predictors do does not depend on what there is to remember."""
+    trace = Trace.open(collected)
+    module = training(trace, width=8, memory=1)
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-2)
+    module.log = lambda *_, **__: None
+    for first in range(3):
+        rows = torch.arange(first, 100, 2)
+        module.training_step(Rows(trace.read(0, rows, trace.columns_for(trace.sources, 1)), len(rows)), 0).backward()
+        optimizer.step()
+    assert module.mlps.w2.any()
+    assert not module.mlps.u.any()
+
+
 def remembered_by(module: PredictorTraining, *batches: Rows) -> dict[tuple[int, int], torch.Tensor]:
     """What each row of the batches remembers, by sequence and position."""
     found: dict[tuple[int, int], torch.Tensor] = {}

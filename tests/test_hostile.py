@@ -129,6 +129,7 @@ CONFIGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a width false": (put("layers", 2, "width", False), r"layers\.2\.width"),
     "a width of text": (put("layers", 2, "width", "../32"), r"layers\.2\.width"),
     "a width that is negative": (put("layers", 2, "width", -32), r"layers\.2\.width"),
+    "a memory of too many tokens": (put("layers", 2, "memory", 3), r"layers\.2\.memory"),
     "a width that no memory has": (put("layers", 2, "width", 1 << 60), r"layers\.2\.width"),
     "a width of terabytes": (put("layers", 2, "width", 1 << 20), r"layers\.2\.w1 is F32 of shape \[32, 32\]"),
     "sizes of terabytes": (reshaped(hidden_size=1 << 20, num_experts=1 << 20), "and should be F32, BF16 or F16 of shape"),
