@@ -117,6 +117,8 @@ class MoELayer:
     num_experts: int
     top_k: int
     hidden_size: int
+    dtype: torch.dtype
+    """Of what the router reads."""
 
     @property
     def entry(self) -> nn.Module:

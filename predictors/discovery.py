@@ -227,6 +227,7 @@ class _Probe:
             num_experts=routing[0].shape[-1],
             top_k=routing[2].shape[-1],
             hidden_size=self.x.shape[-1],
+            dtype=self.x.dtype,
         )
 
     def _routing(self) -> tuple[torch.Tensor, ...]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.moe import use_experts_implementation
 
 from .architecture import UnsupportedModelError
 
@@ -42,12 +43,17 @@ def is_experts(module: nn.Module) -> bool:
 def expert_parameters(experts: nn.Module) -> list[str]:
     """The names of the stacked parameters of `experts`, `[num_experts, ...]` each, that `expert_output` needs.
 
-    Raises `UnsupportedModelError` if the module does not say how its weights lie, or holds other weights too.
+    Raises `UnsupportedModelError` if the module does not say how its weights lie, holds other weights too, or has a forward that
+    is not transformers'.
     """
     kind = type(experts).__name__
     if not is_experts(experts):
         raise UnsupportedModelError(
             f"{kind} does not say how its weights lie (it lacks use_experts_implementation), so its experts can't be run one by one"
+        )
+    if getattr(type(experts).forward, "__globals__", None) is not use_experts_implementation.__globals__:
+        raise UnsupportedModelError(
+            f"the forward of {kind} is not the one that transformers gives it, and would not be called; don't replace it"
         )
     names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
     if experts.has_bias:
@@ -67,7 +73,7 @@ Linear = Callable[[nn.Module, dict[str, torch.Tensor], str, torch.Tensor], torch
 def expert_linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
     """The linear layer `name` of an expert whose weights are as the model has them; see `Linear`."""
     weight, bias = weights[name], weights.get(f"{name}_bias")
-    output = F.linear(x, weight.mT if experts.is_transposed else weight)
+    output = F.linear(x.to(weight.dtype), weight.mT if experts.is_transposed else weight)
     # The product is rounded before the bias is added, as in transformers. F.linear would round once.
     return output if bias is None else output.add_(bias)
 

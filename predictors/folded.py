@@ -79,6 +79,8 @@ class PlainRouter(NamedTuple):
         held = [*router.router.parameters(), *router.router.buffers(), *router.arguments]
         for bias in (None, *(tensor.to(weight.dtype) for tensor in held if tensor.shape == shape[:1])):
             logits = F.linear(states, weight, bias)
+            if not logits.isfinite().all():
+                return None
             chosen, largest = logits.gather(-1, ids).sort(descending=True).values, logits.topk(ids.shape[-1]).values
             if torch.allclose(chosen, largest, rtol=0, atol=close * float(logits.abs().max())):
                 dtype, near = routing.weights.dtype, max(1e-5, 2 * torch.finfo(weight.dtype).eps)

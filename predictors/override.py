@@ -17,13 +17,22 @@ class Replacement:
 
     Other libraries may wrap it meanwhile, and go on calling it. It has the signature of what it replaces, which transformers
     looks at. It can't be copied: the copy of a module would call what belongs to the module itself.
+
+    It hides the forward of the module's class. If somebody replaces that one meanwhile, it raises `UserError`.
     """
 
-    def __init__(self, original: Any, forward: Callable[..., Any]):
+    def __init__(self, original: Any, forward: Callable[..., Any], kind: type[nn.Module]):
+        """`kind` is the class of the module."""
         functools.update_wrapper(self, original)
         self._original, self._forward = original, forward
+        self._kind, self._hidden = kind, kind.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._kind.forward is not self._hidden and self._forward is not self._original:
+            raise UserError(
+                f"the forward of {self._kind.__name__} was replaced while the experts are offloaded or the layers are recorded, and "
+                "would not be called; detach the model first: model.expert_offload.detach()"
+            )
         return self._forward(*args, **kwargs)
 
     @property
@@ -62,7 +71,7 @@ def override_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     """
     had_own = "forward" in vars(module)
     original = module.forward
-    replacement = Replacement(original, forward)
+    replacement = Replacement(original, forward, type(module))
     module.forward = replacement
     try:
         yield original

@@ -50,7 +50,8 @@ class Router(nn.Module):
     """A model's router, called as the model calls it, but without the hooks on it.
 
     `forward(state [tokens, hidden])` returns the `Routing`. Hooks (a recorder's, transformers' own for
-    `output_router_logits`) must see only what the model does, so a speculation does not call them.
+    `output_router_logits`) must see only what the model does, so a speculation does not call them. It also draws no random
+    numbers, as some routers do in training mode: the model's own draws would be others.
     """
 
     def __init__(self, router: nn.Module, arguments: tuple[torch.Tensor, ...] = (), ndim: int = 2):
@@ -71,7 +72,14 @@ class Router(nn.Module):
     def forward(self, state: torch.Tensor) -> Routing:
         if self.ndim == 3:
             state = state.unsqueeze(0)
-        return flat_routing(self.router.forward(state, *self.arguments))
+        training = [module for module in self.router.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            return flat_routing(self.router.forward(state, *self.arguments))
+        finally:
+            for module in training:
+                module.training = True
 
 
 def flat_routing(output: tuple[torch.Tensor, ...]) -> Routing:

@@ -32,8 +32,8 @@ from .targets import Target
 @torch.no_grad()
 def form_of(layer: MoELayer) -> Routing:
     """A routing as the router of `layer` makes it, `[2, columns]`, for what its columns and dtypes are."""
-    weight, expert = next(layer.router.parameters()), next(layer.experts.parameters())
-    return Router.of(layer)(torch.zeros(2, layer.hidden_size, dtype=expert.dtype, device=weight.device))
+    weight = next(layer.router.parameters())
+    return Router.of(layer)(torch.zeros(2, layer.hidden_size, dtype=layer.dtype, device=weight.device))
 
 
 def _are_same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -91,9 +91,13 @@ class LayerControl:
             original = attached.enter_context(override_forward(layer.join.shared, shared))
 
     def residual(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The residual of this pass and `inner`, from the router's input `x` `[tokens, hidden]`; see `Join.residual`."""
+        """The residual of this pass and `inner`, from the router's input `x` `[tokens, hidden]`; see `Join.residual`.
+
+        Without rows where it is not known, since the router or its block was called by itself.
+        """
         join, stream = self.target.layer.join, self._stream
-        assert stream is not None
+        if stream is None or len(stream) != len(x) or len(self._beside) != len(join.beside):
+            return x[:0], None
         beside = [self._beside[number] for number in range(len(join.beside))]
         # What a graph leaves in attributes, it would have to return.
         self._stream = None
@@ -244,12 +248,14 @@ class RoutingControl:
         if self._guesses(len(state)):
             if layer.targets:
                 known, inner = residual(state)
-                self._guess(layer.targets, Reading(known, routing, inner))
+                if len(known):
+                    self._guess(layer.targets, Reading(known, routing, inner))
             if self.observer is not None:
                 self.observer.controlled(layer.target.number, begun, time.perf_counter())
         elif self.memory.is_on and any(target.guesser.depth for target in layer.targets):
             known, inner = residual(state)
-            self._note(layer.targets, Reading(known, routing, inner))
+            if len(known):
+                self._note(layer.targets, Reading(known, routing, inner))
         return routing
 
     def _attach_router(self, layer: LayerControl) -> None:
@@ -342,6 +348,8 @@ class RoutingControl:
             return routing
         guess = found if isinstance(found, Guess) else self._in_turn(layer, found, own)
         self._engine.guessed(number)
+        if len(guess.candidates) != len(state):  # where layers are called one by one, it may be of other tokens
+            return own()
         call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: self._engine.absent(number), routed)
         decided = (prefetch if self._pass.is_exact else self._decide)(call)
         layer.known = decided.known

@@ -67,6 +67,8 @@ def hindrance_of(store: ExpertStore, layers: list[MoELayer], slots: int, device:
         return "the host decides what is copied, since the system does not let so much memory be registered"
     if slots < needed:
         return f"the host decides what is copied, since {slots} slots are fewer than the {needed} that one token needs"
+    if next(layers[0].experts.parameters()).dtype != layers[0].dtype:
+        return "the host decides what is copied, since the experts are in another dtype than the rest of the model"
     if importlib.util.find_spec("triton") is None:
         return "the host decides what is copied, since Triton is not installed; pip install triton"
     return None

@@ -129,6 +129,10 @@ def open_store(
     store = vars(model).get("expert_pack") if store is None else store
     quantized: QuantizedExperts | None = vars(model).get("expert_blocks")
     if store is None and quantized is not None:
+        if any(not p.is_meta for layer in layers for p in layer.experts.parameters(recurse=False)):
+            raise OffloadError(
+                "experts of this model were given weights after it was quantised, and would not be used; load the model again"
+            )
         store = QuantizedStore(quantized, device)
         attached.callback(store.close)
     elif store is None:

@@ -159,7 +159,8 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 class PackedStore:
     """The experts of a model in a packed file. They are read past the page cache where the file system allows it.
 
-    The first read of each block compares it with its checksum. The model's own expert parameters are not touched. Raises
+    The first read of each block compares it with its checksum, and so does the first one after somebody has written to the file.
+    The model's own expert parameters are not touched. Raises
     `StoreError` for a file that is not a packed file, or not whole.
     """
 
@@ -169,6 +170,7 @@ class PackedStore:
         self.format: ExpertFormat = self.header.format()
         self.extent = len(self.header.layers), self.header.num_experts
         self._verified = np.zeros(self.extent, dtype=bool)
+        self._written = 0  # when the file was last written to, as far as is known
         self._position = list(range(len(self.header.layers)))  # in the file, of each layer of the model
         self.direct = False
         self._file = -1
@@ -220,8 +222,12 @@ class PackedStore:
         known: dict[str, str] = vars(model).get("expert_samples", {})
         for name, experts in modules.items():
             tensors: dict[str, torch.Tensor] = {part: experts.get_parameter(part) for part in self.format.full.places}
-            is_absent = any(tensor.is_meta for tensor in tensors.values())
-            sample = known.get(name) if is_absent else sample_experts(tensors)
+            absent = [tensor.is_meta for tensor in tensors.values()]
+            if any(absent) and not all(absent):
+                raise StoreError(
+                    f"some weights of {name} are in memory, and would not be used beside those in {self.path}; load the model again"
+                )
+            sample = known.get(name) if any(absent) else sample_experts(tensors)
             if sample is not None and self.header.samples is None:
                 warnings.warn(
                     f"{self.path} is of an older release and does not say whose experts it holds, so they are not compared "
@@ -249,6 +255,8 @@ class PackedStore:
             ) from error
         if count < size:
             raise StoreError(f"{self.path} has become shorter since it was opened; pack the model again")
+        if self._written != (written := os.fstat(self._file).st_mtime_ns):
+            self._written, self._verified = written, np.zeros(self.extent, dtype=bool)
         if not self._verified[position, expert]:
             if xxhash.xxh3_64_intdigest(into.data) != self.header.checksums[position][expert]:
                 raise StoreError(

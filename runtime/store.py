@@ -196,6 +196,10 @@ class _Layer:
         self._views = {name: self._view(place, blocks_format.bytes) for name, place in blocks_format.places.items()}
         self._parameters = {name: layer.experts.get_parameter(name) for name in self._views}
         self._origin = next(iter(self._parameters.values())).device
+        self._strides = {
+            name: torch.empty_like(p, device="meta", requires_grad=False).stride()
+            for name, p in self._parameters.items()
+        }
         self._filling: list[Future[None]] = [pool.submit(self._fill, expert) for expert in range(layer.num_experts)]
 
     def _view(self, place: Place, size: int) -> torch.Tensor:
@@ -236,8 +240,9 @@ class _Layer:
 
     def give_back(self) -> None:
         """Gives the parameters memory of their own, where they were."""
-        for parameter in self._parameters.values():
-            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._origin)
+        for name, parameter in self._parameters.items():
+            strides = self._strides[name]  # products of weights that lie otherwise are rounded otherwise
+            values = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=self._origin)
             _copy(values, parameter.data)
             parameter.data = values
 

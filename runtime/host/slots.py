@@ -173,7 +173,7 @@ class ExpertSlots(Engine):
             slot = schedule.slot(layer, expert)
             inputs, positions = jobs[expert]
             output = self._format.output(experts, self._tensors[slot], inputs)
-            if output.dtype != outputs.dtype:  # under autocast
+            if output.dtype != outputs.dtype:  # under autocast, or with experts in another dtype than the rest
                 outputs = outputs.to(output.dtype)
             outputs[positions] = output
             self.transfers.computed(slot)
