@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from ..predictors.errors import UserError
-from ..predictors.settings import Bytes, Count, Device, Dtype, Layers, LocalPath, Name, Settings
+from ..predictors.settings import Bytes, Count, Device, Dtype, Layers, LocalPath, Name, Seed, Settings
 
 EMBEDDED = "embedded"
 
@@ -68,7 +68,7 @@ class CollectConfig(Settings):
     """`auto` spreads a model that is larger than one GPU over all of them."""
     dtype: Dtype = "auto"
     """`auto` (the checkpoint's on CUDA, float32 on a CPU), `float32`, `bfloat16` or `float16`."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sample and of what is generated; the text is read in a fixed order."""
 
     @property

@@ -7,6 +7,7 @@ field.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import reprlib
@@ -274,7 +275,17 @@ def _picture(file: Path) -> Path:
 
 
 def _expanded(value: Any) -> Any:
-    return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(value, str | os.PathLike):
+        return value
+    path = os.path.expanduser(value)
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError("it is longer than the system allows; give a shorter one") from error
+    except ValueError as error:  # of a null character
+        raise ValueError("it holds a character that no path can have; leave it out") from error
+    return path
 
 
 class Kind(NamedTuple):
@@ -287,6 +298,8 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0), Kind("count")]
 """A whole number from 1 up; also text like `400k`, `1e5` or `2M`."""
 Whole = Annotated[int, BeforeValidator(parse_count), Field(ge=0), Kind("count")]
 """The same, or 0."""
+Seed = Annotated[Whole, Field(lt=2**32)]
+"""Of random numbers."""
 Bytes = Annotated[int, BeforeValidator(_size), Field(gt=0), Kind("size")]
 """Bytes; text needs a unit, and so does a number in a file."""
 Rate = Annotated[int, BeforeValidator(_rate), Field(gt=0), Kind("rate")]

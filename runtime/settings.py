@@ -16,6 +16,7 @@ from ..predictors.settings import (
     Horizon,
     LocalPath,
     Name,
+    Seed,
     Settings,
     Whole,
     choice,
@@ -110,7 +111,7 @@ class Loading(Settings):
     quantize: Quantized | None = None
     """Bits of the experts' weights: `int8` (nearly without loss) or `int4` (a quarter of the bytes of bfloat16). By default they
     are as in the packed file, or else as in the checkpoint. All other weights stay as they are."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn, random weights included."""
 
     @model_validator(mode="after")
@@ -265,5 +266,5 @@ class PackConfig(Made):
     quantize: Quantized | None = None
     """Bits of the packed weights: `int8` (nearly without loss) or `int4` (a quarter of the bytes of bfloat16); by default they are
     packed as they are."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of random weights."""

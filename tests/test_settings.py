@@ -353,3 +353,28 @@ def test_predictors_are_an_object_or_a_path(exported: Path, collected: Path, tin
         assert figures[0] == figures[1] == figures[2]
     with pytest.raises(SettingsError, match="did you mean slots"):
         offload_experts(tiny_moe, exported, slot=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pack", "x", "--out", "x" * 300], "longer than the system allows"),
+        (["collect", "x", "--out", "/".join(["x" * 200] * 30)], "longer than the system allows"),
+        (["inspect", "x" * 300], "longer than the system allows"),
+        (["generate", "x" * 300, "--prompt", "a"], "longer than the system allows"),
+        (["fit", "a\0b"], "a character that no path can have"),
+        (
+            ["generate", "x", "--prompt", "a", "--seed", "4294967296"],
+            "--seed can't be 4294967296; it should be less than",
+        ),
+        (
+            ["generate", "x", "--prompt", "a", "--seed", "-1"],
+            "--seed can't be -1; it should be greater than or equal to 0",
+        ),
+    ],
+)
+def test_paths_and_seeds_that_no_system_takes_are_refused(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert words in " ".join(capsys.readouterr().err.split())

@@ -15,6 +15,7 @@ from ..predictors.settings import (
     LocalPath,
     Memory,
     Picture,
+    Seed,
     Settings,
     Whole,
     is_written,
@@ -64,7 +65,7 @@ class FitConfig(Settings):
     """Of AdamW."""
     validation: float = Field(0.1, gt=0, lt=1)
     """Share of the sequences that is kept for validation."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Of the split, the order and the initial weights."""
     device: Device = "auto"
     """`auto` (CUDA where there is one), `cpu` or `cuda`."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ...predictors.settings import Bytes, Count, Dtype, Figures, Name, Output, Picture, Rate, Settings, Whole
+from ...predictors.settings import Bytes, Count, Dtype, Figures, Name, Output, Picture, Rate, Seed, Settings, Whole
 from ..settings import Candidates, Loading, Made, Offloading, Predicted, Quantized, Slots
 
 PROMPT = "def mean(values):\n    total = 0.0\n    for value in values:\n        total +="
@@ -94,7 +94,7 @@ class PlanConfig(Predicted, Slots, Drawn, Figures):
     """Tokens that count. As many tokens before them fill the slots."""
     cuda: bool = True
     """Whether the device is a GPU. It decides what is copied if there is a slot for each expert that one token needs."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn."""
     dtype: Dtype = "auto"
     """`auto` (the config's own), `float32`, `bfloat16` or `float16`."""
