@@ -11,7 +11,8 @@ from functools import cache
 import torch
 
 from ..errors import StoreError
-from .quantized import COMPUTED, QuantizedFormat
+from .made import MadeFormat
+from .quantized import COMPUTED, Shaped
 
 GROUP = 64
 """Inputs that share a scale and a zero."""
@@ -24,7 +25,7 @@ AT_ONCE = 1 << 14
 """Weights that are quantised at once, so that they stay in a processor's cache."""
 
 
-class Int4Format(QuantizedFormat):
+class Int4Format(MadeFormat):
     """`weight = (packed - 8) * scale + zero`.
 
     `packed` is uint8 `[outputs / 64, inputs, 32]`: byte j of a row has output j of 64 in its low bits and output j + 32 in its
@@ -32,13 +33,13 @@ class Int4Format(QuantizedFormat):
     """
 
     @classmethod
-    def shapes(cls, name: str, outputs: int, inputs: int) -> tuple[tuple[torch.dtype, torch.Size], torch.Size]:
+    def shapes(cls, name: str, outputs: int, inputs: int) -> tuple[Shaped, Shaped]:
         if outputs % TILE or inputs % GROUP:
             raise StoreError(
                 f"{name} has {outputs} outputs and {inputs} inputs, and int4 needs multiples of {GROUP}; use int8"
             )
         packed = torch.Size([outputs // TILE, inputs, TILE // 2])
-        return (torch.uint8, packed), torch.Size([inputs // GROUP, outputs, 2])
+        return (torch.uint8, packed), (COMPUTED, torch.Size([inputs // GROUP, outputs, 2]))
 
     @staticmethod
     def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,10 +49,10 @@ class Int4Format(QuantizedFormat):
         return (low | high << 4).transpose(1, 2), scales.transpose(0, 1)
 
     @staticmethod
-    def widen(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def widen(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         codes = torch.stack([packed & 15, packed >> 4], dim=1).permute(0, 1, 3, 2).flatten(0, 2)
         step, zero = scales.float().transpose(0, 1).unsqueeze(-1).unbind(2)
-        return ((codes.float() - MIDDLE).unflatten(1, (-1, GROUP)) * step + zero).flatten(1)
+        return ((codes.float() - MIDDLE).unflatten(1, (-1, GROUP)) * step + zero).flatten(1).to(dtype)
 
     @staticmethod
     def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor | None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from .quantized import COMPUTED, QuantizedFormat
+from .made import MadeFormat
+from .quantized import COMPUTED, Shaped
 
 MOST = 127
 PIECE = 16
 """Inputs that torch's kernel for CPUs reads at once. It does not notice the end of a row, so other widths are not given to it."""
 
 
-class Int8Format(QuantizedFormat):
+class Int8Format(MadeFormat):
     """`weight = packed * scale`, with `packed` int8 `[outputs, inputs]` and `scales` `[outputs]`."""
 
     @classmethod
-    def shapes(cls, name: str, outputs: int, inputs: int) -> tuple[tuple[torch.dtype, torch.Size], torch.Size]:  # noqa: ARG003
-        return (torch.int8, torch.Size([outputs, inputs])), torch.Size([outputs])
+    def shapes(cls, name: str, outputs: int, inputs: int) -> tuple[Shaped, Shaped]:  # noqa: ARG003
+        return (torch.int8, torch.Size([outputs, inputs])), (COMPUTED, torch.Size([outputs]))
 
     @staticmethod
     def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,8 +26,8 @@ class Int8Format(QuantizedFormat):
         return (weight / steps).round().clamp(-MOST, MOST).to(torch.int8), scales
 
     @staticmethod
-    def widen(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return packed.float() * scales.float()[:, None]
+    def widen(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return (packed.float() * scales.float()[:, None]).to(dtype)
 
     @staticmethod
     def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...predictors.experts import expert_output
-from ..errors import StoreError
 from . import ExpertFormat, Place, laid_out
 from .full import FullFormat
 
+Shaped = tuple[torch.dtype, torch.Size]
 SCALES = "_scales"
 """The scales of the weight `down_proj` are called `down_proj_scales`."""
 COMPUTED = torch.bfloat16
-"""The dtype of scales. On a CPU the products are computed in it, whatever the model's dtype: torch's kernels are fast in no other."""
+"""The dtype of the scales that are made here. On a CPU the products are computed in it, whatever the model's dtype: torch's kernels are fast in no other."""
 
 
 @dataclass(frozen=True)
@@ -43,55 +42,30 @@ class QuantizedFormat(ExpertFormat):
                 tensors[name] = place[:2]
                 continue
             packed, scales = cls.shapes(name, *_extent(place, is_transposed))
-            tensors |= {name: packed, name + SCALES: (COMPUTED, scales)}
+            tensors |= {name: packed, name + SCALES: scales}
         return cls(*laid_out(tensors), full, is_transposed)
 
     @classmethod
     @abstractmethod
-    def shapes(cls, name: str, outputs: int, inputs: int) -> tuple[tuple[torch.dtype, torch.Size], torch.Size]:
-        """Dtype and shape of a packed weight, and the shape of its scales. Raises `StoreError` where it can't be packed."""
+    def shapes(cls, name: str, outputs: int, inputs: int) -> tuple[Shaped, Shaped]:
+        """Dtype and shape of a packed weight, and of its scales. Raises `StoreError` where it can't be packed."""
 
     @staticmethod
     @abstractmethod
-    def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Packs a `weight` `[outputs, inputs]`, float32. Returns it and its scales, in the shapes that `shapes` tells."""
+    def widen(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight `[outputs, inputs]` in `dtype`, on the device of `packed`."""
 
     @staticmethod
-    @abstractmethod
-    def widen(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """The weight `[outputs, inputs]`, float32, on the device of `packed`."""
-
-    @staticmethod
-    @abstractmethod
-    def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor | None:
+    def multiply(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor | None:  # noqa: ARG004
         """`x` `[n, inputs]`, contiguous, on a CPU and in `COMPUTED`, times a weight: `[n, outputs]`.
 
-        None where torch has no kernel for it.
+        None where there is no kernel for it. The weight is widened then.
         """
+        return None
 
     def extent_of(self, name: str) -> tuple[int, int]:
         """Outputs and inputs of a weight."""
         return _extent(self.full.places[name], self.is_transposed)
-
-    def write(self, name: str, values: torch.Tensor, blocks: torch.Tensor) -> None:
-        views = self.views(blocks)
-        if name + SCALES not in views:
-            views[name].copy_(values)
-            return
-
-        def write_one(expert: int) -> None:
-            weight = values[expert]
-            with torch.inference_mode(blocks.is_inference()):  # a thread does not inherit the mode
-                packed, scales = self.quantize((weight.mT if self.is_transposed else weight).float().contiguous())
-                if not scales.isfinite().all():  # a weight that is not finite has such a scale
-                    raise StoreError(
-                        f"{name} of expert {expert} has values that are not finite or too large, so it can't be quantised"
-                    )
-                views[name][expert].copy_(packed)
-                views[name + SCALES][expert].copy_(scales)
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(write_one, range(len(values))))
 
     def read(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         views, found = self.views(blocks), {}
@@ -99,7 +73,7 @@ class QuantizedFormat(ExpertFormat):
             found[name] = torch.empty(len(blocks), *place.shape, dtype=place.dtype, device=blocks.device)
             for expert, values in enumerate(found[name]):
                 if name + SCALES in views:
-                    wide = self.widen(views[name][expert], views[name + SCALES][expert])
+                    wide = self.widen(views[name][expert], views[name + SCALES][expert], place.dtype)
                     values.copy_(wide.mT if self.is_transposed else wide)
                 else:
                     values.copy_(views[name][expert])
@@ -114,7 +88,7 @@ class QuantizedFormat(ExpertFormat):
     def _linear(self, _: nn.Module, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
         packed, scales, bias = tensors[name], tensors[name + SCALES], tensors.get(f"{name}_bias")
         output = None if x.is_cuda else self.multiply(x.to(COMPUTED).contiguous(), packed, scales)
-        output = F.linear(x, self.widen(packed, scales).to(x.dtype)) if output is None else output.to(x.dtype)
+        output = F.linear(x, self.widen(packed, scales, x.dtype)) if output is None else output.to(x.dtype)
         return output if bias is None else output.add_(bias)
 
 
