@@ -114,6 +114,7 @@ def load_model(
     _check_weights(name, info)
     _check_quantisation(name, model)
     _tell_unused(name, model, info)
+    _convert_left_over(model)
     places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
     if device.type == "cuda" and any(str(part) in ("cpu", "disk") for part in places.values()):
         raise LoadingError(f"{name} does not fit into the memory of the GPUs; give a smaller --dtype or --device cpu")
@@ -169,10 +170,22 @@ def _check_quantisation(name: str | Path, model: PreTrainedModel) -> None:
         raise LoadingError(f"the checkpoint {name} lacks the scales of {_few(small)}; give a whole one")
 
 
+def _convert_left_over(model: PreTrainedModel) -> None:
+    """Converts weights to the model's dtype that transformers has left in the checkpoint's, as it does where it widens others."""
+    if vars(model).get("is_quantized") is not False:  # it is False where all were widened, and else absent or true
+        return
+    dtype: Any = model.config.get_text_config().dtype
+    plan = model._get_dtype_plan(dtype)  # parts of the names of what stays in float32
+    for name, parameter in model.named_parameters():
+        if name.endswith(".weight") and parameter.is_floating_point() and not any(part in name for part in plan):
+            parameter.data = parameter.data.to(dtype)
+
+
 def _tell_unused(name: str | Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
     """Warns of weights that the model has no place for; its config may be another model's."""
-    # Experts that stay in a packed file are not loaded, and transformers takes them for unknown.
-    unused = set(info["unexpected_keys"]) - {key for key, _ in model.named_parameters()}
+    # Experts that stay in a packed file are not loaded, and transformers takes them and their scales for unknown.
+    absent = {key.rpartition(".")[0] for key, parameter in model.named_parameters() if parameter.is_meta}
+    unused = {key for key in info["unexpected_keys"] if key.rpartition(".")[0] not in absent}
     if unused:
         warnings.warn(f"the checkpoint {name} has weights that the model leaves out: {_few(unused)}", stacklevel=3)
 
