@@ -27,7 +27,10 @@ from .runtime.measure.bench import bench as measure
 from .runtime.measure.replay import replay
 from .runtime.measure.routing import PRESETS, ReplayedRouting, draw_routing
 from .runtime.measure.settings import BenchConfig, PlanConfig
-from .runtime.quantization import Quantization
+from .runtime.quantization import Quantization, Shipped
+from .runtime.shipped import refuse_quantizing, shipped_form
+
+Form = Quantization | Shipped | None
 
 
 def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
@@ -82,10 +85,12 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
 def plan(config: PlanConfig) -> dict[str, Any]:
     """Computes a model's time and memory on some hardware, from its config alone."""
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the config
-    read = partial(
-        planning.read_shape, read_model_config(config.model), dtype if isinstance(dtype, torch.dtype) else None
-    )
-    shape = read(config.quantize)
+    model = read_model_config(config.model)
+    read = partial(planning.read_shape, model, dtype if isinstance(dtype, torch.dtype) else None)
+    shipped = shipped_form(model)
+    if shipped is not None:
+        refuse_quantizing(config.model, shipped, config.quantize)
+    shape = read(shipped or config.quantize)
     fitting = planning.slots_that_fit(shape, config.device_memory, config.reserve)
     slots = fitting if config.slots is None else config.slots
     if config.expert_memory is not None:
@@ -98,7 +103,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         latency=None if config.latency is None else 1e-6 * config.latency,
         launch=None if config.launch is None else 1e-6 * config.launch,
         is_cuda=config.cuda,
-        decides=config.cuda and slots >= shape.layers * shape.top_k,
+        decides=config.cuda and shipped is None and slots >= shape.layers * shape.top_k,
     )
     m = config.candidates or min(shape.top_k + 2, shape.num_experts)
     sizes = {name: getattr(shape, name) for name in ("layers", "num_experts", "top_k")}
@@ -119,7 +124,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "slots": slots,
         "experts": shape.layers * shape.num_experts,
         "expert_bytes": shape.expert_bytes,
-        "formats": _formats(read, config),
+        "formats": _formats(read, config, (None, *Quantization) if shipped is None else (shipped,)),
         "resident_bytes": shape.resident_bytes,
         "routing": routing.source,
         "versions": versions(),
@@ -127,10 +132,10 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     }
 
 
-def _formats(read: Callable[[Quantization | None], planning.Shape], config: PlanConfig) -> dict[str, Any]:
+def _formats(read: Callable[[Form], planning.Shape], config: PlanConfig, forms: tuple[Form, ...]) -> dict[str, Any]:
     """By format of the experts: the bytes of one, and how many fit on the device. None where the experts can't have the format."""
     found: dict[str, Any] = {}
-    for quantize in (None, *Quantization):
+    for quantize in forms:
         try:
             shape = read(quantize)
             fitting = planning.slots_that_fit(shape, config.device_memory, config.reserve)

@@ -12,6 +12,7 @@ from .runtime.load import check_quantized, load_experts, load_to_host
 from .runtime.packfile import Header, read_header
 from .runtime.resident import load_resident
 from .runtime.settings import Loading, Named, Offloading
+from .runtime.shipped import form_and_options
 from .settings import EvaluateConfig
 
 
@@ -33,12 +34,15 @@ def _header(config: Loading) -> Header | None:
 
 
 def quantization_asked(config: Loading) -> str | None:
-    """What the experts are quantised to: as they are in the packed file, or as the settings say.
+    """What the experts are quantised to: as they are in the packed file, as they are shipped, or as the settings say.
 
-    Raises `StoreError` where both differ.
+    Raises `StoreError` where these differ.
     """
     header = _header(config)
-    return config.quantize if header is None else header.quantized
+    if header is not None:
+        return header.quantized
+    model: str | None = getattr(config, "model", None)
+    return config.quantize if model is None else form_and_options(model, config.quantize, {})[0]
 
 
 def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:

@@ -9,6 +9,7 @@ import torch
 from ..predictors.architecture import MoELayer
 from .engine import Engine
 from .errors import OffloadError
+from .formats.shipped import ShippedFormat
 from .host.cache import Eviction
 from .host.slots import ExpertSlots
 from .settings import OffloadConfig, Slots
@@ -69,6 +70,8 @@ def hindrance_of(store: ExpertStore, layers: list[MoELayer], slots: int, device:
         return f"the host decides what is copied, since {slots} slots are fewer than the {needed} that one token needs"
     if next(layers[0].experts.parameters()).dtype != layers[0].dtype:
         return "the host decides what is copied, since the experts are in another dtype than the rest of the model"
+    if isinstance(store.format, ShippedFormat):
+        return "the host decides what is copied, since the device has no kernels for the form in which the experts are shipped"
     if importlib.util.find_spec("triton") is None:
         return "the host decides what is copied, since Triton is not installed; pip install triton"
     return None

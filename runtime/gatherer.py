@@ -13,7 +13,8 @@ from ..predictors.architecture import MoELayer
 from .errors import StoreError
 from .formats import ExpertFormat
 from .formats.registry import format_of
-from .quantization import Quantization
+from .formats.shipped import shipped_format
+from .quantization import Quantization, Shipped
 from .store import empty_blocks
 
 RUN, RUNS = 64, 8
@@ -39,7 +40,7 @@ def sample_experts(tensors: dict[str, torch.Tensor]) -> str:
 
 @dataclass
 class Gathered:
-    """The parameters of an experts module, `[num_experts, ...]` each."""
+    """What a checkpoint has of an experts module, `[num_experts, ...]` each."""
 
     experts: nn.Module
     format: ExpertFormat
@@ -62,7 +63,7 @@ class Gathered:
 class Gatherer:
     """Gathers experts module by module, and gives each one on as soon as its last parameter has come."""
 
-    def __init__(self, quantize: Quantization | None, done: Callable[[Gathered], None]):
+    def __init__(self, quantize: Quantization | Shipped | None, done: Callable[[Gathered], None]):
         self._quantize, self._done = quantize, done
         self._format: ExpertFormat | None = None
         self._open: dict[nn.Module, Gathered] = {}
@@ -74,15 +75,21 @@ class Gatherer:
         Raises `StoreError` where modules differ, or where a weight can't be quantised.
         """
         if experts not in self._open:
-            self._format = self._format or format_of([experts], self._quantize)
-            self._format.full.expect(experts)
-            self._open[experts] = Gathered(experts, self._format, {})
+            form = shipped_format(experts) or format_of([experts], self._quantize)
+            self._format = self._format or form
+            if form != self._format:
+                raise StoreError(
+                    "the experts of this model's layers differ in shape or form; offloading needs them alike"
+                )
+            self._open[experts] = Gathered(experts, form, {})
         gathered = self._open[experts]
-        full = gathered.format.full
-        if values.dtype != full.dtype:
-            raise StoreError(f"the experts mix the dtypes {values.dtype} and {full.dtype}; give one with dtype=")
+        loaded = gathered.format.loaded
+        if values.dtype != loaded[name].dtype:
+            raise StoreError(
+                f"the experts mix the dtypes {values.dtype} and {loaded[name].dtype}; give one with dtype="
+            )
         gathered.tensors[name] = values
-        if gathered.tensors.keys() == full.places.keys():
+        if gathered.tensors.keys() == loaded.keys():
             self._modules.append(experts)
             self._done(self._open.pop(experts))
 

@@ -23,8 +23,9 @@ from .guard import Away
 from .offload import offload_experts, open_store
 from .pack import draw_experts, experts_ignored, load_and_pack, load_without_experts, random_without_experts
 from .packfile import Header, read_header
-from .quantization import Quantization
+from .quantization import Quantization, Shipped
 from .settings import LoadConfig, Loading, OffloadConfig
+from .shipped import form_and_options
 from .store import QuantizedExperts, empty_blocks
 
 PASSED_ON = ("revision", "token", "trust_remote_code", "attn_implementation")
@@ -74,51 +75,60 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
             f"something of type {type(model).__name__} can't be loaded; give a folder, a Hub name or a config"
         )
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # for CUDA, auto leaves the dtype to the checkpoint
-    if config.pack is None and config.quantize is not None:
-        return _load_quantized(model, config, dtype, **options)
+    if config.pack is not None and not config.pack.exists():
+        loaded, _ = load_and_pack(model, config.pack, dtype, config.seed, config.quantize, **options)
+        return _packed(loaded, config.pack)
+    form, options = form_and_options(model, config.quantize, options)
+    if config.pack is None and form is not None:
+        return _load_quantized(model, config.seed, dtype, form, options)
     if config.pack is None:
         if not isinstance(model, PretrainedConfig):
             return load_model(model, torch.device("cpu"), dtype, **options)
         loaded = random_without_experts(model, dtype, config.seed)
         draw_experts(loaded, lambda module, name, values: setattr(module, name, nn.Parameter(values)), config.seed)
         return loaded
-    if not config.pack.exists():
-        loaded, _ = load_and_pack(model, config.pack, dtype, config.seed, config.quantize, **options)
-        header = read_header(config.pack)
+    header = read_header(config.pack)
+    check_quantized(config.pack, header, config.quantize)
+    if dtype == "auto":
+        dtype = header.format().full.dtype
+    if isinstance(model, PretrainedConfig):
+        loaded = random_without_experts(model, dtype, config.seed)
     else:
-        header = read_header(config.pack)
-        check_quantized(config.pack, header, config.quantize)
-        if dtype == "auto":
-            dtype = header.format().full.dtype
-        if isinstance(model, PretrainedConfig):
-            loaded = random_without_experts(model, dtype, config.seed)
-        else:
-            with experts_ignored():
-                loaded = load_model(model, torch.device("cpu"), dtype, **options)
-            _check_checkpoint(config.pack, header, model, options.get("revision"))
-    vars(loaded).update(expert_pack=config.pack.absolute(), expert_samples=header.sample_of)
-    _refuse_to_run(loaded, f"in {config.pack.absolute()}")
-    return loaded
+        with experts_ignored():
+            loaded = load_model(model, torch.device("cpu"), dtype, **options)
+        _check_checkpoint(config.pack, header, model, options.get("revision"))
+    return _packed(loaded, config.pack)
+
+
+def _packed(model: PreTrainedModel, pack: Path) -> PreTrainedModel:
+    """A model whose experts stay in the file `pack`."""
+    vars(model).update(expert_pack=pack.absolute(), expert_samples=read_header(pack).sample_of)
+    _refuse_to_run(model, f"in {pack.absolute()}")
+    return model
 
 
 def _load_quantized(
-    model: str | Path | PretrainedConfig, config: Loading, dtype: torch.dtype | str, **options: Any
+    model: str | Path | PretrainedConfig,
+    seed: int,
+    dtype: torch.dtype | str,
+    form: Quantization | Shipped,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
-    """A model whose experts are quantised while they are read, layer by layer, and stay in host memory."""
+    """A model whose experts stay in host memory in a quantised form, into which they are brought layer by layer."""
     blocks: dict[nn.Module, torch.Tensor] = {}
     samples: dict[nn.Module, str] = {}
 
     def keep(gathered: Gathered) -> None:
         samples[gathered.experts], blocks[gathered.experts] = gathered.sample, gathered.blocks()
 
-    gatherer = Gatherer(config.quantize, keep)
-    loaded = load_without_experts(model, gatherer.take, dtype, config.seed, **options)
+    gatherer = Gatherer(form, keep)
+    loaded = load_without_experts(model, gatherer.take, dtype, seed, **options)
     layers = find_moe_layers(loaded)
-    form = gatherer.finish(layers, str(getattr(model, "model_type", model)))
-    vars(loaded)["expert_blocks"] = QuantizedExperts(form, [blocks[layer.experts] for layer in layers])
+    layout = gatherer.finish(layers, str(getattr(model, "model_type", model)))
+    vars(loaded)["expert_blocks"] = QuantizedExperts(layout, [blocks[layer.experts] for layer in layers])
     names = {module: path for path, module in loaded.named_modules()}
     vars(loaded)["expert_samples"] = {names[module]: sample for module, sample in samples.items()}
-    _refuse_to_run(loaded, f"quantised to {config.quantize}")
+    _refuse_to_run(loaded, f"quantised to {form}")
     return loaded
 
 

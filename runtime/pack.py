@@ -28,6 +28,7 @@ from ..predictors.provenance import versions
 from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .packwriter import PackWriter
 from .quantization import Quantization, quantization
+from .shipped import form_and_options
 
 ASYNC_OFF = "HF_DEACTIVATE_ASYNC_LOAD"
 Take = Callable[[nn.Module, str, torch.Tensor], None]
@@ -42,7 +43,8 @@ def pack(
 ) -> Path:
     """Packs the experts of a model folder or Hub repository into the file `out`, in `dtype` (`auto`: the checkpoint's).
 
-    `quantize` is what the experts are quantised to; by default they are packed as they are. In memory are only the other weights
+    `quantize` is what the experts are quantised to; by default they are packed as they are, also those that are shipped in a
+    quantised form. In memory are only the other weights
     and two to three times the experts of one layer. If an attempt was killed, the same call goes on with it. Raises `StoreError`,
     `LoadingError` or `UnsupportedModelError`, and then leaves no file behind.
     """
@@ -61,10 +63,11 @@ def load_and_pack(
 
     A checkpoint is loaded with the `options` of `load_model`.
     """
+    form, loading = form_and_options(source, quantize, options)
     checkpoint = _fingerprint(source, options)
-    writer = PackWriter(out, quantize, _key(source, checkpoint, dtype, seed, quantize))
+    writer = PackWriter(out, form, _key(source, checkpoint, dtype, seed, form))
     try:
-        model = load_without_experts(source, writer.take, dtype, seed, **options)
+        model = load_without_experts(source, writer.take, dtype, seed, **loading)
         name = f"random {source.model_type}" if isinstance(source, PretrainedConfig) else str(source)
         checkpoint = checkpoint or _fingerprint(source, options)  # it may have been downloaded since
         return model, writer.finish(model, find_moe_layers(model), name, checkpoint)

@@ -33,9 +33,8 @@ from .errors import StoreError
 from .formats import PAGE, ExpertFormat, Place, laid_out
 from .formats.full import FullFormat
 from .formats.quantized import QuantizedFormat
-from .formats.registry import QUANTIZED, format_of, quantization_of
+from .formats.registry import QUANTIZED, format_of, named, quantization_of
 from .gatherer import sample_experts
-from .quantization import Quantization
 from .store import Bytes
 
 FORMAT_VERSION = 1
@@ -68,7 +67,7 @@ class Header(BaseModel):
     tensors: dict[str, TensorPlace]
     """The tensors of an expert before it was quantised."""
     quantized: str | None = None
-    """What they were quantised to, a `Quantization`; None if they are unchanged."""
+    """What they were quantised to, a `Quantization`, or are shipped in, a `Shipped`; None if they are unchanged."""
     is_transposed: bool = False
     """Of quantised experts: whether their weights are `[inputs, outputs]` in the model."""
     block_bytes: int = Field(gt=0, multiple_of=PAGE)
@@ -109,7 +108,7 @@ class Header(BaseModel):
         form: ExpertFormat = FullFormat(places, self.block_bytes)
         if self.quantized is not None:
             full = FullFormat(*laid_out({name: place[:2] for name, place in places.items()}))
-            form = QUANTIZED[Quantization(self.quantized)].of(full, self.is_transposed)
+            form = QUANTIZED[named(self.quantized)].of(full, self.is_transposed)
         inside = form.bytes == self.block_bytes and all(p.offset + p.bytes <= form.bytes for p in form.places.values())
         if any(min(p.shape) < 1 for p in places.values()) or not inside:
             raise ValueError("a tensor lies beyond its block")

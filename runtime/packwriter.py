@@ -22,7 +22,7 @@ from .errors import StoreError
 from .formats import PAGE
 from .gatherer import Gathered, Gatherer
 from .packfile import MAGIC, START, Header, described, told, weights_fingerprint
-from .quantization import Quantization
+from .quantization import Quantization, Shipped
 
 
 class Written(BaseModel):
@@ -42,7 +42,7 @@ class PackWriter:
     the same at once, the second one begins from the start, in a file of its own.
     """
 
-    def __init__(self, out: str | Path, quantize: Quantization | None = None, key: str | None = None):
+    def __init__(self, out: str | Path, quantize: Quantization | Shipped | None = None, key: str | None = None):
         self.out = Path(out).absolute()
         if self.out.exists():
             raise StoreError(f"{self.out} exists already; name a new file or remove it")

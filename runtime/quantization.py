@@ -14,6 +14,13 @@ class Quantization(StrEnum):
     INT4 = "int4"
 
 
+class Shipped(StrEnum):
+    """Formats of `runtime.formats` that experts are shipped in. They are kept as they are."""
+
+    FP8 = "fp8"
+    MXFP4 = "mxfp4"
+
+
 def quantization(name: str | None) -> Quantization | None:
     """The quantisation of this name, None for None. Raises `StoreError` if there is none."""
     try:

@@ -63,9 +63,14 @@ class ExpertFormat(ABC):
     def full(self) -> FullFormat:
         """The format of the same experts before they were quantised."""
 
+    @property
+    def loaded(self) -> dict[str, Place]:
+        """The tensors that a checkpoint gives for each expert, by the names that `write` takes."""
+        return self.full.places
+
     @abstractmethod
     def write(self, name: str, values: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Writes the parameter `name` of all experts, `values` `[experts, ...]`, into their `blocks` `[experts, bytes]`, uint8.
+        """Writes the tensor `name` of all experts, one of `loaded`, `values` `[experts, ...]`, into their `blocks` `[experts, bytes]`, uint8.
 
         Raises `StoreError` where the format can't hold it.
         """

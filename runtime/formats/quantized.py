@@ -18,7 +18,8 @@ Shaped = tuple[torch.dtype, torch.Size]
 SCALES = "_scales"
 """The scales of the weight `down_proj` are called `down_proj_scales`."""
 COMPUTED = torch.bfloat16
-"""The dtype of the scales that are made here. On a CPU the products are computed in it, whatever the model's dtype: torch's kernels are fast in no other."""
+"""The dtype of the scales that are made here. On a CPU the products with weights that are not widened are computed in it, whatever
+the model's dtype: torch's kernels are fast in no other."""
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,33 @@
-"""All formats that experts can be quantised to, by name."""
+"""All formats of quantised experts, by name."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ..quantization import Quantization
+from ..quantization import Quantization, Shipped
 from . import ExpertFormat
+from .fp8 import Fp8Format
 from .full import FullFormat
 from .int4 import Int4Format
 from .int8 import Int8Format
 from .quantized import QuantizedFormat
 
-QUANTIZED: dict[Quantization, type[QuantizedFormat]] = {Quantization.INT8: Int8Format, Quantization.INT4: Int4Format}
+QUANTIZED: dict[Quantization | Shipped, type[QuantizedFormat]] = {
+    Quantization.INT8: Int8Format,
+    Quantization.INT4: Int4Format,
+    Shipped.FP8: Fp8Format,
+}
 
 
-def format_of(modules: list[nn.Module], quantize: Quantization | None) -> ExpertFormat:
+def named(name: str) -> Quantization | Shipped:
+    """The form of quantised experts of this name. Raises `ValueError` where there is none."""
+    found = next((form for form in QUANTIZED if form == name), None)
+    if found is None:
+        raise ValueError(f"{name} is no form of experts")
+    return found
+
+
+def format_of(modules: list[nn.Module], quantize: Quantization | Shipped | None) -> ExpertFormat:
     """The common format of all experts modules of a model, unchanged or quantised.
 
     Raises `StoreError` where the modules differ, or where their weights can't be quantised so.
@@ -23,6 +36,6 @@ def format_of(modules: list[nn.Module], quantize: Quantization | None) -> Expert
     return full if quantize is None else QUANTIZED[quantize].of(full, bool(modules[0].is_transposed))
 
 
-def quantization_of(form: ExpertFormat) -> Quantization | None:
-    """What experts of a format are quantised to; None if they are unchanged."""
+def quantization_of(form: ExpertFormat) -> Quantization | Shipped | None:
+    """What experts of a format are quantised to, or shipped in; None if they are unchanged."""
     return next((name for name, kind in QUANTIZED.items() if isinstance(form, kind)), None)

@@ -20,7 +20,7 @@ from ..formats import laid_out
 from ..formats.full import FullFormat
 from ..formats.registry import QUANTIZED
 from ..policy import Gating, Policy
-from ..quantization import Quantization
+from ..quantization import Quantization, Shipped
 from ..settings import OffloadConfig, Slots
 from ..targets import sources_read
 from .routing import ReplayedRouting
@@ -85,11 +85,11 @@ class Hardware:
 
 
 def read_shape(
-    config: PretrainedConfig, dtype: torch.dtype | None = None, quantize: Quantization | None = None
+    config: PretrainedConfig, dtype: torch.dtype | None = None, quantize: Quantization | Shipped | None = None
 ) -> Shape:
     """The shape of a mixture-of-experts model, from its config. It needs no memory for the weights.
 
-    `dtype` is by default the config's own, or else bfloat16. `quantize` is of the experts alone. Raises
+    `dtype` is by default the config's own, or else bfloat16. `quantize` is the form of the experts alone. Raises
     `UnsupportedModelError` for a model whose experts are not stacked in one module, and `StoreError` where they can't be
     quantised so.
     """

@@ -1,0 +1,125 @@
+"""Loads checkpoints that are shipped with quantised experts. Transformers widens all weights of them but the experts.
+
+Transformers reads the experts, splits and stacks them as in any checkpoint, but gives them to their modules as they are, with
+their scales. For this it has quantisers under names of ours. They expect other parameters in the experts while these are loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils.quantization_config import FineGrainedFP8Config
+
+from ..predictors.experts import expert_modules
+from .errors import StoreError
+from .formats.fp8 import BLOCK, Fp8Format
+from .formats.quantized import SCALES
+from .formats.shipped import ShippedFormat, expect, forget
+from .quantization import Quantization, Shipped
+
+PREFIX = "predict_train_"
+"""Before the names of our quantisers."""
+SCALE_SOURCE = "weight_scale_inv"
+
+
+def shipped_form(config: PretrainedConfig) -> Shipped | None:
+    """The form in which the experts of a checkpoint of this `config` are shipped; None if they are not quantised, or otherwise.
+
+    Raises `StoreError` where it is one of ours with other blocks.
+    """
+    known = getattr(config, "quantization_config", None)
+    if not isinstance(known, dict) or known.get("quant_method") != Shipped.FP8 or known.get("expert_dtype") == "fp4":
+        return None
+    blocks = known.get("weight_block_size", [BLOCK, BLOCK])
+    if blocks is None or list(blocks) != [BLOCK, BLOCK]:
+        raise StoreError(
+            f"the checkpoint is in fp8 with the blocks {blocks}, and only blocks of {BLOCK} by {BLOCK} are read; give another one"
+        )
+    return Shipped.FP8
+
+
+def refuse_quantizing(source: Any, form: Shipped, quantize: Quantization | None) -> None:
+    """Raises `StoreError` where experts that are shipped in `form` are to be quantised."""
+    if quantize is not None:
+        raise StoreError(
+            f"the experts of {source} are shipped in {form}, so they can't be quantised to {quantize}; leave quantize out"
+        )
+
+
+def form_and_options(
+    source: str | Path | PretrainedConfig, quantize: Quantization | None, options: dict[str, Any]
+) -> tuple[Quantization | Shipped | None, dict[str, Any]]:
+    """The form that the experts of `source` are kept in, and the `options` of `load_model` that have transformers give them so.
+
+    The form is the one in which they are shipped, or else `quantize`. Raises `StoreError` where both are given.
+    """
+    config = None if isinstance(source, PretrainedConfig) else _config_of(source, options)
+    form = None if config is None else shipped_form(config)
+    if config is None or form is None:
+        return quantize, options
+    refuse_quantizing(source, form, quantize)
+    config.quantization_config = {**config.quantization_config, "quant_method": PREFIX + form, "dequantize": True}
+    return form, options | {"config": config}
+
+
+def _config_of(source: str | Path, options: dict[str, Any]) -> PretrainedConfig | None:
+    given = {name: options[name] for name in ("revision", "token", "trust_remote_code") if name in options}
+    try:
+        return AutoConfig.from_pretrained(str(source), **{"trust_remote_code": False} | given)
+    except Exception:  # whatever transformers raises; loading raises it again and says what is wrong
+        return None
+
+
+class _Keeping:
+    """What our quantisers have in common."""
+
+    kind: type[ShippedFormat]
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """All that is not kept is widened, which every machine can."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for experts in expert_modules(model).values():
+            expect(experts, self.kind)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for experts in expert_modules(model).values():
+            forget(experts)
+        return model
+
+
+@register_quantization_config(PREFIX + Shipped.FP8)
+class KeptFp8Config(FineGrainedFP8Config):
+    """The `quantization_config` of a checkpoint in fp8, whose experts are kept."""
+
+
+@register_quantizer(PREFIX + Shipped.FP8)
+class KeptFp8(_Keeping, FineGrainedFP8HfQuantizer):
+    """Loads a checkpoint in fp8 with experts as they are."""
+
+    kind = Fp8Format
+
+    def update_weight_conversions(self, conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
+        """Of a converter that widens experts and stacks them it makes two: one stacks the weights, the other one the scales."""
+        found = []
+        for converter in super().update_weight_conversions(conversions, *model):
+            sources: list[str] = list(converter._original_source_patterns)
+            scales = [source for source in sources if SCALE_SOURCE in source]
+            is_experts = any("experts" in source for source in scales)
+            if not (is_experts and isinstance(converter, WeightConverter)):
+                found.append(converter)
+                continue
+            weights = [source for source in sources if source.removesuffix("$").endswith(".weight")]
+            for patterns, end in ((weights, ""), (scales, SCALES)):
+                targets = [target + end for target in converter._original_target_patterns]
+                # The first operation is the widening.
+                copied = WeightConverter(patterns, targets, operations=list(converter.operations[1:]))
+                for name in ("scope_prefix", "base_model_prefix"):
+                    setattr(copied, name, getattr(converter, name, None))
+                found.append(copied)
+        return found
