@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
-from transformers.utils.quantization_config import FineGrainedFP8Config
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from ..predictors.experts import expert_modules
 from .errors import StoreError
 from .formats.fp8 import BLOCK, Fp8Format
+from .formats.mxfp4 import Mxfp4Format
 from .formats.quantized import SCALES
 from .formats.shipped import ShippedFormat, expect, forget
 from .quantization import Quantization, Shipped
@@ -33,7 +35,10 @@ def shipped_form(config: PretrainedConfig) -> Shipped | None:
     Raises `StoreError` where it is one of ours with other blocks.
     """
     known = getattr(config, "quantization_config", None)
-    if not isinstance(known, dict) or known.get("quant_method") != Shipped.FP8 or known.get("expert_dtype") == "fp4":
+    method = known.get("quant_method") if isinstance(known, dict) else None
+    if method == Shipped.MXFP4:
+        return Shipped.MXFP4
+    if not isinstance(known, dict) or method != Shipped.FP8 or known.get("expert_dtype") == "fp4":
         return None
     blocks = known.get("weight_block_size", [BLOCK, BLOCK])
     if blocks is None or list(blocks) != [BLOCK, BLOCK]:
@@ -83,7 +88,7 @@ class _Keeping:
     def validate_environment(self, *_: Any, **__: Any) -> None:
         """All that is not kept is widened, which every machine can."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, *_: Any, **__: Any) -> None:
         for experts in expert_modules(model).values():
             expect(experts, self.kind)
 
@@ -123,3 +128,23 @@ class KeptFp8(_Keeping, FineGrainedFP8HfQuantizer):
                     setattr(copied, name, getattr(converter, name, None))
                 found.append(copied)
         return found
+
+
+@register_quantization_config(PREFIX + Shipped.MXFP4)
+class KeptMxfp4Config(Mxfp4Config):
+    """The `quantization_config` of a checkpoint in MXFP4, whose experts are kept."""
+
+    def __init__(self, **fields: Any):
+        super().__init__(**fields)
+        vars(self)["quant_method"] = PREFIX + Shipped.MXFP4
+
+
+@register_quantizer(PREFIX + Shipped.MXFP4)
+class KeptMxfp4(_Keeping, Mxfp4HfQuantizer):
+    """Loads a checkpoint in MXFP4 with experts as they are. No other weights are quantised in it."""
+
+    kind = Mxfp4Format
+
+    def update_weight_conversions(self, conversions: list[Any], *_: PreTrainedModel) -> list[Any]:
+        """Packed weights get the names of the weights. Their scales have the right names already."""
+        return [*conversions, *(WeightRenaming(f"{name}_blocks", name) for name in ("gate_up_proj", "down_proj"))]

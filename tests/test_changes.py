@@ -27,6 +27,7 @@ from predict_train.train.fit import read_run
 from predict_train.train.inspection import inspect
 from predict_train.train.settings import ExportConfig
 from rich.console import Console
+from test_shipped import write_mxfp4
 from transformers import PreTrainedModel
 
 CHANGES = int(os.environ.get("CHANGES", "20"))
@@ -103,6 +104,14 @@ def quantized(tmp_path_factory: pytest.TempPathFactory, tiny_moe_folder: Path) -
     return folder
 
 
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "shipped"
+    folder.mkdir()
+    pack(write_mxfp4(folder.with_name("gpt_oss")), folder / "experts")
+    return folder
+
+
 def pack_reader(model: Path) -> Read:
     def read(folder: Path) -> dict[str, Any]:
         loaded: PreTrainedModel = load_offloaded(model, device="cpu", policy="on_demand", pack=folder / "experts")
@@ -123,13 +132,14 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], change: str) ->
         assert torch.equal(tensors[name], tensor), (change, name)
 
 
-@pytest.mark.parametrize("kind", ["exported", "collected", "fitted", "packed", "quantized"])
+@pytest.mark.parametrize("kind", ["exported", "collected", "fitted", "packed", "quantized", "shipped"])
 def test_no_change_goes_by_in_silence(
     kind: str, request: pytest.FixtureRequest, tiny_moe_folder: Path, tmp_path: Path
 ) -> None:
     original: Path = request.getfixturevalue(kind)
     readers: dict[str, Read] = {"exported": read_export, "collected": read_trace, "fitted": read_run_of_fit}
-    read = readers.get(kind) or pack_reader(tiny_moe_folder)
+    model = original.with_name("gpt_oss") if kind == "shipped" else tiny_moe_folder
+    read = readers.get(kind) or pack_reader(model)
     folder = shutil.copytree(original, tmp_path / "copy")
     expected = read(folder)
     # A model card is for people, and TensorBoard's logs and the last checkpoint are not exported.

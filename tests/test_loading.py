@@ -107,6 +107,12 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     "half an expert": (without("2.mlp.experts.3.up_proj"), r"lacks model\.layers\.2\.mlp\.experts\.gate_up_proj;"),
     "a scale less": (fp8_without_scales, r"lacks the scales of model\.layers\.0\.self_attn\.q_proj\.weight and 3 more"),
     "no library": (quantised(quant_method="awq", bits=4), "requires gptqmodel"),
+    "no library, gptq": (quantised(quant_method="gptq", bits=4), "requires optimum"),
+    "no library, bnb": (
+        quantised(quant_method="bitsandbytes", load_in_4bit=True),
+        "requires bitsandbytes: `pip install",
+    ),
+    "no library, compressed": (quantised(quant_method="pip install compressed-tensors"), "compressed.tensors"),
     "a method unknown": (quantised(quant_method="nonesuch"), "quantised by nonesuch, which transformers does not know"),
 }
 

@@ -10,12 +10,14 @@ from .fp8 import Fp8Format
 from .full import FullFormat
 from .int4 import Int4Format
 from .int8 import Int8Format
+from .mxfp4 import Mxfp4Format
 from .quantized import QuantizedFormat
 
 QUANTIZED: dict[Quantization | Shipped, type[QuantizedFormat]] = {
     Quantization.INT8: Int8Format,
     Quantization.INT4: Int4Format,
     Shipped.FP8: Fp8Format,
+    Shipped.MXFP4: Mxfp4Format,
 }
 
 
