@@ -196,10 +196,7 @@ class _Layer:
         self._views = {name: self._view(place, blocks_format.bytes) for name, place in blocks_format.places.items()}
         self._parameters = {name: layer.experts.get_parameter(name) for name in self._views}
         self._origin = next(iter(self._parameters.values())).device
-        self._strides = {
-            name: torch.empty_like(p, device="meta", requires_grad=False).stride()
-            for name, p in self._parameters.items()
-        }
+        self._orders = {name: sorted(range(p.ndim), key=p.stride, reverse=True) for name, p in self._parameters.items()}
         self._filling: list[Future[None]] = [pool.submit(self._fill, expert) for expert in range(layer.num_experts)]
 
     def _view(self, place: Place, size: int) -> torch.Tensor:
@@ -241,8 +238,10 @@ class _Layer:
     def give_back(self) -> None:
         """Gives the parameters memory of their own, where they were."""
         for name, parameter in self._parameters.items():
-            strides = self._strides[name]  # products of weights that lie otherwise are rounded otherwise
-            values = torch.empty_strided(parameter.shape, strides, dtype=parameter.dtype, device=self._origin)
+            order = self._orders[name]  # products of weights that lie otherwise are rounded otherwise
+            shape = [parameter.shape[dimension] for dimension in order]
+            values = torch.empty(shape, dtype=parameter.dtype, device=self._origin)
+            values = values.permute([order.index(dimension) for dimension in range(len(order))])
             _copy(values, parameter.data)
             parameter.data = values
 
