@@ -45,7 +45,7 @@ def expect(experts: nn.Module, kind: type[ShippedFormat]) -> None:
     form = kind.of(FullFormat.of(experts), bool(experts.is_transposed))
     vars(experts)[FORMAT] = form
     count = next(experts.parameters(recurse=False)).shape[0]
-    for name, place in form.places.items():
+    for name, place in form.loaded.items():
         _put(experts, name, count, place, trains=False)
 
 

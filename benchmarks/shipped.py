@@ -1,0 +1,95 @@
+"""Checkpoints with experts in the forms in which some models are shipped: written from another checkpoint, and their computing measured.
+
+python -m benchmarks.shipped write checkpoints/tiny-moe OUT     a copy of a checkpoint, with experts in fp8
+python -m benchmarks.shipped time                               the experts' computing alone, against bfloat16's
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from predict_train.runtime.formats.fp8 import BLOCK, Fp8Format
+from predict_train.runtime.formats.mxfp4 import GROUP, Mxfp4Format
+from safetensors.torch import load_file, save_file
+
+CONFIG = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+WIDTH, WEIGHTS = 1024, 48
+"""Rows and columns of a weight, and how many there are, so that no processor's cache holds all of them."""
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in e4m3, and the scales of its blocks, float32: the largest number of a block is the largest of e4m3."""
+    rows, columns = (min(BLOCK, size) for size in weight.shape)
+    blocks = weight.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    scales = blocks.abs().amax((1, 3)).clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+    packed = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    return packed.flatten(2).flatten(0, 1), scales
+
+
+def write(source: Path, out: Path) -> None:
+    """Copies the checkpoint `source`, and puts its experts into fp8."""
+    shutil.copytree(source, out)
+    for file in out.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in [name for name in tensors if ".experts." in name and name.endswith("_proj.weight")]:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantized(tensors[name])
+        save_file(tensors, file, metadata={"format": "pt"})
+    config = out / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": CONFIG}, indent=2) + "\n")
+
+
+@torch.no_grad()
+def compare(rounds: int) -> None:
+    """Prints the time of a token's product with a weight that is widened first, against the same in bfloat16, by turns."""
+    numbers = [torch.randint(0, 256, (WIDTH, WIDTH), dtype=torch.uint8) for _ in range(WEIGHTS)]
+    nearly = [(number & 0xF7).view(torch.float8_e4m3fn) for number in numbers]  # none of these stands for no number
+    packed = [number[:, : WIDTH // 2].reshape(-1, GROUP // 2, WIDTH) for number in numbers]
+    plain = [torch.randn(WIDTH, WIDTH, dtype=torch.bfloat16) for _ in range(WEIGHTS)]
+    scales = torch.rand(WIDTH // BLOCK, WIDTH // BLOCK) * 1e-3
+    exponents = torch.full((WIDTH // GROUP, WIDTH), 120, dtype=torch.uint8)
+    x = torch.randn(1, WIDTH, dtype=torch.bfloat16)
+    jobs: dict[str, Callable[[int], object]] = {
+        "bf16": lambda n: F.linear(x, plain[n]),
+        "fp8": lambda n: F.linear(x, Fp8Format.widen(nearly[n], scales, x.dtype)),
+        "fp8, float32": lambda n: F.linear(x.float(), Fp8Format.widen(nearly[n], scales)),
+        "fp8 by Tensor.to": lambda n: F.linear(x, nearly[n].to(x.dtype)),
+        "mxfp4": lambda n: F.linear(x, Mxfp4Format.widen(packed[n], exponents, x.dtype)),
+        "mxfp4, float32": lambda n: F.linear(x.float(), Mxfp4Format.widen(packed[n], exponents)),
+    }
+    found: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds + 1):
+        for name, job in jobs.items():
+            begun = time.perf_counter()
+            for number in range(WEIGHTS):
+                job(number)
+            found[name].append(1e6 * (time.perf_counter() - begun) / WEIGHTS)
+    for name, times in found.items():
+        ratio = statistics.median(own / other for own, other in zip(times[1:], found["bf16"][1:], strict=True))
+        print(f"{name:18} {statistics.median(times[1:]):7.0f} us per million weights, {ratio:.2f} of bf16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = parser.add_subparsers(dest="job", required=True)
+    writing = jobs.add_parser("write")
+    writing.add_argument("source", type=Path)
+    writing.add_argument("out", type=Path)
+    jobs.add_parser("time").add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    if arguments.job == "write":
+        write(arguments.source, arguments.out)
+    else:
+        compare(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
