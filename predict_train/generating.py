@@ -21,17 +21,22 @@ from .runtime.generate import generate as generate_text
 from .runtime.load import load_offloaded
 from .runtime.settings import ChatConfig, GenerateConfig, Generating, LoadConfig
 
+NO_TEMPLATE = "the model has no chat template, so it goes on with the text as it is"
 COMMANDS = "/reset forgets what was said, /stats tells what the last answer cost, /exit ends"
 
 
 def generate(config: GenerateConfig) -> dict[str, Any]:
     """Streams a text for each prompt, and says what its tokens cost. Returns everything for a JSON file."""
+    if config.prompts.count("-") > 1:
+        raise UserError("standard input can be read only once; give --prompt - only once")
     prompts = [_from_stdin() if prompt == "-" else prompt for prompt in config.prompts]
     model, tokenizer = loaded(config)
-    texts = []
+    if config.chat and not tokenizer.chat_template:
+        typer.echo(NO_TEMPLATE, err=True)
+    texts: list[dict[str, Any]] = []
     for prompt in prompts:
         if len(prompts) > 1:
-            typer.echo(f"prompt {len(texts) + 1} of {len(prompts)}:", err=True)
+            print(f"{chr(10) if texts else ''}prompt {len(texts) + 1} of {len(prompts)}: {prompt}")
         if config.chat:
             result = Conversation(model, tokenizer, config).answer(prompt, _tell, config.seed)
         else:
@@ -49,7 +54,7 @@ def chat(config: ChatConfig) -> None:
     conversation = Conversation(model, tokenizer, config, config.system)
     is_terminal, last = sys.stdin.isatty(), None
     if not conversation.has_template:
-        typer.echo("the model has no chat template, so it goes on with the text as it is", err=True)
+        typer.echo(NO_TEMPLATE, err=True)
     if is_terminal:
         typer.echo(COMMANDS, err=True)
     while (line := _line(is_terminal)) is not None:

@@ -162,7 +162,8 @@ def test_generate_takes_several_prompts_standard_input_and_chats(
     texts = json.loads(out.read_text())["texts"]
     assert [text["prompt"] for text in texts] == ["The stone", "The river\nand"]
     assert all(text["text"].rstrip() in printed for text in texts)
-    assert "prompt 2 of 2" in told
+    assert "prompt 2 of 2: The river" in printed
+    assert "time per output token" in told
     for text in texts:
         ids = tokenizer(text["prompt"], return_tensors="pt")["input_ids"]
         whole = tiny_moe.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
@@ -178,6 +179,7 @@ def test_generate_takes_several_prompts_standard_input_and_chats(
     capsys.readouterr()
     for wrong, words in {
         ("--prompt", "-"): "standard input is empty",
+        ("--prompt", "-", "--prompt", "-"): "only once",
         ("--prompt", "x", "--top-p", "0.5"): "nothing is drawn",
         ("--prompt", "x", "--top-p", "1.5", "--temperature", "1"): "top-p",
         ("--prompt", "x", "--stop", ""): "empty",
