@@ -52,7 +52,8 @@ def chat(config: ChatConfig) -> None:
     """Answers each line of standard input, until it ends. A line that begins with / is a command: `COMMANDS`."""
     model, tokenizer = loaded(config)
     conversation = Conversation(model, tokenizer, config, config.system)
-    is_terminal, last = sys.stdin.isatty(), None
+    is_terminal = sys.stdin.isatty()
+    last: Generation | None = None
     if not conversation.has_template:
         typer.echo(NO_TEMPLATE, err=True)
     if is_terminal:
@@ -65,10 +66,11 @@ def chat(config: ChatConfig) -> None:
                 return
             case "/reset":
                 conversation.reset()
-            case "/stats" if last is None:
-                typer.echo("nothing has been answered yet", err=True)
             case "/stats":
-                _tell_figures(last)
+                if last is None:
+                    typer.echo("nothing has been answered yet", err=True)
+                else:
+                    _tell_figures(last)
             case other if other.startswith("/") and " " not in other:
                 typer.echo(f"there is no command {other}: {COMMANDS}", err=True)
             case _:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...predictors.metrics import gap_closed
+from ..quantization import Shipped
 
 
 def print_hit_rates(console: Console, result: dict[str, Any]) -> None:
@@ -41,8 +42,11 @@ def print_quantization(console: Console, result: dict[str, Any]) -> None:
     """Prints what quantising loses, if the experts are quantised. What speculating loses beside is in `print_losses`."""
     before, full = result["unquantized_cross_entropy"], result["cross_entropy"]["full"]
     if before is not None:
+        other = (
+            "where transformers widens them" if result["quantized"] in list(Shipped) else "before they were quantised"
+        )
         console.print(
-            f"experts in {result['quantized']}: cross-entropy {full:.4f}, and {before:.4f} before they were quantised "
+            f"experts in {result['quantized']}: cross-entropy {full:.4f}, and {before:.4f} {other} "
             f"({full / before - 1:+.3%}); the table above compares with the quantised model",
             highlight=False,
         )
