@@ -51,7 +51,11 @@ def expert_parameters(experts: nn.Module) -> list[str]:
         raise UnsupportedModelError(
             f"{kind} does not say how its weights lie (it lacks use_experts_implementation), so its experts can't be run one by one"
         )
-    if getattr(type(experts).forward, "__globals__", None) is not use_experts_implementation.__globals__:
+    forward = type(experts).forward
+    if (
+        forward is not nn.Module.forward
+        and getattr(forward, "__globals__", None) is not use_experts_implementation.__globals__
+    ):
         raise UnsupportedModelError(
             f"the forward of {kind} is not the one that transformers gives it, and would not be called; don't replace it"
         )

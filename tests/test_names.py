@@ -62,7 +62,7 @@ def run(*arguments):
 
 
 found["codes"] = {name: run(name, *arguments) for name, arguments in commands.items()}
-found["help"] = {name: run(name, "--help") for name in [*commands, "models", "demo"]}
+found["help"] = {name: run(name, "--help") for name in [*commands, "models", "demo", "serve"]}
 
 import torch
 from transformers import AutoModelForCausalLM
