@@ -5,7 +5,7 @@
 
 CHECKOUT is transformers' source tree, of about the installed release: its tests are in no wheel. Each model is offloaded when it
 first runs in evaluation mode, with the fewest slots. The table says for each supported type how many tests pass without and with
-us, and lists those that pass without us only. If there are some, the exit code is 1.
+us, and lists those that pass without us only. If there are some, or if none ran, the exit code is 1.
 
 Tests that a model is compiled are among them: on a CPU, `generate` compiles the offloaded model there as it does the plain one.
 """
@@ -136,6 +136,9 @@ def main() -> None:
         plain, offloading = run(file, None, args.match).passed(), Offloading(args.policy)
         ours = run(file, offloading, args.match)
         table.add_row(*map(str, (model_type, len(plain), len(plain & ours.passed()), offloading.calls)))
+        if not plain:
+            broken += 1
+            console.print(f"{model_type}: no test ran; are parameterized and httpx installed?", markup=False)
         for name in sorted(plain - ours.passed()):
             broken += 1
             console.print(
