@@ -60,7 +60,7 @@ def read_batches(
         starts = prompts(documents, tokenizer, config.sequence_length - config.max_new_tokens)
         some = itertools.islice(starts, -(-tokens // config.max_new_tokens))
         return prompt_batches(some, config.batch_tokens, config.max_new_tokens)
-    if config.pack:
+    if config.concatenate:
         return packed_batches(documents, tokenizer, config.sequence_length, config.batch_size, tokens)
     pad = next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
     return padded_batches(

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from ..predictors.architecture import MoELayer, moe_shape
 from ..predictors.discovery import find_moe_layers
@@ -27,7 +29,7 @@ from ..predictors.provenance import command, versions
 from ..predictors.weights import commit_of, local_folder
 from .batches import TokenBatch, read_batches
 from .columns import TOKEN_IDS
-from .hooks import Recorder
+from .hooks import Recorder, Watch, watch_resident
 from .manifest import FORMAT_VERSION, LayerEntry, Manifest, ModelEntry
 from .memory import keep_freed_memory
 from .passes import Run, arguments_of, most_rows, run_batch
@@ -56,13 +58,30 @@ from .trace import Trace
 from .writer import TraceWriter, disk, write_manifest, write_speculation
 
 
-def collect(config: CollectConfig, console: Console | None = None) -> Path:
-    """Runs the model and writes the trace, or resumes it; returns its folder.
+class Source(NamedTuple):
+    """A model to collect from."""
+
+    model: PreTrainedModel
+    watch: Watch = watch_resident
+    """How its experts tell their outputs."""
+
+
+Load = Callable[[CollectConfig, torch.device], Source]
+"""Loads the model of a collection for a device."""
+
+
+def load_whole(config: CollectConfig, device: torch.device) -> Source:
+    """The model with all its weights on the device, or spread over several by `device_map`."""
+    keep_freed_memory()
+    return Source(load_model(config.model, device, resolve_dtype(config.dtype, device), config.device_map))
+
+
+def collect(config: CollectConfig, console: Console | None = None, load: Load = load_whole) -> Path:
+    """Runs the model that `load` gives and writes the trace, or resumes it; returns its folder.
 
     Raises a `UserError` if anything is wrong with the settings, the model, the corpus or the disk. Then, and after a
     `KeyboardInterrupt`, the folder holds a trace that can be resumed, or nothing if no batch has been run.
     """
-    keep_freed_memory()
     with joined(resolve_device(config.device)) as group:
         console = console or Console(quiet=not group.is_first)
         try:
@@ -71,14 +90,14 @@ def collect(config: CollectConfig, console: Console | None = None) -> Path:
                 if finished:
                     console.print(f"{config.out} is finished already", highlight=False)
                 else:
-                    _collect(config, group, console)
+                    _collect(config, load, group, console)
                 group.wait()  # the lock is held until all have ended
         except KeyboardInterrupt as stop:
             raise type(stop)(f"stopped; give --resume to go on with {config.out}") from stop
     return config.out
 
 
-def _collect(config: CollectConfig, group: Group, console: Console) -> None:
+def _collect(config: CollectConfig, load: Load, group: Group, console: Console) -> None:
     before = load_progress(config.out, group.rank)
     if before is not None:
         check_settings(config, before.progress.settings, before.progress.processes, group.count)
@@ -89,11 +108,10 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
             f"max_new_tokens {config.max_new_tokens} leaves no room for a prompt in a sequence_length of "
             f"{config.sequence_length}; give fewer --max-new-tokens or a longer --sequence-length"
         )
-    dtype = resolve_dtype(config.dtype, group.device)
     tokenizer = load_tokenizer(config.model)
     if config.phase == "decode":
         check_generation(config.model, tokenizer, partial(arguments_of, max_new_tokens=config.max_new_tokens))
-    model = load_model(config.model, group.device, dtype, config.device_map)
+    model, watch = load(config, group.device)
     layers, origin = find_moe_layers(model), origin_of(config, group.device)
     if before is not None:
         check_origin(config, before.progress.origin, origin)
@@ -102,7 +120,7 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
         raise CollectError(
             f"sequence_length {config.sequence_length} is beyond the {limit} positions of {config.model}"
         )
-    run = Run(config, model, layers, tokenizer)
+    run = Run(config, model, layers, tokenizer, watch)
     plan: Any = None
     if group.is_first:
         plan = before.progress.plan if before else make_plan(run, console, group.count)
@@ -110,7 +128,7 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
     if before is None:
         before = Snapshot(
             Progress(settings=config.decides(), origin=origin, processes=group.count, plan=plan),
-            Recorder(layers, plan.targets, config.inputs).state(),
+            run.recorder(plan.targets).state(),
         )
         with disk(config.out):
             save_progress(config.out, group.rank, before)
@@ -137,14 +155,14 @@ def _collect(config: CollectConfig, group: Group, console: Console) -> None:
 
 def _record(run: Run, group: Group, before: Snapshot, refuse: Refuse) -> tuple[Progress, bool]:
     """Runs this process's batches; returns its last progress, and whether it ended because of `max_bytes`."""
-    config, model, layers, tokenizer = run
+    config, model, _, tokenizer, _ = run
     start, plan = before.progress, before.progress.plan
     prefix = "shard" if group.count == 1 else f"shard-{group.rank:04d}"
     remove_unfinished(config.out, prefix, start)
     rows = sum(shard.rows for shard in start.shards)
     most = None if config.max_bytes is None else plan.most_rows(config.max_bytes, config.shard_bytes, group.count)
     digest, done, stopped = hashlib.blake2b(digest_size=16), start, False
-    recorder = Recorder(layers, plan.targets, config.inputs)
+    recorder = run.recorder(plan.targets)
     recorder.add_state(before.sums)
     hidden = None if group.is_first else True
     progress = tqdm(total=config.tokens, unit=" tokens", desc="collect", leave=False, disable=hidden)
@@ -190,14 +208,14 @@ def _work(batch: TokenBatch, config: CollectConfig) -> int:
 
 def _finish(run: Run, group: Group) -> Manifest:
     """Makes one trace of everything that the processes have written to the folder."""
-    config, model, layers, _ = run
+    config, model, layers, _, _ = run
     parts: list[Progress] = []
     recorder: Recorder | None = None
     for rank in range(group.count):
         part = load_progress(config.out, rank)
         if part is None:
             raise CollectError(f"process {rank} left nothing in {config.out}; all must write to one shared folder")
-        recorder = recorder or Recorder(layers, part.progress.plan.targets, config.inputs)
+        recorder = recorder or run.recorder(part.progress.plan.targets)
         recorder.add_state(part.sums)
         parts.append(part.progress)
     assert recorder is not None
@@ -222,7 +240,7 @@ def _finish(run: Run, group: Group) -> Manifest:
 
 
 def _manifest(run: Run, parts: list[Progress], recorder: Recorder, checksums: dict[str, str]) -> Manifest:
-    config, model, layers, _ = run
+    config, model, layers, _, _ = run
     by_index = {layer.index: layer for layer in layers}
     control = recorder.control_hit_rates()
     shards = [shard for part in parts for shard in part.shards]

@@ -7,20 +7,37 @@ eighth; then it runs the router again only if the norm's output differs from the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..predictors.architecture import MoELayer, first_tensor, sources
-from ..predictors.experts import Groups, expert_parameters, run_experts
+from ..predictors.experts import Groups, OnOutputs, expert_parameters, run_experts
 from ..predictors.metrics import HitRate
 from ..predictors.override import override_forward
 from ..predictors.speculation import Router, Routing
 
 CONTROL_STRIDE = 8
+
+Watch = Callable[[MoELayer, OnOutputs], AbstractContextManager[Any]]
+"""Has a layer's experts tell their outputs, for the length of a `with`."""
+
+
+@contextmanager
+def watch_resident(layer: MoELayer, on_outputs: OnOutputs) -> Iterator[None]:
+    """Watches experts whose weights are in their module. Raises `UnsupportedModelError` if they can't be run one by one."""
+    expert_parameters(layer.experts)
+
+    def run(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        # Models name the three arguments differently, but their order is the same.
+        x, ids, weights = (*args, *kwargs.values())
+        return run_experts(layer.experts, x, ids, weights, on_outputs)
+
+    with override_forward(layer.experts, run):
+        yield
 
 
 class OverflowingExpertError(ArithmeticError):
@@ -52,9 +69,13 @@ class Recorder:
     `targets` are indices of MoE layers among `layers`. Each target's source layer is recorded too, and with `inputs`
     every target's own input. Default vectors are those of all sources, also of other targets: at inference every layer
     is guessed. Entering raises `UnsupportedModelError` if the experts can't be run one by one.
+
+    `watch` tells the outputs of experts; with weights that are elsewhere than in their module, whoever has them gives it.
     """
 
-    def __init__(self, layers: list[MoELayer], targets: Iterable[int], inputs: bool = False):
+    def __init__(
+        self, layers: list[MoELayer], targets: Iterable[int], inputs: bool = False, watch: Watch = watch_resident
+    ):
         before = sources(layers)
         self.sources: dict[int, int | None] = {target: before[target] for target in sorted(targets)}
         """The source layer of each target."""
@@ -69,7 +90,7 @@ class Recorder:
                 keeps_input = index in self.sources and (inputs or self.sources[index] is None)
                 self._taps[index] = _Tap(layer, index in read, keeps_input)
             if index in sources_of_any:
-                self._sums[index] = _Sums(layer)
+                self._sums[index] = _Sums(layer, watch)
         self._parts: list[_Tap | _Sums] = [*self._taps.values(), *self._sums.values()]
         self._control = HitRate(len(self.sources))
         self._stack = ExitStack()
@@ -142,34 +163,28 @@ class Recorder:
 class _Sums:
     """Adds up what each expert of one MoE layer gives."""
 
-    def __init__(self, layer: MoELayer):
-        self.layer = layer
+    def __init__(self, layer: MoELayer, watch: Watch):
+        self.layer, self.watch = layer, watch
         self.sums = torch.zeros(layer.num_experts, layer.hidden_size)
         self.counts = torch.zeros(layer.num_experts, dtype=torch.int64)
         self.keep: torch.Tensor | None = None
 
     def attach(self, stack: ExitStack) -> None:
-        expert_parameters(self.layer.experts)  # raises before the first pass if experts can't be run one by one
-        stack.enter_context(override_forward(self.layer.experts, self.run_experts))
+        stack.enter_context(self.watch(self.layer, self.add))
 
-    def run_experts(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        # Models name the three arguments differently, but their order is the same.
-        x, ids, weights = (*args, *kwargs.values())
-        self.sums = self.sums.to(x.device)
-
-        def add(groups: Groups, outputs: torch.Tensor) -> None:
-            sizes, rows = groups.sizes, groups.order // ids.shape[-1]
-            if self.keep is not None:
-                kept = self.keep[rows]
-                outputs, rows = outputs[kept], rows[kept]
-                sizes = [int(part.sum()) for part in kept.cpu().split(sizes)]
-            sums = torch.stack([part.sum(0, dtype=torch.float32) for part in outputs.split(sizes)])
-            if not sums.sum().isfinite():
-                self.refuse(groups.experts, rows.split(sizes), outputs.split(sizes))
-            self.sums[torch.tensor(groups.experts, device=x.device)] += self.layer.join.in_stream(sums)
-            self.counts[groups.experts] += torch.tensor(sizes)
-
-        return run_experts(self.layer.experts, x, ids, weights, on_outputs=add)
+    def add(self, groups: Groups, outputs: torch.Tensor) -> None:
+        """Adds the outputs of one pass."""
+        self.sums = self.sums.to(outputs.device)
+        sizes, rows = groups.sizes, groups.order // groups.choices
+        if self.keep is not None:
+            kept = self.keep[rows]
+            outputs, rows = outputs[kept], rows[kept]
+            sizes = [int(part.sum()) for part in kept.cpu().split(sizes)]
+        sums = torch.stack([part.sum(0, dtype=torch.float32) for part in outputs.split(sizes)])
+        if not sums.sum().isfinite():
+            self.refuse(groups.experts, rows.split(sizes), outputs.split(sizes))
+        self.sums[torch.tensor(groups.experts, device=outputs.device)] += self.layer.join.in_stream(sums)
+        self.counts[groups.experts] += torch.tensor(sizes)
 
     def refuse(self, experts: list[int], rows: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
         """Raises `OverflowingExpertError` naming the first row with an output that is not finite, if there is one."""

@@ -7,7 +7,7 @@ decode    the batch prompts the model; the tokens that it generates are fed back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from ..predictors.generation import refused, taken_over
 from ..predictors.loading import check_tokens
 from .batches import TokenBatch, sample_mask
 from .columns import POSITION, SEQUENCE, TOKEN_IDS, Column, Columns, first_not_finite
-from .hooks import LayerRecord, OverflowingExpertError, Recorder
+from .hooks import LayerRecord, OverflowingExpertError, Recorder, Watch
 from .settings import CollectConfig, CollectError
 
 
@@ -38,6 +38,11 @@ class Run(NamedTuple):
     model: PreTrainedModel
     layers: list[MoELayer]
     tokenizer: PreTrainedTokenizerBase
+    watch: Watch
+
+    def recorder(self, targets: Iterable[int]) -> Recorder:
+        """A new recorder for `targets`, indices of MoE layers."""
+        return Recorder(self.layers, targets, self.config.inputs, self.watch)
 
 
 def run_batch(model: PreTrainedModel, recorder: Recorder, batch: TokenBatch, config: CollectConfig) -> Columns:

@@ -61,14 +61,14 @@ def make_plan(run: Run, console: Console, processes: int) -> Plan:
 
 def _estimate(run: Run, targets: list[int]) -> tuple[Plan, float]:
     """The plan, and seconds a token."""
-    config, model, layers, tokenizer = run
+    config, model, layers, tokenizer, _ = run
     new_tokens = min(config.max_new_tokens, ESTIMATE_NEW_TOKENS)
     short = config.model_copy(update={"sample": 1.0, "max_new_tokens": new_tokens})
     tokens = min(ESTIMATE_BATCHES * config.batch_tokens, max(1, config.tokens // ESTIMATE_SHARE))
     if config.phase == "decode":
         tokens = min(tokens, config.batch_size * new_tokens)
     times, rows, size = [], [], 0
-    with torch.inference_mode(), Recorder(layers, targets, config.inputs) as recorder:
+    with torch.inference_mode(), run.recorder(targets) as recorder:
         for batch in read_batches(short, tokenizer, tokens, Refusals().add):
             started = time.perf_counter()
             columns = run_batch(model, recorder, batch, short)
@@ -127,10 +127,10 @@ def _choose_targets(run: Run, console: Console) -> list[int]:
 
 def _training_free(run: Run) -> tuple[dict[int, float], int]:
     """Training-free hit rate of every MoE layer on the corpus's first few thousand tokens, and the number of these tokens."""
-    config, model, layers, tokenizer = run
+    config, model, layers, tokenizer, _ = run
     prefill = config.model_copy(update={"phase": "prefill", "sample": 1.0})
     batches: list[Columns] = []
-    with torch.inference_mode(), Recorder(layers, [layer.index for layer in layers]) as recorder:
+    with torch.inference_mode(), run.recorder(layer.index for layer in layers) as recorder:
         for batch in read_batches(prefill, tokenizer, min(RATES_TOKENS, config.tokens), Refusals().add):
             batches.append(run_batch(model, recorder, batch, prefill))
     wirings = wire(layers, recorder.sources, recorder.default_vectors())

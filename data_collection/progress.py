@@ -176,6 +176,8 @@ def common_origin(parts: list[Progress]) -> dict[str, str | None]:
 def check_settings(config: CollectConfig, before: dict[str, Any], processes: int, now: int) -> None:
     """Raises `CollectError` naming the first setting of `config` that differs from those of the trace in its folder."""
     settings = config.decides()
+    if "pack" in before:  # so older releases called it
+        before = before | {"concatenate": before["pack"]}
     for name in settings:
         if before.get(name) != settings[name]:
             raise CollectError(

@@ -48,7 +48,7 @@ class CollectConfig(Settings):
     """`prefill` records whole sequences of the corpus, `decode` what the model generates when its documents prompt it."""
     max_new_tokens: Count = 128
     """Of `decode`: tokens generated from each prompt. The prompt has the rest of `sequence_length` at most."""
-    pack: bool = False
+    concatenate: bool = False
     """Let documents follow one another in a sequence; otherwise a sequence holds tokens of one document only."""
     layers: Layers = "all"
     """Target layers: `all`, numbers like 0,1 or 0-3, or `auto`: those whose training-free hit rate is below `threshold`."""
@@ -81,8 +81,12 @@ class CollectConfig(Settings):
         return self.batch_size * self.sequence_length
 
     def decides(self) -> dict[str, Any]:
-        """The settings that decide what is recorded: all except `out` and `resume`."""
-        return self.model_dump(mode="json", exclude={"out", "resume"}) | {"corpus": self.corpora}
+        """The settings that decide what is recorded: all except `out`, `resume`, and where a subclass keeps the experts.
+
+        A whole model is not quantised here, so a subclass says of one that is.
+        """
+        own = self.model_dump(mode="json", include=set(CollectConfig.model_fields) - {"out", "resume"})
+        return own | {"corpus": self.corpora, "quantize": None}
 
 
 class ModelsConfig(Settings):

@@ -18,13 +18,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from .data_collection.settings import CollectConfig, ModelsConfig
+from .data_collection.settings import ModelsConfig
 from .flags import command
 from .predictors.errors import TerminatedError, UserError
 from .predictors.files import written_whole
 from .runtime.measure.settings import BenchConfig, PlanConfig
 from .runtime.settings import ChatConfig, GenerateConfig, PackConfig, ServeConfig
-from .settings import DemoConfig, EvaluateConfig
+from .settings import CollectingConfig, DemoConfig, EvaluateConfig
 from .train.settings import ExportConfig, FitConfig, InspectConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -46,12 +46,12 @@ def predict_train(
 
 
 @command(app)
-def collect(config: CollectConfig) -> None:
+def collect(config: CollectingConfig) -> None:
     """Runs MODEL over text with hooks on it and writes the trace that fit trains on.
 
     Under torchrun or srun the processes share the work. What is stopped or killed goes on with --resume.
     """
-    from .data_collection.collect import collect as job
+    from .collecting import collect as job
 
     job(config)
 

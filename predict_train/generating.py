@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .predictors.errors import UserError
 from .predictors.generation import check_generation
-from .predictors.loading import load_tokenizer
+from .predictors.loading import load_tokenizer, resolve_device
 from .predictors.provenance import command, versions
 from .running import dtype_of
 from .runtime.conversation import ChatError, Conversation
@@ -92,7 +92,7 @@ def loaded(config: Generating) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     """The model of a command, offloaded, and its tokenizer. Refuses what it can't generate as before it is loaded."""
     tokenizer = load_tokenizer(config.model)
     check_generation(config.model, tokenizer, partial(arguments_of, sampling=config))
-    settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, config)}
+    settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, resolve_device(config.device))}
     return load_offloaded(config.model, config.predictors, **settings), tokenizer
 
 

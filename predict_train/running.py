@@ -11,20 +11,19 @@ from .predictors.loading import load_model, resolve_device, resolve_dtype
 from .runtime.load import check_quantized, load_experts, load_to_host
 from .runtime.packfile import Header, read_header
 from .runtime.resident import load_resident
-from .runtime.settings import Loading, Named, Offloading
+from .runtime.settings import Loading
 from .runtime.shipped import form_and_options
 from .settings import EvaluateConfig
 
 
-def dtype_of(model: Named, offloading: Offloading) -> torch.dtype | str:
+def dtype_of(model: Loading, device: torch.device) -> torch.dtype | str:
     """The dtype to load a model in; `auto` is left to its packed file if there is one, or on CUDA to the checkpoint."""
-    device = resolve_device(offloading.device)
     if model.dtype == "auto" and model.pack is not None and model.pack.exists():
         return "auto"
     return resolve_dtype(model.dtype, device)
 
 
-def _header(config: Loading) -> Header | None:
+def header_of(config: Loading) -> Header | None:
     """The header of the packed file, if there is one already. Raises `StoreError` where it has other experts than asked for."""
     if config.pack is None or not config.pack.exists():
         return None
@@ -38,7 +37,7 @@ def quantization_asked(config: Loading) -> str | None:
 
     Raises `StoreError` where these differ.
     """
-    header = _header(config)
+    header = header_of(config)
     if header is not None:
         return header.quantized
     model: str | None = getattr(config, "model", None)
@@ -47,15 +46,17 @@ def quantization_asked(config: Loading) -> str | None:
 
 def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:
     """The model of the checkpoint on its device, in the dtype in which `load_whole` loads it."""
-    device, dtype = resolve_device(config.device), dtype_of(config, config)
-    if dtype == "auto" and (header := _header(config)) is not None:
+    device = resolve_device(config.device)
+    dtype = dtype_of(config, device)
+    if dtype == "auto" and (header := header_of(config)) is not None:
         dtype = header.format().full.dtype
     return load_model(config.model, device, dtype)
 
 
 def load_whole(config: EvaluateConfig) -> PreTrainedModel:
     """The model on its device, with its experts."""
-    device, dtype = resolve_device(config.device), dtype_of(config, config)
+    device = resolve_device(config.device)
+    dtype = dtype_of(config, device)
     loading = Loading(**config.values_of(Loading) | {"dtype": dtype})
     if quantization_asked(config) is not None:
         return load_resident(config.model, loading, device)

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from .data_collection.settings import EMBEDDED, Split
-from .predictors.settings import Count, Figures, LocalPath, Name, Settings
+from .data_collection.settings import EMBEDDED, CollectConfig, Split
+from .predictors.settings import Count, Device, Dtype, Figures, LocalPath, Name, Settings
 from .runtime.measure.settings import Evaluating
-from .runtime.settings import Named
+from .runtime.settings import Loading, Named, Room
+
+
+class CollectingConfig(CollectConfig, Loading, Room):
+    """Settings of `collect`.
+
+    The model is on the device whole, unless one of `pack`, `quantize`, `slots` and `expert_memory` is given, or the store is `host`:
+    then its experts pass through slots, and the trace is the same.
+    """
+
+    device: Device = "auto"
+    """`auto` (CUDA where there is one), `cpu` or `cuda`."""
+    dtype: Dtype = "auto"
+    """`auto` (the packed file's, if there is one, or else the checkpoint's on CUDA and float32 on a CPU), `float32`, `bfloat16` or
+    `float16`."""
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether experts pass through slots."""
+        given = self.pack, self.quantize, self.slots, self.expert_memory
+        return self.store == "host" or any(value is not None for value in given)
+
+    def decides(self) -> dict[str, Any]:
+        return super().decides() | {"quantize": self.quantize}
 
 
 class EvaluateConfig(Named, Evaluating, Figures):

@@ -28,6 +28,12 @@ class Groups(NamedTuple):
     """The distinct experts, in rising order."""
     sizes: list[int]
     """How many pairs go to each of these experts; `order.split(sizes)` gives each expert's pairs."""
+    choices: int
+    """How many experts each token goes to; `order // choices` gives the tokens."""
+
+
+OnOutputs = Callable[[Groups, torch.Tensor], None]
+"""Takes the experts' unweighted outputs `[tokens * top_k, hidden]` of one layer, sorted by expert as in the groups."""
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -103,7 +109,7 @@ def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:
     counts = torch.bincount(flat, minlength=num_experts).tolist()
     present = [expert for expert, count in enumerate(counts) if count]
     # Not the stable sort, since transformers takes this one: the rounding of a product may depend on its row.
-    return Groups(flat.argsort(), present, [counts[expert] for expert in present])
+    return Groups(flat.argsort(), present, [counts[expert] for expert in present], ids.shape[-1])
 
 
 def combine(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -121,17 +127,16 @@ def run_experts(
     x: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
-    on_outputs: Callable[[Groups, torch.Tensor], None] | None = None,
+    on_outputs: OnOutputs | None = None,
 ) -> torch.Tensor:
     """The result of `experts(x, ids, weights)`, `[tokens, hidden]`, computed expert by expert on resident weights.
 
-    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. `on_outputs(groups, outputs)` gets the
-    experts' unweighted outputs `[tokens * top_k, hidden]`, sorted by expert as in `groups`. Raises
-    `UnsupportedModelError` as `expert_parameters` does.
+    `x` is `[tokens, hidden]`; `ids` and `weights` are `[tokens, top_k]`. Raises `UnsupportedModelError` as
+    `expert_parameters` does.
     """
     stacked = {name: getattr(experts, name) for name in expert_parameters(experts)}
     groups = group_by_expert(ids, stacked["down_proj"].shape[0])
-    sorted_x = x[groups.order // ids.shape[-1]]
+    sorted_x = x[groups.order // groups.choices]
     outputs = [x.new_empty(0, x.shape[-1])]  # for the case of no tokens
     for expert, inputs in zip(groups.experts, sorted_x.split(groups.sizes), strict=True):
         outputs.append(expert_output(experts, {name: p[expert] for name, p in stacked.items()}, inputs))

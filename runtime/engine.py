@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..predictors.experts import OnOutputs
 from .hits import HitCount
 from .observer import Observer
 
@@ -96,6 +97,13 @@ class Engine(Ahead, ABC):
     @abstractmethod
     def observe(self, observer: Observer | None) -> None:
         """Tells `observer` what happens from now on. None ends this."""
+
+    @abstractmethod
+    def watch(self, layer: int, on_outputs: OnOutputs | None) -> None:
+        """Tells `on_outputs` the outputs of a layer's experts in each pass from now on. None ends this.
+
+        Meanwhile the host decides in all passes.
+        """
 
     @abstractmethod
     def counters(self) -> Counters:

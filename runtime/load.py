@@ -20,13 +20,14 @@ from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .errors import OffloadError, StoreError
 from .gatherer import Gathered, Gatherer
 from .guard import Away
-from .offload import offload_experts, open_store
+from .offload import offload_experts
 from .pack import draw_experts, experts_ignored, load_and_pack, load_without_experts, random_without_experts
 from .packfile import Header, read_header
 from .quantization import Quantization, Shipped
 from .settings import LoadConfig, Loading, OffloadConfig
 from .shipped import form_and_options
 from .store import QuantizedExperts, empty_blocks
+from .stores import open_store
 
 PASSED_ON = ("revision", "token", "trust_remote_code", "attn_implementation")
 """What `load_offloaded` passes on to transformers."""

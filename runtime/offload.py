@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..predictors.architecture import MoELayer, first_tensor, with_first_tensor
 from ..predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ..predictors.discovery import find_moe_layers
-from ..predictors.experts import expert_parameters
+from ..predictors.experts import OnOutputs, expert_parameters
 from ..predictors.loading import resolve_device
 from ..predictors.override import override_forward, refuse_copy
 from ..predictors.settings import combined
@@ -32,19 +32,18 @@ from .control import RoutingControl
 from .device.graphs import StepGraphs, wants_static_cache
 from .engine import Counters, Decision
 from .engines import make_engine, slots_of
-from .errors import OffloadError, StoreError, let_go
-from .formats.full import FullFormat
+from .errors import OffloadError, let_go
 from .guard import Guard, refuse_unfit, without_gradients
 from .guess import FoldedGuesser, Guesser
 from .observer import Observer
 from .operations import on_device
-from .packfile import PackedStore, read_header
 from .passes import Passes
 from .placement import move_rest
 from .policy import Gating, Policy
 from .settings import OffloadConfig
 from .steps import Steps, shape_of
-from .store import ExpertStore, HostStore, QuantizedExperts, QuantizedStore
+from .store import ExpertStore
+from .stores import block_bytes, open_store
 from .targets import Target, targets_of
 
 
@@ -103,51 +102,6 @@ def offload_experts(
 def policy_of(config: OffloadConfig) -> Policy:
     """The policy of `config`. For `auto`, which turns prefetching on and off, it is `prefetch`."""
     return Policy.PREFETCH if config.policy == AUTO else Policy(config.policy)
-
-
-def block_bytes(model: PreTrainedModel, layers: list[MoELayer], store: ExpertStore | str | Path | None) -> int:
-    """Bytes of one expert's block in the store that `open_store` would open. Raises `StoreError` for what is no store."""
-    store = vars(model).get("expert_pack") if store is None else store
-    quantized: QuantizedExperts | None = vars(model).get("expert_blocks")
-    if isinstance(store, str | Path):
-        return read_header(store).block_bytes
-    if isinstance(store, ExpertStore):
-        return store.format.bytes
-    if store is not None:
-        raise StoreError(f"something of type {type(store).__name__} is no store; give a packed file or an open store")
-    return (FullFormat.common([layer.experts for layer in layers]) if quantized is None else quantized.format).bytes
-
-
-def open_store(
-    attached: ExitStack,
-    model: PreTrainedModel,
-    layers: list[MoELayer],
-    store: ExpertStore | str | Path | None,
-    device: torch.device,
-) -> ExpertStore:
-    """The store that is given. If it is not open yet, it is opened here, and `attached` closes it."""
-    store = vars(model).get("expert_pack") if store is None else store
-    quantized: QuantizedExperts | None = vars(model).get("expert_blocks")
-    if store is None and quantized is not None:
-        if any(not p.is_meta for layer in layers for p in layer.experts.parameters(recurse=False)):
-            raise OffloadError(
-                "experts of this model were given weights after it was quantised, and would not be used; load the model again"
-            )
-        store = QuantizedStore(quantized, device)
-        attached.callback(store.close)
-    elif store is None:
-        if any(p.is_meta for layer in layers for p in layer.experts.parameters(recurse=False)):
-            raise OffloadError("the experts of this model are not in memory; name their packed file: store=PATH")
-        store = HostStore(layers, device)
-        attached.callback(store.close)
-    elif isinstance(store, str | Path):
-        store = PackedStore(store)
-        attached.callback(store.close)
-    if isinstance(store, PackedStore):
-        store.check(model, layers)
-    elif isinstance(store, HostStore):
-        store.check(layers)
-    return store
 
 
 @contextmanager
@@ -255,6 +209,16 @@ class ExpertOffload:
             yield
         finally:
             self._observe(None)
+
+    @contextmanager
+    def outputs_watched(self, layer: MoELayer, on_outputs: OnOutputs) -> Iterator[None]:
+        """Tells `on_outputs` the unweighted outputs of a layer's experts in each pass, for the length of a `with`."""
+        number = next(target.number for target in self._targets if target.layer.index == layer.index)
+        self._engine.watch(number, on_outputs)
+        try:
+            yield
+        finally:
+            self._engine.watch(number, None)
 
     def guess_by(self, substitute: Callable[[int, Guesser], Guesser]) -> None:
         """Replaces the guesser of each layer by `substitute(the model's number of the layer, its guesser)`."""

@@ -14,9 +14,9 @@ from ..predictors.experts import combine, group_by_expert
 from .formats import ExpertFormat
 from .guard import Away
 from .load import load_to_host
-from .offload import open_store
 from .settings import Loading
 from .store import QuantizedExperts, empty_blocks
+from .stores import open_store
 
 CPU = torch.device("cpu")
 

@@ -52,13 +52,24 @@ class Predicted(Settings):
     """Folder or Hub name of predictors. Without them speculation is training-free."""
 
 
-class Slots(Settings):
-    """Which experts are on the device, and which are fetched."""
+class Room(Settings):
+    """How much room the experts have."""
 
     slots: Count | None = None
     """Experts on the device at a time, of all layers together, at least the top k; by default a quarter of all experts."""
     expert_memory: Bytes | None = None
     """In the place of `slots`: how much memory of the device experts may take, like `8GiB`."""
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if self.slots is not None and self.expert_memory is not None:
+            raise ValueError("expert_memory and slots say the same; give one of them")
+        return self
+
+
+class Slots(Room):
+    """Which experts are on the device, and which are fetched."""
+
     candidates: Candidates | None = None
     """Experts to fetch for each speculated token: a number, or `auto`, which takes for each layer as many as the predictors'
     recall justifies; by default the top k, and 2 more under gating `resident`."""
@@ -67,12 +78,6 @@ class Slots(Settings):
     the time of two layers, but a training-free guess is right less often."""
     eviction: Annotated[Eviction, choice("evictions", *Eviction)] = Eviction.LEAST_STALE
     """Which expert leaves its slot for another: `least_stale` (of the layer that runs again last) or `lru` (least recently used)."""
-
-    @model_validator(mode="after")
-    def _one_size(self) -> Self:
-        if self.slots is not None and self.expert_memory is not None:
-            raise ValueError("expert_memory and slots say the same; give one of them")
-        return self
 
 
 class Offloading(Slots):

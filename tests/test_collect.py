@@ -289,7 +289,9 @@ def test_the_command_mixes_corpora_as_the_file_does(tiny_moe_folder, text_corpus
 
 
 def test_packed_documents_share_sequences(tiny_moe_folder, text_corpus, tmp_path):
-    rows = collect_rows(tmp_path / "t", model=str(tiny_moe_folder), corpus=str(text_corpus), tokens=15_000, pack=True)
+    rows = collect_rows(
+        tmp_path / "t", model=str(tiny_moe_folder), corpus=str(text_corpus), tokens=15_000, concatenate=True
+    )
     assert len(rows["token_ids"]) == 15_000
     assert rows["position"].max() == 255
     ends = (rows["token_ids"] == 0).nonzero().flatten()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...predictors.experts import OnOutputs
 from ..engine import Counters, Decision, Engine
 from ..formats import ExpertFormat
 from ..formats.quantized import QuantizedFormat
@@ -115,6 +116,9 @@ class DeviceSlots(Engine):
     def observe(self, observer: Observer | None) -> None:
         self._host.observe(observer)
 
+    def watch(self, layer: int, on_outputs: OnOutputs | None) -> None:
+        self._host.watch(layer, on_outputs)
+
     def counters(self) -> Counters:
         """See `Engine.counters`. How long a device has waited for copies, nobody can say."""
         host, (copies, hits, misses) = self._host.counters(), self._counters.sum(0).tolist()
@@ -140,9 +144,10 @@ class DeviceSlots(Engine):
         """Whether the device decides in the next pass, which is over so many tokens. If this changes, the books are handed over.
 
         A hand-over waits for the device. So this is called before a pass is captured or replayed. Under autocast the host
-        decides, since the device's kernels know nothing of it.
+        decides, since the device's kernels know nothing of it, and so it does while outputs are watched.
         """
-        decides = tokens <= self._most_tokens and not torch.is_autocast_enabled(self._books.device.type)
+        is_cast = torch.is_autocast_enabled(self._books.device.type)
+        decides = tokens <= self._most_tokens and not is_cast and not self._host.is_watched
         if self._broke_off:
             if self._guesses is not None:
                 torch.accelerator.synchronize(self._guesses.device)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ...predictors.experts import combine, group_by_expert
+from ...predictors.experts import OnOutputs, combine, group_by_expert
 from ..engine import Counters, Decision, Engine
 from ..formats import PAGE
 from ..observer import Observer
@@ -98,6 +98,7 @@ class ExpertSlots(Engine):
         self.transfers = make_transfers(store, memory, readers)
         self._schedule = Schedule(self.transfers, slots, layers, eviction)
         self._mailbox = Mailbox(device)
+        self._watching: dict[int, OnOutputs] = {}
         self._tokens = 0
         self._stalled_before = 0.0
         self._broke_off = False
@@ -111,6 +112,16 @@ class ExpertSlots(Engine):
     def observe(self, observer: Observer | None) -> None:
         self._schedule.observer = observer
         self.transfers.observe(observer)
+
+    @property
+    def is_watched(self) -> bool:
+        return bool(self._watching)
+
+    def watch(self, layer: int, on_outputs: OnOutputs | None) -> None:
+        if on_outputs is None:
+            del self._watching[layer]
+        else:
+            self._watching[layer] = on_outputs
 
     def counters(self) -> Counters:
         return replace(
@@ -179,6 +190,9 @@ class ExpertSlots(Engine):
             self.transfers.computed(slot)
             schedule.left(layer, expert)
         self._open_mail()
+        if (on_outputs := self._watching.get(layer)) is not None:
+            groups = group_by_expert(ids, self._num_experts)
+            on_outputs(groups, outputs.index_select(0, groups.order))
         result = combine(outputs, decision.weights, x.dtype)
         self._broke_off = False
         return result

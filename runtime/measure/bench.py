@@ -27,10 +27,11 @@ from ...predictors.errors import UserError
 from ...predictors.loading import resolve_device
 from ..automatic import AUTO
 from ..engines import slots_of
-from ..offload import ExpertOffload, block_bytes, offloaded, open_store
+from ..offload import ExpertOffload, offloaded
 from ..policy import Gating, Policy
 from ..settings import OffloadConfig
 from ..store import ExpertStore
+from ..stores import block_bytes, open_store
 from .link import measure_link
 from .memory import peaks, reset_peaks
 from .routing import ReplayedRouting, replaying

@@ -1,0 +1,50 @@
+"""The command `collect`: of a model that is in memory whole, or whose experts pass through slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from .data_collection.collect import Source
+from .data_collection.collect import collect as job
+from .data_collection.settings import CollectConfig, CollectError
+from .predictors.loading import resolve_device
+from .running import dtype_of, header_of, quantization_asked
+from .runtime.load import load_offloaded
+from .runtime.pack import pack
+from .runtime.policy import Policy
+from .runtime.quantization import Quantization
+from .runtime.settings import LoadConfig
+from .settings import CollectingConfig
+
+
+def collect(config: CollectingConfig, console: Console | None = None) -> Path:
+    """Collects as `config` says; see `data_collection.collect`."""
+    if not config.is_offloaded:
+        return job(config, console)
+    if config.device_map is not None:
+        raise CollectError(
+            "device_map spreads a whole model over GPUs, and this one's experts pass through slots; leave it out"
+        )
+    return job(_settled(config), console, load_in_slots)
+
+
+def _settled(config: CollectingConfig) -> CollectingConfig:
+    """The settings with what the packed file decides. The file is made if it does not exist, since a resumed trace will find it."""
+    if config.pack is not None and not config.pack.exists():
+        pack(config.model, config.pack, dtype_of(config, resolve_device(config.device)), config.quantize)
+    quantized = quantization_asked(config)
+    made = Quantization(quantized) if quantized in set(Quantization) else None
+    header = header_of(config)
+    dtype = header.dtype if header is not None and config.dtype == "auto" else config.dtype
+    return config.model_copy(update={"quantize": made, "dtype": dtype})
+
+
+def load_in_slots(config: CollectConfig, device: torch.device) -> Source:
+    """The model with its experts in a store. They pass through slots on the device, and tell there what they give."""
+    assert isinstance(config, CollectingConfig)
+    settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, device), "device": str(device)}
+    model = load_offloaded(config.model, config=LoadConfig(**settings, policy=Policy.ON_DEMAND))
+    return Source(model, vars(model)["expert_offload"].outputs_watched)
