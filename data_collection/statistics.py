@@ -15,7 +15,7 @@ import torch
 
 from ..predictors.metrics import HitRate
 from ..predictors.mlp import ResidualMLP
-from ..predictors.speculation import candidates
+from ..predictors.speculation import Routing, candidates
 from ..predictors.stacked import StackedSpeculators
 from .columns import Column, Columns
 from .examples import make_batch
@@ -98,17 +98,31 @@ def hit_rates(
     A target without an MLP is speculated on training-free. MLPs are fp32, like the `speculators`, which are in the
     order of `sources`. An MLP with a memory remembers tokens in the rows before, if `batches` have them.
     """
-    metrics, mlps = [HitRate(len(sources)) for _ in sizes], mlps or {}
-    memory = max((mlp.memory for mlp in mlps.values()), default=0)
-    with torch.no_grad():
-        for columns in batches:
-            batch, states = make_batch(columns, sources, speculators, memory), []
-            for number, target in enumerate(sources):
-                states.append(batch.corrected(number, mlps[target]) if target in mlps else batch.quasi[number])
-            found = [candidates(routing, max(sizes)) for routing in speculators.route(states)]
-            for metric, size in zip(metrics, sizes, strict=True):
-                metric.update(torch.stack(found)[..., :size], batch.ids)
+    metrics = [HitRate(len(sources)) for _ in sizes]
+    for routings, ids in speculated(batches, sources, speculators, mlps or {}):
+        found = torch.stack([candidates(routing, max(sizes)) for routing in routings])
+        for metric, size in zip(metrics, sizes, strict=True):
+            metric.update(found[..., :size], ids)
     return [dict(zip(sources, metric.rates(), strict=True)) for metric in metrics]
+
+
+@torch.no_grad()
+def speculated(
+    batches: Iterable[Columns],
+    sources: dict[int, int | None],
+    speculators: StackedSpeculators,
+    mlps: dict[int, ResidualMLP],
+) -> Iterator[tuple[list[Routing], torch.Tensor]]:
+    """For the rows of each batch: every target's speculated routing, and the experts `[targets, rows, top_k]` that its router chose.
+
+    The arguments are those of `hit_rates`.
+    """
+    memory = max((mlp.memory for mlp in mlps.values()), default=0)
+    for columns in batches:
+        batch, states = make_batch(columns, sources, speculators, memory), []
+        for number, target in enumerate(sources):
+            states.append(batch.corrected(number, mlps[target]) if target in mlps else batch.quasi[number])
+        yield speculators.route(states), batch.ids
 
 
 def _previous_token(trace: Trace) -> tuple[list[float], int]:

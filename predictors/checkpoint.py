@@ -1,8 +1,8 @@
 """The files that `export` writes and the runtime loads: a folder shaped like a Hub repository.
 
     predictors.safetensors   `layers.<target>.{w1,v,b1,w2,b2}`, with a memory `u` too, `default_vectors.<source>`
-    config.json              format version, the model they belong to, per layer source, width, memory and hit rates, and
-                             checksums
+    config.json              format version, the model they belong to, per layer source, width, memory, hit rates and how sure
+                             it is, and checksums
     README.md                a model card
 
 Nothing is ever unpickled. Memory is allocated only after the header of the weights agrees with config.json. Whatever is
@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import MoELayer, describe_shape, moe_shape, sources
+from .confidence import Confidence
 from .config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
 from .discovery import find_moe_layers
 from .files import checksum, sealed, written_whole
@@ -53,6 +54,8 @@ class TargetLayer:
     on validation sequences."""
     recall: list[float] = field(default_factory=list)
     """At k, k + 1, ..., 2k candidates, on validation sequences; empty in exports of older releases."""
+    confidence: Confidence | None = None
+    """How margins of this speculation become probabilities; None in exports of older releases."""
 
     @property
     def nbytes(self) -> int:
@@ -83,8 +86,11 @@ class Predictors:
         return next((entry for entry in self.layers if entry.layer == target), TargetLayer(target))
 
     def training_free(self) -> Predictors:
-        """The same without MLPs."""
-        return replace(self, layers=[replace(entry, mlp=None) for entry in self.layers])
+        """The same without MLPs, and without the confidence in them."""
+        return replace(
+            self,
+            layers=[entry if entry.mlp is None else replace(entry, mlp=None, confidence=None) for entry in self.layers],
+        )
 
     def check(self, model: PreTrainedModel, layers: list[MoELayer]) -> None:
         """Raises `PredictorsError` unless these predictors fit `model`."""
@@ -166,6 +172,7 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
                 "memory": 0 if entry.mlp is None else entry.mlp.memory,
                 "hit_rate": entry.hit_rates,
                 "recall": entry.recall,
+                **({} if entry.confidence is None else {"confidence": entry.confidence._asdict()}),
             }
             for entry in sorted(predictors.layers, key=lambda entry: entry.layer)
         ],
@@ -216,6 +223,7 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
                 mlps.get(entry.layer),
                 {str(kind): rate for kind, rate in entry.hit_rate.items()},
                 entry.recall,
+                None if entry.confidence is None else Confidence(**entry.confidence.model_dump()),
             )
             for entry in config.layers
         ],

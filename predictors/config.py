@@ -18,9 +18,10 @@ from .files import CHECKSUM, is_changed
 from .memory import MOST
 from .settings import describe, shown
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 READABLE = range(2, FORMAT_VERSION + 1)
-"""Version 2 had no `source`: every source was the nearest. Version 3 had no checksums, and version 4 no memory."""
+"""Version 2 had no `source`: every source was the nearest. Version 3 had no checksums, version 4 no memory,
+and version 5 no confidence."""
 CONFIG = "config.json"
 MOST_BYTES = 4 << 20
 """The limit for config.json and for the weights' header: a hundred times what an export of a large model needs."""
@@ -69,6 +70,22 @@ class ModelEntry(_Entry):
         return min(2 * self.top_k, self.num_experts) - self.top_k + 1
 
 
+class ConfidenceEntry(_Entry):
+    """The fields of `confidence.Confidence`."""
+
+    temperature: float = Field(gt=0, le=1e30)
+    bias: float = Field(ge=-1e3, le=1e3)
+    least: Rate
+    most: Rate
+    error: Rate | None = None
+
+    @model_validator(mode="after")
+    def _rises(self) -> ConfidenceEntry:
+        if self.least > self.most:
+            raise ValueError(f"least is {self.least}, and most only {self.most}")
+        return self
+
+
 class LayerEntry(_Entry):
     """One target layer."""
 
@@ -84,6 +101,8 @@ class LayerEntry(_Entry):
     nothing is remembered."""
     recall: list[Rate] = []
     """Of the exported speculation, at k, k + 1, ..., 2k candidates, on validation sequences."""
+    confidence: ConfidenceEntry | None = None
+    """How sure the exported speculation is; None where it was not fitted."""
 
 
 class Provenance(_Entry):

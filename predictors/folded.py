@@ -146,12 +146,13 @@ class FoldedSpeculator:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, speculator: Speculator, layer: MoELayer, to_scale: bool = False) -> Self | None:
+    def of(cls, speculator: Speculator, layer: MoELayer, to_scale: bool = False, values: bool = False) -> Self | None:
         """The folded speculator of target `layer`, or None if its norm or router is not a plain one.
 
         Both are compared on random states, which finds routers that choose by more than their logits (groups,
         correction biases). The folded logits have the order of the speculator's. With `to_scale` they also have their
-        values, and the router's weights follow from them (`PlainRouter.weighted`).
+        values, and the router's weights follow from them (`PlainRouter.weighted`). With `values` these are also the values that
+        the router returns as its logits, as a memory needs them.
         """
         wiring = speculator.wiring
         norm, weight = wiring.norm, next(wiring.router.parameters(), None)
@@ -171,13 +172,14 @@ class FoldedSpeculator:
         router = PlainRouter.of(wiring.router, layer.num_experts, states)
         if router is None or (to_scale and router.weigh is None):
             return None
-        if speculator.mlp is not None and speculator.mlp.memory:  # it reads values of the logits, not their order
+        remembers = speculator.mlp is not None and speculator.mlp.memory > 0
+        if remembers or values:
             logits = wiring.router.forward(states).logits.float()
             if not torch.allclose(
                 router.logits(states).float(), logits, rtol=0, atol=close * float(logits.abs().max())
             ):
                 return None
-        return cls(speculator, gain, eps, router, to_scale)
+        return cls(speculator, gain, eps, router, to_scale or values)
 
     def logits(
         self, residual: torch.Tensor, source: Routing | None, memory: torch.Tensor | None = None

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torchmetrics import Metric
 
+from .confidence import margins
+
 BINS = 40
 
 
@@ -68,7 +70,7 @@ class RecallCurve(Metric):
         return self.hits.cumsum(-1)[:, self.top_k - 1 :] / self.total
 
 
-def _among(ids: torch.Tensor, others: torch.Tensor, num_experts: int) -> torch.Tensor:
+def among(ids: torch.Tensor, others: torch.Tensor, num_experts: int) -> torch.Tensor:
     """Which of the experts `ids` `[..., m]` are among `others` `[..., n]`, bool `[..., m]`.
 
     A mask over all experts is cheaper than comparing each with each.
@@ -94,7 +96,7 @@ class ExpertRecall(Metric):
             self.add_state(name, torch.zeros(num_layers, num_experts, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, candidates: torch.Tensor, experts: torch.Tensor) -> None:
-        found = _among(experts, candidates, self.hits.shape[1]).flatten(1).long()
+        found = among(experts, candidates, self.hits.shape[1]).flatten(1).long()
         places = experts.flatten(1).long()
         self.hits.scatter_add_(1, places, found)
         self.chosen.scatter_add_(1, places, torch.ones_like(found))
@@ -106,18 +108,14 @@ class ExpertRecall(Metric):
 def probability_of_choice(logits: torch.Tensor, candidates: torch.Tensor, top_k: int) -> torch.Tensor:
     """The probability that the speculation's own scores give each candidate, `[..., m]`, fp32.
 
-    Logits are `[..., experts]`, candidates `[..., m]` with the speculation's `top_k` first. The border of being chosen
-    lies midway between the lowest logit of those and the highest of the others. The probability is the sigmoid of a
-    candidate's distance from the border: the softmax of its logit against one at the border, above 1/2 for the top k.
+    Logits are `[..., experts]`, candidates `[..., m]` with the speculation's `top_k` first. The probability is the sigmoid of a
+    candidate's margin (`confidence.margins`): the softmax of its logit against one at the border, above 1/2 for the top k.
     The router's own scores are no such probability: a softmax shares 1 among k experts that may all be right, and
-    sigmoid gates share nothing. Only differences of logits count here, so the result means the same for both kinds of
-    routers. Without other candidates there is no border, and every probability is 1.
+    sigmoid gates share nothing. Without other candidates there is no border, and every probability is 1.
     """
-    scores = logits.float().gather(-1, candidates.long())
     if candidates.shape[-1] <= top_k:
-        return torch.ones_like(scores)
-    border = (scores[..., :top_k].amin(-1, keepdim=True) + scores[..., top_k:].amax(-1, keepdim=True)) / 2
-    return (scores - border).sigmoid()
+        return torch.ones(candidates.shape, device=logits.device)
+    return margins(logits, candidates, top_k).sigmoid()
 
 
 class CalibrationCurve(NamedTuple):
@@ -139,9 +137,8 @@ class CalibrationCurve(NamedTuple):
 class Calibration(Metric):
     """Speculated probability of the candidates against the share of the time that they are right.
 
-    `update` takes logits `[layers, tokens, experts]`, candidates `[layers, tokens, m]` with the speculation's top k
-    first and true experts `[layers, tokens, top_k]`; the probability is that of `probability_of_choice`. `compute`
-    gives a `CalibrationCurve`.
+    `update` takes the probabilities of candidates, `[layers, tokens, m]`, and which of them are right, bool of the same shape
+    (`are_right`). `compute` gives a `CalibrationCurve`.
     """
 
     full_state_update = False
@@ -155,9 +152,8 @@ class Calibration(Metric):
         for name, dtype in (("probability", torch.float64), ("right", torch.int64), ("count", torch.int64)):
             self.add_state(name, torch.zeros(num_layers, bins, dtype=dtype), dist_reduce_fx="sum")
 
-    def update(self, logits: torch.Tensor, candidates: torch.Tensor, experts: torch.Tensor) -> None:
-        probability = probability_of_choice(logits, candidates, experts.shape[-1]).flatten(1)
-        right = _among(candidates, experts, logits.shape[-1]).flatten(1).long()
+    def update(self, probability: torch.Tensor, right: torch.Tensor) -> None:
+        probability, right = probability.flatten(1), right.flatten(1).long()
         places = (probability * self.bins).long().clamp_(0, self.bins - 1)
         self.probability.scatter_add_(1, places, probability.double())
         self.right.scatter_add_(1, places, right)

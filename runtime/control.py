@@ -51,6 +51,8 @@ class LayerControl:
         self.target, self.guesser, self.count = target, guesser, count
         self.targets: list[LayerControl] = []
         """The layers whose source it is, the nearest first."""
+        self.told: Callable[[Guess, torch.Tensor], None] | None = None
+        """Is called with each guess and the router's own choice; see `gating.Decided.own`."""
         self.known = False
         """`known` of its last decision; see `engine.Decision`."""
         self.is_guessing = False
@@ -133,6 +135,8 @@ class RoutingControl:
 
     With `in_order`, passes are over whole sequences `[sequences, length]`, and each token remembers the ones before it, as when a
     text is read token by token. Nothing is announced in time then.
+
+    With `sure`, guesses tell the margins of their candidates.
     """
 
     def __init__(
@@ -144,6 +148,7 @@ class RoutingControl:
         max_tokens: int | None = None,
         engine: Ahead = Ahead(),  # noqa: B008  # it has no state
         in_order: bool = False,
+        sure: bool = False,
     ):
         self.handle = 0
         """By this number, compiled graphs know the offload that it belongs to. 0 where it belongs to none."""
@@ -162,7 +167,7 @@ class RoutingControl:
             return
         weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
         for target in targets:
-            guesser = make_guesser(speculators[target.layer.index], target, weighs)
+            guesser = make_guesser(speculators[target.layer.index], target, weighs, sure)
             self.layers.append(LayerControl(target, guesser, engine.hit_count(target.layer.top_k)))
         depths = [layer.guesser.depth for layer in self.layers]
         first = targets[0].layer
@@ -357,6 +362,8 @@ class RoutingControl:
             logits, free = (self.memory.last(number, values) for values in (decided.logits, guess.free))
             self.memory.write(number, logits, free)
         layer.count.add(guess.candidates, decided.own)
+        if layer.told is not None:
+            layer.told(guess, decided.own)
         return decided.routing
 
     def _in_turn(self, layer: LayerControl, reading: Reading, own: Callable[[], Routing]) -> Guess:

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ..predictors.confidence import margins
 from ..predictors.folded import FoldedSpeculator, PlainRouter
 from ..predictors.speculation import Routing, Speculator, candidates
 from .targets import Target
@@ -20,6 +21,8 @@ class Guess(NamedTuple):
     """The guessed routing; it may be None where its weights are not executed."""
     free: torch.Tensor | None = None
     """The training-free logits `[tokens, experts]`, of which a memory is made; None where the predictor has none."""
+    margins: torch.Tensor | None = None
+    """The candidates' margins (`predictors.confidence`), `[tokens, m]`, fp32; None unless they are asked for."""
 
 
 class Guesser(Protocol):
@@ -51,9 +54,9 @@ class Guesser(Protocol):
 class FoldedGuesser:
     """Guesses where norm and router are plain: with few operations, and without the model's own modules."""
 
-    def __init__(self, speculator: FoldedSpeculator, m: int, weighs: bool):
+    def __init__(self, speculator: FoldedSpeculator, m: int, weighs: bool, sure: bool = False):
         self.plain: PlainRouter | None = speculator.router if speculator.router.weigh is not None else None
-        self._speculator, self._m, self._weighs = speculator, m, weighs
+        self._speculator, self._m, self._weighs, self._sure = speculator, m, weighs, sure
         self.depth = speculator.memory
 
     def guess(
@@ -64,11 +67,15 @@ class FoldedGuesser:
         memory: torch.Tensor | None = None,
     ) -> Guess:
         logits, free = self._speculator.logits(residual, source, memory)
-        chosen = logits.topk(self._m, dim=-1).indices
-        if not self._weighs:
-            return Guess(chosen, None, free)
-        router = self._speculator.router
-        return Guess(chosen, router.weighted(logits, chosen[:, : router.top_k]), free)
+        router, distances = self._speculator.router, None
+        if self._sure:
+            values, chosen = logits.topk(max(self._m, router.top_k + 1), dim=-1)
+            border = values[:, router.top_k - 1 : router.top_k + 1].mean(-1, keepdim=True)
+            distances, chosen = values[:, : self._m] - border, chosen[:, : self._m]
+        else:
+            chosen = logits.topk(self._m, dim=-1).indices
+        weighted = router.weighted(logits, chosen[:, : router.top_k]) if self._weighs else None
+        return Guess(chosen, weighted, free, distances)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
@@ -79,8 +86,8 @@ class ModelGuesser:
 
     plain: PlainRouter | None = None
 
-    def __init__(self, speculator: Speculator, m: int):
-        self._speculator, self._m = speculator, m
+    def __init__(self, speculator: Speculator, m: int, sure: bool = False):
+        self._speculator, self._m, self._sure = speculator, m, sure
         self.depth = 0 if speculator.mlp is None else speculator.mlp.memory
 
     @torch.no_grad()
@@ -92,15 +99,25 @@ class ModelGuesser:
         memory: torch.Tensor | None = None,
     ) -> Guess:
         speculation, free = self._speculator.with_free(residual, source, inner, memory)
-        return Guess(candidates(speculation, self._m), speculation, free)
+        if not self._sure:
+            return Guess(candidates(speculation, self._m), speculation, free)
+        top_k = speculation.ids.shape[-1]
+        found = candidates(speculation, max(self._m, top_k + 1))
+        distances = margins(speculation.logits, found, top_k)[:, : self._m]
+        return Guess(found[:, : self._m], speculation, free, distances)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
 
 
-def make_guesser(speculator: Speculator, target: Target, weighs: bool) -> Guesser:
-    """The fastest possible guesser of a target. `weighs` says that the weights of the guess will be executed."""
-    folded = FoldedSpeculator.of(speculator, target.layer, to_scale=weighs)
+def make_guesser(speculator: Speculator, target: Target, weighs: bool, sure: bool = False) -> Guesser:
+    """The fastest possible guesser of a target.
+
+    `weighs` says that the weights of the guess will be executed, and `sure` that the candidates' margins are asked for. These are
+    None where the router chooses all experts.
+    """
+    sure = sure and target.layer.top_k < target.layer.num_experts
+    folded = FoldedSpeculator.of(speculator, target.layer, to_scale=weighs, values=sure)
     if folded is None:
-        return ModelGuesser(speculator, target.candidates)
-    return FoldedGuesser(folded, target.candidates, weighs)
+        return ModelGuesser(speculator, target.candidates, sure)
+    return FoldedGuesser(folded, target.candidates, weighs, sure)

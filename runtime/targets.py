@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from ..predictors.architecture import MoELayer, farther, sources
 from ..predictors.checkpoint import Predictors
+from ..predictors.confidence import Confidence
 from .errors import OffloadError
 from .policy import Gating, Policy, candidates_from_recall
 
@@ -20,6 +21,8 @@ class Target(NamedTuple):
     """The model's number of the layer whose residual is read. None where the target's own input is read."""
     candidates: int
     """How many experts are fetched for each speculated token; at least `top_k`."""
+    confidence: Confidence | None = None
+    """How sure the speculation is of a candidate; None if that is not known."""
 
 
 def targets_of(
@@ -48,7 +51,8 @@ def targets_of(
         # Old exports have no recall, and neither has speculation without predictors.
         recall = predictors.of(layer.index).recall if predictors is not None and candidates == "auto" else []
         count = min(candidates_from_recall(recall, top_k, policy, gating), experts) if recall else usual
-        targets.append(Target(layer, number, source_of[layer.index], count))
+        confidence = None if predictors is None else predictors.of(layer.index).confidence
+        targets.append(Target(layer, number, source_of[layer.index], count, confidence))
     return targets
 
 

@@ -103,6 +103,7 @@ def test_the_model_card_has_front_matter_and_the_figures(exported, fitted):
     ]
     assert table[0] == [
         "layer", "source", "width", "bytes", "training-free", "without memory", "predictor", "gap closed", "top 4",
+        "ECE",
     ]  # fmt: skip
     for entry, row in zip(json.loads((fitted / "result.json").read_text())["layers"], table[2:-1], strict=True):
         before, after = entry["training_free"]["recall@k"], entry["predictor"]["recall@k"]
@@ -111,7 +112,8 @@ def test_the_model_card_has_front_matter_and_the_figures(exported, fitted):
         closed = f"{(after - before) / (1 - before):.0%}"
         alone = entry["without_memory"]["recall@k"]
         expected = [source, "32", f"{size:,}", f"{before:.3f}", f"{alone:.3f}", f"{after:.3f}", closed]
-        assert row == [str(entry["layer"]), *expected, f"{entry['predictor']['recall'][-1]:.3f}"]
+        error = config["layers"][entry["layer"]]["confidence"]["error"]
+        assert row == [str(entry["layer"]), *expected, f"{entry['predictor']['recall'][-1]:.3f}", f"{error:.4f}"]
     total = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("layers."))
     assert table[-1][:4] == ["all", "", "", f"{total:,}"]
     assert f"another {sum(w.nbytes for w in tensors.values()) - total:,} bytes" in card.text

@@ -7,6 +7,7 @@ Each was written by the code of its own version. A change of what `export` write
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from predict_train.predictors.checkpoint import (
     make_speculators,
     save_predictors,
 )
+from predict_train.predictors.confidence import Confidence
 from predict_train.predictors.config import FORMAT_VERSION, READABLE
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.predictors.speculation import Routing
@@ -76,17 +78,18 @@ def of_version(version: int) -> Predictors:
             ],
             **both,
         )
-    if version == 5:
+    if version >= 5:
         rates = {"training_free": 0.5, "without_memory": 0.75, "predictor": 0.875}
-        return Predictors(
-            layers=[
-                TargetLayer(0, None, mlp(-7, 3, memory=1).bfloat16(), rates, [0.875, 0.875, 1.0]),
-                TargetLayer(1, 0, mlp(4, 1), {"training_free": 0.625, "predictor": 0.6875}, [0.6875, 0.75, 0.75]),
-                TargetLayer(2, 1, None, {"training_free": 0.875}, [0.875, 0.875, 0.9375]),
-                TargetLayer(3, 1, mlp(-2, 2, memory=2), rates, []),
-            ],
-            **both,
-        )
+        layers = [
+            TargetLayer(0, None, mlp(-7, 3, memory=1).bfloat16(), rates, [0.875, 0.875, 1.0]),
+            TargetLayer(1, 0, mlp(4, 1), {"training_free": 0.625, "predictor": 0.6875}, [0.6875, 0.75, 0.75]),
+            TargetLayer(2, 1, None, {"training_free": 0.875}, [0.875, 0.875, 0.9375]),
+            TargetLayer(3, 1, mlp(-2, 2, memory=2), rates, []),
+        ]
+        if version > 5:
+            sure = {0: Confidence(0.5, -0.25, 0.0, 0.875, 0.0625), 2: Confidence(2.0)}
+            layers = [replace(entry, confidence=sure.get(entry.layer)) for entry in layers]
+        return Predictors(layers=layers, **both)
     return Predictors(
         layers=[
             TargetLayer(0, None, mlp(-7, 3).bfloat16(), {"training_free": 0.5, "predictor": 0.75}, [0.75, 0.875, 1.0]),
@@ -102,6 +105,7 @@ def assert_same(loaded: Predictors, expected: Predictors) -> None:
     for name in ("model", "provenance"):
         assert getattr(loaded, name) == getattr(expected, name), name
     assert loaded.training_free().layers == expected.training_free().layers
+    assert [entry.confidence for entry in loaded.layers] == [entry.confidence for entry in expected.layers]
     assert loaded.mlps.keys() == expected.mlps.keys()
     for target, made in expected.mlps.items():
         found = dict(loaded.mlps[target].named_parameters())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from predict_train.predictors.metrics import Calibration, ExpertRecall, probability_of_choice
+from predict_train.predictors.metrics import Calibration, ExpertRecall, among, probability_of_choice
 from predict_train.predictors.speculation import Routing, candidates
 from predict_train.train.measures import Measures
 
@@ -56,7 +56,8 @@ def test_a_probability_is_the_share_of_right_candidates_where_truth_is_drawn_fro
     fits = drawn.sum(-1) == TOP_K
     true = found[fits].gather(-1, drawn[fits].long().topk(TOP_K).indices)
     metric = Calibration(1)
-    metric.update(logits[fits][None], found[fits][None], true[None])
+    right = among(found[fits], true, EXPERTS)[None]
+    metric.update(probability[fits][None], right)
     curve = metric.compute()
     assert curve.candidates.sum() == 6 * fits.sum()
     assert float(metric.compute().error()) < 0.06
@@ -64,7 +65,7 @@ def test_a_probability_is_the_share_of_right_candidates_where_truth_is_drawn_fro
     assert (curve.right[0, full].diff() > -0.05).all()
     # Scores twice as far apart promise more than they hold.
     bold = Calibration(1)
-    bold.update(3 * logits[fits][None], found[fits][None], true[None])
+    bold.update(probability_of_choice(3 * logits[fits], found[fits], TOP_K)[None], right)
     assert float(bold.compute().error()) > float(curve.error()) + 0.05
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import ModelCardData
 
-from ..predictors.checkpoint import Predictors
+from ..predictors.checkpoint import Predictors, TargetLayer
 from ..predictors.config import FORMAT_VERSION
 from ..predictors.metrics import gap_closed
 
@@ -41,7 +41,8 @@ def layer_table(
     remember = any("without_memory" in entry for entry in entries.values())
     headers = ["layer", "source", "width", "bytes", "training-free", *(["without memory"] if remember else [])]
     headers += ["predictor", "gap closed"]
-    headers += [f"top {size}" for size in sizes] + (["by rounding"] if rounding else [])
+    sure = any(own.confidence is not None for own in predictors.layers)
+    headers += [f"top {size}" for size in sizes] + (["ECE"] if sure else []) + (["by rounding"] if rounding else [])
     rows, rates = [], []
     for target, entry in entries.items():
         own = predictors.of(target)
@@ -58,6 +59,7 @@ def layer_table(
             f"{after:.3f}" if mlp else f"{after:.3f}, dropped",
             f"{gap_closed(before, after):.0%}" if mlp else "",
             *(f"{curve[size - top_k]:.3f}" if curve else "" for size in sizes),
+            *([calibration_error(own)] if sure else []),
         ]
         if rounding:
             row.append(f"{rounding.after[target] - rounding.before[target]:+.4f}" if mlp else "")
@@ -68,6 +70,11 @@ def layer_table(
     means = ["all", "", "", size, f"{before:.3f}", *([f"{alone:.3f}"] if remember else [])]
     means += [f"{after:.3f}", f"{gap_closed(before, after):.0%}"]
     return headers, [*rows, means + [""] * (len(headers) - len(means))]
+
+
+def calibration_error(own: TargetLayer) -> str:
+    """The calibration error of a layer's probabilities, for a table; empty where there are none."""
+    return "" if own.confidence is None or own.confidence.error is None else f"{own.confidence.error:.4f}"
 
 
 def remarks(predictors: Predictors, rounding: Rounding | None = None) -> list[str]:
@@ -85,6 +92,13 @@ def remarks(predictors: Predictors, rounding: Rounding | None = None) -> list[st
         found.append(
             "Dropped, since training-free speculation finds as many of their experts on validation: the predictors of "
             f"layers {', '.join(dropped)}; there the speculation is training-free."
+        )
+    errors = [own.confidence.error for own in predictors.layers if own.confidence and own.confidence.error is not None]
+    if errors:
+        found.append(
+            "ECE is the expected calibration error: how far the probabilities of candidates are from the share of them that are right, "
+            f"on average over candidates; at most {max(errors):.4f}. config.json has the numbers that make a probability of a "
+            "candidate's distance from the border of being chosen."
         )
     if rounding:
         before, after = (sum(rates.values()) / len(rates) for rates in (rounding.before, rounding.after))

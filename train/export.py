@@ -6,6 +6,7 @@ A predictor whose validation hit rate is not above that of training-free specula
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..data_collection.columns import SEQUENCE
+from ..data_collection.columns import SEQUENCE, Columns
 from ..data_collection.statistics import CHUNK_ROWS, hit_rates
 from ..data_collection.trace import Trace
 from ..predictors.checkpoint import Predictors, TargetLayer, refuse_existing, save_predictors
@@ -21,6 +22,7 @@ from ..predictors.loading import DTYPES
 from ..predictors.mlp import ResidualMLP, StackedResidualMLPs
 from ..predictors.provenance import command, versions
 from ..predictors.tables import broken, figure_table
+from .calibration import calibrate
 from .card import Rounding, layer_table, model_card, remarks
 from .data import FitError, held_out_sequences
 from .fit import RESULT, is_trained_on, read_checkpoint, read_result, read_run
@@ -35,7 +37,8 @@ ROUNDING_RUN = 64
 def export(config: ExportConfig, console: Console | None = None) -> Path:
     """Writes the predictors of a run's best epoch to a new folder and returns it.
 
-    If the dtype rounds, the loss of hit rate is measured on validation rows. Raises a `UserError` if the run is not
+    On validation rows it is fitted how sure each layer's speculation is. If the dtype rounds, the loss of hit rate is measured on
+    them too. Raises a `UserError` if the run is not
     finished or was changed, or if the folder exists.
     """
     run, dtype = config.run, DTYPES[config.dtype]
@@ -62,8 +65,9 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
         },
     )
     kept, rounding = _cast(predictors, dtype), None
+    rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
+    kept = _calibrated(kept, source, rows)
     if dtype != torch.float32 and kept.mlps:
-        rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
         before, after = (_hit_rates(some, source, rows) for some in (predictors, kept))
         rounding = Rounding(config.dtype, sum(map(len, rows)), before, after)
     folder = save_predictors(config.out, kept, model_card(kept, entries, rounding))
@@ -105,11 +109,29 @@ def _hit_rates(predictors: Predictors, trace: Trace, rows: list[torch.Tensor]) -
     """The hit rate of each layer that has an MLP, computed in fp32, on the given rows of each shard."""
     mlps = _cast(predictors, torch.float32).mlps
     sources = predictors.sources_among({target: trace.sources[target] for target in mlps})
-    names = trace.columns_for(sources, max(mlp.memory for mlp in mlps.values()))
-    pieces = ((shard, some) for shard, own in enumerate(rows) for some in own.split(CHUNK_ROWS))
-    batches = (trace.read(shard, piece, names) for shard, piece in pieces if len(piece))
+    batches = _batches(trace, sources, mlps, rows)
     [rates] = hit_rates(batches, sources, trace.stacked(sources), [trace.manifest.model.top_k], mlps)
     return rates
+
+
+def _calibrated(predictors: Predictors, trace: Trace, rows: list[torch.Tensor]) -> Predictors:
+    """The same, with how sure each layer's speculation is, with or without an MLP, from the given rows of each shard."""
+    mlps, model = _cast(predictors, torch.float32).mlps, trace.manifest.model
+    sources = predictors.sources_among({entry.layer: trace.sources[entry.layer] for entry in predictors.layers})
+    batches, most = _batches(trace, sources, mlps, rows), min(2 * model.top_k, model.num_experts)
+    found = calibrate(batches, sources, trace.stacked(sources), mlps, most)
+    return replace(
+        predictors, layers=[replace(entry, confidence=found.get(entry.layer)) for entry in predictors.layers]
+    )
+
+
+def _batches(
+    trace: Trace, sources: dict[int, int | None], mlps: dict[int, ResidualMLP], rows: list[torch.Tensor]
+) -> Iterator[Columns]:
+    """The given rows of each shard, with what speculation reads of them."""
+    names = trace.columns_for(sources, max((mlp.memory for mlp in mlps.values()), default=0))
+    pieces = ((shard, some) for shard, own in enumerate(rows) for some in own.split(CHUNK_ROWS))
+    return (trace.read(shard, piece, names) for shard, piece in pieces if len(piece))
 
 
 def _cast(predictors: Predictors, dtype: torch.dtype) -> Predictors:

@@ -116,6 +116,7 @@ def _predictors(path: Path) -> dict[str, Any]:
             "bytes": sum(w.nbytes for name, w in weights.items() if name.startswith(f"layers.{entry.layer}.")),
             "hit_rate": entry.hit_rates,
             "recall": entry.recall,
+            "confidence": None if entry.confidence is None else entry.confidence._asdict(),
         }
         for entry in predictors.layers
     ]
@@ -274,19 +275,22 @@ def _report_predictors(found: dict[str, Any], console: Console) -> None:
     k, experts = found["model"]["top_k"], found["model"]["num_experts"]
     sizes = {name: min(size, 2 * k, experts) for name, size in zip(SIZES, (k, k + 2, 2 * k), strict=True)}
     rows, remember = [], any(entry["memory"] for entry in found["layers"])
+    sure = any(entry["confidence"] for entry in found["layers"])
     for entry in found["layers"]:
         before, after = entry["hit_rate"].get("training_free"), entry["hit_rate"].get("predictor")
         row = [*_places(entry), str(entry["width"] or "none"), f"{entry['bytes']:,}", _rate(before)]
         row += [_rate(entry["hit_rate"].get("without_memory"))] if remember else []
         row += [_rate(after), _closed(before, after)]
-        rows.append(row + [_rate(entry["recall"][size - k]) if entry["recall"] else "" for size in sizes.values()])
+        row += [_rate(entry["recall"][size - k]) if entry["recall"] else "" for size in sizes.values()]
+        rows.append(row + ([_rate((entry["confidence"] or {}).get("error"))] if sure else []))
     headers = ("target", "source", "width", "bytes", "training-free", *_without(remember), "predictor", "gap closed")
     _print(
         console,
-        map(broken, (*headers, *(f"top {size}" for size in sizes.values()))),
+        map(broken, (*headers, *(f"top {size}" for size in sizes.values()), *(["ECE"] if sure else []))),
         rows,
         title="hit rate by layer, on validation sequences",
-        caption="top: of the speculation, with so many candidates; without a predictor it is training-free",
+        caption="top: of the speculation, with so many candidates; without a predictor it is training-free"
+        + ("; ECE: expected calibration error of the candidates' probabilities" if sure else ""),
     )
 
 

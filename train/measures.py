@@ -8,7 +8,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..predictors.metrics import Calibration, CalibrationCurve, ExpertRecall, HitRate, RecallCurve
+from ..predictors.metrics import (
+    Calibration,
+    CalibrationCurve,
+    ExpertRecall,
+    HitRate,
+    RecallCurve,
+    among,
+    probability_of_choice,
+)
 from ..predictors.speculation import Routing, candidates
 
 Kind = Literal["training_free", "without_memory", "predictor"]
@@ -51,7 +59,8 @@ class Counts(nn.Module):
         self.recall.update(found, ids)
         self.exact.update(found[..., : self.top_k], ids)
         self.expert_recall.update(found[..., : self.top_k], ids)
-        self.calibration.update(routing.logits, found, ids)
+        right = among(found, ids, routing.logits.shape[-1])
+        self.calibration.update(probability_of_choice(routing.logits, found, self.top_k), right)
 
     def compute(self) -> Measured:
         # torchmetrics makes a scalar of a tensor of one element.

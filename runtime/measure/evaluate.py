@@ -17,11 +17,14 @@ from transformers import PreTrainedModel
 
 from ...predictors.architecture import MoELayer, first_tensor
 from ...predictors.checkpoint import Predictors, as_predictors, make_speculators
+from ...predictors.confidence import Confidence
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ...predictors.loading import check_tokens
+from ...predictors.metrics import Calibration
 from ...predictors.speculation import Speculator, flat_routing
 from ..control import RoutingControl
+from ..guess import Guess
 from ..offload import offloaded
 from ..policy import Gating, Policy
 from ..settings import OffloadConfig
@@ -42,7 +45,7 @@ def evaluate(
     `config` are on the device, and nothing else, which is its worst case.
 
     Returns `layers` (for each target layer `layer` and the hit rates `training_free`, `predictor` (None without one) and
-    `control`), `cross_entropy` in nats per token, `training_free_cross_entropy` (without predictors), and `tokens`.
+    `control`, and the `calibration_error` of its candidates' probabilities, None where these are not known), `cross_entropy` in nats per token, `training_free_cross_entropy` (without predictors), and `tokens`.
     Raises `UserError` where there is no token to predict, or one that the model does not have.
     """
     batches = _checked(batches, model)
@@ -65,6 +68,7 @@ def evaluate(
     settings = config.values_of(OffloadConfig) | {"device": model.device, "candidates": None}
     full = entropy_of()
     rates = {kind: _hit_rates(entropy_of, targets, chosen) for kind, chosen in speculators.items()}
+    errors = rates["predictor"][2]
     table: dict[str, dict[str, float]] = {}
     for kind, chosen in speculators.items():
         if kind == "predictor" and not trained:
@@ -86,6 +90,7 @@ def evaluate(
                 "training_free": rates["training_free"][0][layer.index],
                 "predictor": rates["predictor"][0][layer.index] if layer.index in trained else None,
                 "control": rates["training_free"][1][layer.index],
+                "calibration_error": errors.get(layer.index),
             }
             for layer in layers
         ],
@@ -142,22 +147,48 @@ def _controlled(
     speculators: dict[int, Speculator],
     policy: Policy,
     gating: Gating,
+    errors: dict[int, Calibration] | None = None,
 ) -> tuple[RoutingControl, float]:
-    """The cross-entropy under a `RoutingControl` with these arguments, and that control, detached again."""
-    made = RoutingControl(targets, speculators, policy, gating, in_order=True)
+    """The cross-entropy under a `RoutingControl` with these arguments, and that control, detached again.
+
+    `errors` gets the calibration of each layer whose confidence is known, by the model's number of the layer.
+    """
+    made = RoutingControl(targets, speculators, policy, gating, in_order=True, sure=errors is not None)
+    for layer in made.layers if errors is not None else []:
+        confidence = layer.target.confidence
+        if confidence is not None:
+            assert errors is not None
+            errors[layer.target.layer.index] = counted = Calibration(1)
+            layer.told = partial(_count, counted, confidence)
     try:
         return made, cross_entropy()
     finally:
         made.detach()
 
 
+def _count(calibration: Calibration, confidence: Confidence, guess: Guess, own: torch.Tensor) -> None:
+    """Counts the candidates of a guess by their probabilities. `own` are the ids that the router chose."""
+    if guess.margins is not None:
+        right = (guess.candidates.unsqueeze(-1) == own.unsqueeze(-2)).any(-1)
+        calibration.update(confidence.probabilities(guess.margins)[None].cpu(), right[None].cpu())
+
+
 def _hit_rates(
     cross_entropy: Callable[[], float], targets: list[Target], speculators: dict[int, Speculator]
-) -> tuple[dict[int, float], dict[int, float]]:
-    """Hit rates and control hit rates by target layer, from an exact run of the model."""
+) -> tuple[dict[int, float], dict[int, float], dict[int, float]]:
+    """Hit rates, control hit rates and calibration errors by target layer, from an exact run of the model.
+
+    The errors are those of the confidence in what `targets` say; they mean something for the speculators that it is of.
+    """
+    errors: dict[int, Calibration] = {}
     with _control_hit_rates([target.layer for target in targets]) as exact:
-        control, _ = _controlled(cross_entropy, targets, speculators, Policy.PREFETCH, Gating.TRUE)
-    return control.hit_rates(), {index: hits / total for index, (hits, total) in exact.items()}
+        control, _ = _controlled(cross_entropy, targets, speculators, Policy.PREFETCH, Gating.TRUE, errors)
+    shares = {index: hits / total for index, (hits, total) in exact.items()}
+    return (
+        control.hit_rates(),
+        shares,
+        {index: float(found.compute().error()) for index, found in errors.items() if found.update_called},
+    )
 
 
 @contextmanager

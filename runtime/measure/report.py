@@ -13,13 +13,22 @@ from ..quantization import Shipped
 
 def print_hit_rates(console: Console, result: dict[str, Any]) -> None:
     """Prints the hit rates by target layer from a result of `evaluate`."""
-    table = Table("layer", "training-free", "predictor", "gap closed", "control", title="hit rate by target layer")
+    sure = any(row["calibration_error"] is not None for row in result["layers"])
+    title, headers = "hit rate by target layer", ("layer", "training-free", "predictor", "gap closed", "control")
+    caption = "ECE: expected calibration error of the candidates' probabilities" if sure else None
+    table = Table(*headers, *(["ECE"] if sure else []), title=title, caption=caption)
     for row in result["layers"]:
         before, after = row["training_free"], row["predictor"]
         closed = "" if after is None or before == 1 else f"{gap_closed(before, after):.0%}"
-        table.add_row(
-            str(row["layer"]), f"{before:.3f}", "" if after is None else f"{after:.3f}", closed, f"{row['control']:.4f}"
-        )
+        cells = [
+            str(row["layer"]),
+            f"{before:.3f}",
+            "" if after is None else f"{after:.3f}",
+            closed,
+            f"{row['control']:.4f}",
+        ]
+        error = row["calibration_error"]
+        table.add_row(*cells, *(["" if error is None else f"{error:.4f}"] if sure else []))
     console.print(table)
 
 

@@ -1,0 +1,50 @@
+"""How sure a speculation is of each candidate: the probability that the router will choose it.
+
+A candidate's *margin* is how far its logit is from the border of being chosen. The border lies midway between the lowest logit of
+the speculation's top k and the highest of the others. Margins of one layer become probabilities by four numbers, which `export`
+fits on rows that no predictor was trained on:
+
+    P(chosen) = least + (most - least) sigmoid(margin / temperature + bias)
+
+Temperature and bias are Platt's scaling. `least` and `most` say that however far from the border a candidate is, the guessed state
+may be a wrong one: without them, training-free speculation would be too sure of what is far away.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+class Confidence(NamedTuple):
+    """Turns the margins of one layer into probabilities."""
+
+    temperature: float = 1.0
+    """In logits; greater than 0."""
+    bias: float = 0.0
+    least: float = 0.0
+    most: float = 1.0
+    error: float | None = None
+    """The expected calibration error that was measured on other rows than those it was fitted on; None if it was not measured."""
+
+    def probabilities(self, margins: torch.Tensor) -> torch.Tensor:
+        """The probabilities for `margins` of any shape, in their dtype."""
+        return self.least + (self.most - self.least) * (margins / self.temperature + self.bias).sigmoid()
+
+    def probability(self, margin: float) -> float:
+        """The same for one number: on a CPU this is cheaper than an operation of torch."""
+        place = margin / self.temperature + self.bias
+        return self.least + (self.most - self.least) / (1 + math.exp(min(-place, 700.0)))
+
+
+def margins(logits: torch.Tensor, candidates: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The margin of each candidate, `[..., m]`, fp32.
+
+    Logits are `[..., experts]`, candidates `[..., m]` with the speculation's `top_k` first, and `m > top_k`: without other
+    candidates there is no border. Only differences of logits count, so it does not matter by what kind of scores a router weighs.
+    """
+    scores = logits.float().gather(-1, candidates.long())
+    border = (scores[..., :top_k].amin(-1, keepdim=True) + scores[..., top_k:].amax(-1, keepdim=True)) / 2
+    return scores - border
