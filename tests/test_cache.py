@@ -14,16 +14,23 @@ KINDS = ["admit", "admit", "admit", "pin", "unpin", "forget", "unpin_all", "unpi
 EVENTS = st.lists(st.tuples(st.sampled_from(KINDS), KEYS), min_size=30, max_size=60)
 
 
+def worth(key: Key) -> float:
+    """Some experts are worth more than others, and some the same."""
+    layer, expert = key
+    return float((layer + 3 * expert) % 4)
+
+
 def who_goes(eviction: Eviction, used: list[Key], kept: set[Key], layer: int, slots: int) -> Key:
     """The victim, as the policies are defined: `used` is every expert that has a slot, least recently used first."""
     free = [key for key in used if key not in kept]
     if eviction is Eviction.LRU:
         return free[0]
-    assert eviction is Eviction.LEAST_STALE, f"say here which expert leaves under {eviction}"
+    by_worth = eviction is Eviction.FREQUENCY
+    assert by_worth or eviction is Eviction.LEAST_STALE, f"say here which expert leaves under {eviction}"
     count = [sum(of == number for of, _ in used) for number in range(LAYERS)]
     too_many = [key for key in free if count[key[0]] * LAYERS > slots]
     # How many layers come before an expert's own comes again; the first of the largest is the least recently used.
-    return max(too_many or free, key=lambda key: (key[0] - layer - 1) % LAYERS)
+    return max(too_many or free, key=lambda key: ((key[0] - layer - 1) % LAYERS, -worth(key) if by_worth else 0))
 
 
 @pytest.mark.parametrize("eviction", list(Eviction))
@@ -32,7 +39,7 @@ def who_goes(eviction: Eviction, used: list[Key], kept: set[Key], layer: int, sl
 def test_slots_are_never_shared_lost_or_taken_from_the_pinned(
     eviction: Eviction, slots: int, events: list[tuple[str, Key]]
 ) -> None:
-    cache = SlotCache(slots, LAYERS, eviction)
+    cache = SlotCache(slots, LAYERS, eviction, worth)
     sits: dict[Key, int] = {}
     pinned: set[Key] = set()
     busy: set[int] = set()

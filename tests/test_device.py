@@ -53,8 +53,9 @@ IDS = torch.randint(1, 256, (1, 29), generator=torch.Generator().manual_seed(5))
 def test_it_computes_what_the_host_computes(build_moe: Callable[..., PreTrainedModel], type: str, policy: str) -> None:
     model = build_moe(type)
     found = []
+    ways = {"policy": policy, "eviction": "least_stale" if policy == "on_demand" else "frequency"}
     for by_device in (True, False):
-        with deciding(by_device), offloaded(model, policy=policy, slots=16, device=DEVICE) as offload:
+        with deciding(by_device), offloaded(model, **ways, slots=16, device=DEVICE) as offload:
             assert isinstance(offload._engine, DeviceSlots) == by_device
             found.append((decode(model, IDS, 20), offload.counters))
     (ours, mine), (theirs, hosts) = found
@@ -100,8 +101,8 @@ def test_captured_steps_equal_all_resident(model_type: str, batch: int) -> None:
         offload._graphs, graphs = None, offload._graphs
         expected = logits_of(model, static(), batch) if model._can_compile_fullgraph else None
         offload._graphs = graphs
-    for policy in ("on_demand", "prefetch"):
-        with offloaded(model, policy=policy, slots=few, device="cuda") as offload:
+    for policy, eviction in (("on_demand", "least_stale"), ("on_demand", "frequency"), ("prefetch", "frequency")):
+        with offloaded(model, policy=policy, eviction=eviction, slots=few, device="cuda") as offload:
             assert torch.equal(logits_of(model, None, batch), dynamic), policy
             if expected is not None:
                 found = logits_of(model, static(), batch)

@@ -60,7 +60,7 @@ def passes(draw: st.DrawFn) -> list[Pass]:
 class Machine:
     """An engine of the device with small experts, and all that can be seen of it."""
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, eviction: Eviction):
         torch.manual_seed(0)
         modules = [Experts(EXPERTS, 6, 4, torch.float32, "relu", (False, False, False)) for _ in range(LAYERS)]
         # The parameters are moved into the store.
@@ -68,7 +68,7 @@ class Machine:
         self.modules, device = modules, torch.device(DEVICE)
         layers: Any = [SimpleNamespace(experts=module, num_experts=EXPERTS) for module in modules]
         self.store = HostStore(layers, device)
-        self.host = ExpertSlots(self.store, slots, device, 1, Eviction.LEAST_STALE)
+        self.host = ExpertSlots(self.store, slots, device, 1, eviction)
         self.engine = DeviceSlots(self.host, self.store, list(modules), MOST_TOKENS)
         self.engine.programs = 2
 
@@ -136,7 +136,8 @@ class Machine:
                     assert misses == absent[ids].sum()
                     assert after.copies - before.copies == absent[ids.unique()].sum()
                     assert not engine.absent(layer).cpu()[ids].any()
-                    self._check_eviction(layer, ids, absent, is_last=not decision.known)
+                    by_use = self.host.counts is None and not decision.known
+                    self._check_eviction(layer, ids, absent, is_last=by_use)
                     if guess is not None and guess.known and len(guess.candidates[0]) * tokens <= slots:
                         assert misses == 0
 
@@ -163,14 +164,17 @@ TOO_MANY_TO_GUESS = Pass([[[4, 5]] * MOST_TOKENS] * LAYERS, [None, Guess([[4, 5]
 
 
 @settings(max_examples=35)
-@given(passes(), st.integers(LAYERS * TOP_K, LAYERS * EXPERTS))
-@example([PROMPT, TOKEN._replace(layers=1), PROMPT], LAYERS * TOP_K)
-@example([PROMPT, TOKEN._replace(layers=1), TOKEN], LAYERS * TOP_K)
-@example([PROMPT, TOKEN, PROMPT], LAYERS * TOP_K)
-@example([GUESSED._replace(layers=1), TOO_MANY_TO_GUESS], LAYERS * TOP_K)
-def test_books_go_to_and_fro_and_the_slots_hold_what_they_say(asked: list[Pass], slots: int) -> None:
+@given(passes(), st.integers(LAYERS * TOP_K, LAYERS * EXPERTS), st.sampled_from(list(Eviction)))
+@example([PROMPT, TOKEN._replace(layers=1), PROMPT], LAYERS * TOP_K, Eviction.LEAST_STALE)
+@example([PROMPT, TOKEN._replace(layers=1), TOKEN], LAYERS * TOP_K, Eviction.FREQUENCY)
+@example([PROMPT, TOKEN, PROMPT], LAYERS * TOP_K, Eviction.LEAST_STALE)
+@example([PROMPT, TOKEN, PROMPT], LAYERS * TOP_K, Eviction.FREQUENCY)
+@example([GUESSED._replace(layers=1), TOO_MANY_TO_GUESS], LAYERS * TOP_K, Eviction.LEAST_STALE)
+def test_books_go_to_and_fro_and_the_slots_hold_what_they_say(
+    asked: list[Pass], slots: int, eviction: Eviction
+) -> None:
     """Prompts and decode passes in any order, with guesses, and some of them break off."""
-    machine = Machine(slots)
+    machine = Machine(slots, eviction)
     try:
         engine, decided, broke_off, tokens = machine.engine, False, False, 0
         for one in asked:
@@ -185,8 +189,14 @@ def test_books_go_to_and_fro_and_the_slots_hold_what_they_say(asked: list[Pass],
                 for layer, books in enumerate(machine.books()):  # of a layer's experts the last used find room
                     own = [pair for pair in before if pair[0][0] == layer][-len(books.owner) :]
                     assert [pair for pair in after if pair[0][0] == layer] == own
+                if machine.host.counts is not None and not decided:  # else they are those of the last prompt
+                    torch.testing.assert_close(engine._score.cpu(), machine.host.counts)
             elif decided:
+                counts = machine.host.counts
+                before.sort(key=lambda pair: 0.0 if counts is None else float(counts[pair[0]]))
                 assert machine.host.settled() == before
+                if counts is not None:
+                    torch.testing.assert_close(engine._score.cpu(), counts)
             machine.run(one)
             decided, broke_off = decides, one.layers < LAYERS
             tokens += len(one.ids[0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from predict_train.runtime.device.hits import DeviceHitCount
 from predict_train.runtime.device.kernels import copy_blocks
 from predict_train.runtime.device.tables import Books, LayerTables, Link
 from predict_train.runtime.hits import HitCount
+from predict_train.runtime.host.counts import DecayedCounts
 from test_device import DEVICE
 
 # --- who gets a slot -------------------------------------------------------------------------------------------------
@@ -52,7 +56,8 @@ def calls(draw: st.DrawFn) -> Calls:
 class Model:
     """What `assign_slots` does, in Python. Experts have the numbers of their slots, or none."""
 
-    def __init__(self, case: Calls):
+    def __init__(self, case: Calls, by_count: bool):
+        self.counts = DecayedCounts() if by_count else None
         slots = len(case.pool)
         self.pool, self.clock = case.pool, 0
         self.slot_of = {expert: slot for slot, expert in enumerate(case.resident)}
@@ -64,13 +69,26 @@ class Model:
         expert_in = {slot: expert for expert, slot in self.slot_of.items()}
         return [expert_in.get(slot, -1) for slot in range(len(self.pool))]
 
-    def assign(self, ids: list[int], late: bool) -> list[tuple[int, int]]:
+    def execute(self, ids: list[int], tokens: int) -> None:
+        if self.counts is not None:
+            self.counts.add(Counter(ids), tokens)
+
+    def leaves_first(self, slot: int) -> tuple[float, int]:
+        """Something that is the least for the slot whose expert leaves first."""
+        if self.counts is None:
+            return self.used[slot], slot
+        owner = self.owner[slot]
+        return (-1.0 if owner < 0 else np.float32(self.counts.of([owner])[0]).item()), slot
+
+    def assign(self, ids: list[int], late: bool, tokens: int) -> list[tuple[int, int]]:
         """Returns the experts to copy, and their places."""
         missing = [expert for expert in ids if expert not in self.slot_of]
         moved = []
+        if late:
+            self.execute(ids, tokens)
         for expert in dict.fromkeys(missing):
             free = [slot for slot, owner in enumerate(self.owner) if owner not in ids]
-            slot = min(free, key=lambda slot: self.used[slot])
+            slot = min(free, key=self.leaves_first)
             self.slot_of.pop(self.owner[slot], None)
             self.slot_of[expert] = slot
             moved.append((expert, self.pool[slot]))
@@ -81,22 +99,25 @@ class Model:
         return moved
 
 
-def device_tables(experts: int, slots: int, memory: torch.Tensor, blocks: torch.Tensor, programs: int) -> LayerTables:
+def device_tables(
+    experts: int, slots: int, memory: torch.Tensor, blocks: torch.Tensor, programs: int, by_count: bool
+) -> LayerTables:
     """Empty books, on the device. `memory` is int64, `blocks` are uint8."""
     books = Books.of(torch.full((experts + 3 * slots,), -1, dtype=torch.int32, device=DEVICE), experts, slots)
     clock = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     counters = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    return LayerTables(books, counters, blocks, Link(memory, clock, programs))
+    score = torch.zeros(experts, device=DEVICE) if by_count else None
+    return LayerTables(books, counters, blocks, Link(memory, clock, programs), score)
 
 
 @settings(max_examples=40)
-@given(calls(), st.integers(1, 5))
-def test_slots_are_assigned_as_in_python(case: Calls, programs: int) -> None:
+@given(calls(), st.integers(1, 5), st.booleans())
+def test_slots_are_assigned_as_in_python(case: Calls, programs: int, by_count: bool) -> None:
     """After each of ten calls the books are the model's, nothing that is needed was evicted, and the memory holds the owners."""
-    slots, model = len(case.pool), Model(case)
+    slots, model = len(case.pool), Model(case, by_count)
     blocks = torch.randint(256, (case.experts, 64), dtype=torch.uint8, device=DEVICE)
     memory = torch.zeros(2 * slots, 8, dtype=torch.int64, device=DEVICE)
-    tables = device_tables(case.experts, slots, memory, blocks, programs)
+    tables = device_tables(case.experts, slots, memory, blocks, programs, by_count)
     slot_of, owner, used, pool = books = tables.books
     pool.copy_(torch.tensor(case.pool))
     used.copy_(torch.tensor(model.used))
@@ -110,7 +131,7 @@ def test_slots_are_assigned_as_in_python(case: Calls, programs: int) -> None:
         there = [expert for expert in set(flat) if slot_of[expert] >= 0]
         before = slot_of.clone()
         table = tables.assign(torch.tensor(ids, device=DEVICE), late)
-        moved = model.assign(flat, late)
+        moved = model.assign(flat, late, len(ids))
         amount = int(tables._moved[-1])
         assert tables._moved[: 2 * amount].view(-1, 2).tolist() == [list(pair) for pair in moved]
         assert all(slot_of[expert] == before[expert] for expert in there), "an expert that the call needs lost its slot"
@@ -119,6 +140,12 @@ def test_slots_are_assigned_as_in_python(case: Calls, programs: int) -> None:
         expected = [[model.slot_of.get(e, -1) for e in range(case.experts)], model.owner, model.used, case.pool]
         assert [part.tolist() for part in books] == expected
         assert tables.counters.tolist() == model.counters
+        if not late:  # what is executed then has slots already
+            tables.executes(torch.tensor(ids, device=DEVICE))
+            model.counters[1] += len(flat)
+            model.execute(flat, len(ids))
+        if tables.score is not None and model.counts is not None:
+            assert tables.score.tolist() == pytest.approx(model.counts.of(range(case.experts)), rel=1e-4)
         tables.copy()
         for slot, expert in enumerate(owner.tolist()):
             assert (slot_of == slot).sum() == (expert >= 0)

@@ -198,7 +198,7 @@ def test_a_pass_that_breaks_off_leaves_the_runtime_usable(tiny_moe: PreTrainedMo
         ({"gating": "magic"}, "speculated, true, resident"),
         ({"candidates": 9}, "9 candidates"),
         ({"candidates": "many"}, "candidates: give a number or auto"),
-        ({"eviction": "magic"}, "lru, least_stale"),
+        ({"eviction": "magic"}, "lru, least_stale, frequency"),
         ({"store": "nowhere"}, "No such file"),
         ({"readers": 0}, "readers: input should be greater than 0"),
         ({"device": "cuda"}, "no CUDA device"),

@@ -220,7 +220,7 @@ def test_the_users_home_is_found_wherever_a_path_stands(tmp_path: Path, monkeypa
     [
         (OffloadConfig, {"policy": "magic"}, "policy: policies are on_demand, prefetch, speculative, auto, but"),
         (OffloadConfig, {"gating": "none"}, "gating: gatings are speculated, true, resident"),
-        (OffloadConfig, {"eviction": "fifo"}, "eviction: evictions are lru, least_stale"),
+        (OffloadConfig, {"eviction": "fifo"}, "eviction: evictions are lru, least_stale, frequency"),
         (OffloadConfig, {"readers": 0}, "readers: .*greater than 0"),
         (OffloadConfig, {"slots": 3, "expert_memory": "1GiB"}, "expert_memory and slots say the same"),
         (OffloadConfig, {"candidates": "many"}, "candidates: give a number or auto"),

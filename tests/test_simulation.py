@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther
+from predict_train.runtime import Eviction
 from predict_train.runtime.measure import simulation
 from predict_train.runtime.measure.routing import ReplayedRouting, Statistics, draw_routing
 from predict_train.runtime.measure.simulation import Costs, Simulated, nearest
@@ -42,7 +43,7 @@ ways: Any = st.fixed_dictionaries(
         "gating": st.sampled_from(["true", "speculated", "resident"]),
         "slots": st.integers(3, 96),
         "sources": st.sampled_from([None, farther(nearest(range(6)), 2), {**nearest(range(6)), 3: None}]),
-        "eviction": st.sampled_from(["lru", "least_stale"]),
+        "eviction": st.sampled_from(list(Eviction)),
         "queue": st.booleans(),
         "readers": st.integers(1, 3),
     }

@@ -12,15 +12,33 @@ NEVER = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
+def _count(score, ids, rows, experts, decay, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """Makes all counts `score [experts]` smaller by the factor `decay`, and the count of each of `ids [rows]` larger by 1."""
+    every, row = tl.arange(0, EXPERTS), tl.arange(0, ROWS)
+    tl.store(score + every, tl.load(score + every, mask=every < experts) * decay, mask=every < experts)
+    tl.debug_barrier()
+    tl.atomic_add(score + tl.load(ids + row, mask=row < rows, other=0), 1.0, mask=row < rows)
+    tl.debug_barrier()
+
+
+@triton.jit
+def count_uses(score, ids, rows, experts, decay, ROWS: tl.constexpr, EXPERTS: tl.constexpr):
+    """See `_count`. One program."""
+    _count(score, ids, rows, experts, decay, ROWS, EXPERTS)
+
+
+@triton.jit
 def assign_slots(
-    ids, slot_of, owner, used, pool, clock, late, table, moved, amount, counters, rows, slots,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    ids, slot_of, owner, used, pool, clock, score, late, table, moved, amount, counters, rows, slots, experts, decay,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Gives the experts `ids [rows]` of one layer slots. One program: this is bookkeeping, not work.
 
     `slot_of [experts]` and `owner [slots]` say which expert is in which of the layer's slots, -1 for none. `pool [slots]` says
     where each slot lies in the memory of all layers. `used [slots]` is when each was last used, in half passes of `clock`. An
     expert without a slot takes the least recently used one. No slot that is needed is taken: meanwhile it is marked as NEVER.
+    If it COUNTS, the slot is taken whose expert has the least `score [experts]`, not negative; and if `late`, it counts the uses
+    (see `_count`).
 
     Writes `table [rows]`, each row's place in the memory; and `moved [amount, 2]`, the experts to copy and their places.
     Adds to `counters`: copies, and if `late` (the router has decided) hits and misses.
@@ -35,9 +53,19 @@ def assign_slots(
     tl.store(table + row, tl.load(pool + slot, mask=is_here, other=0), mask=is_here)
     missing, copies = tl.sum(is_missing, 0), 0
     tl.debug_barrier()
+    # Whether it counts is known when it is compiled, and `late` is not.
+    if COUNTS:  # noqa: SIM102
+        if late:
+            _count(score, ids, rows, experts, decay, ROWS, EXPERTS)
     if missing > 0:
         place = tl.arange(0, SLOTS)
         since = tl.load(used + place, mask=place < slots, other=NEVER)
+        if COUNTS:
+            who = tl.load(owner + place, mask=place < slots, other=-1)
+            counted = tl.load(score + who, mask=who >= 0, other=0.0)
+            # The bits of numbers that are not negative are in the order of the numbers.
+            by_count = tl.where(who >= 0, counted.to(tl.int32, bitcast=True), -1)
+            since = tl.where(since == NEVER, NEVER, by_count)
         for i in range(rows):
             if tl.sum(tl.where(row == i, is_missing, 0), 0) > 0:
                 wanted = tl.load(ids + i).to(tl.int32)

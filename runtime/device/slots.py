@@ -74,9 +74,14 @@ class DeviceSlots(Engine):
         self._counters = torch.zeros(layers, 3, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(1, dtype=torch.int64, device=device)
         self._link = Link(memory.view(torch.int64), torch.zeros(1, dtype=torch.int32, device=device), PROGRAMS[0])
+        counts = host.counts
+        self._score = None if counts is None else counts.to(device)
+        """Each expert's decayed count, if it decides who leaves a slot: `[layers, experts]`, fp32."""
+        scores = [None] * layers if self._score is None else self._score
+        parts = zip(self._books, shares, self._counters, store.blocks, scores, strict=True)
         self._layers = [
-            LayerTables(Books.of(row, experts, share), counters, blocks, self._link)
-            for row, share, counters, blocks in zip(self._books, shares, self._counters, store.blocks, strict=True)
+            LayerTables(Books.of(row, experts, share), counters, blocks, self._link, score)
+            for row, share, counters, blocks, score in parts
         ]
         self._arithmetic = [arithmetic_of(module, store.format, memory) for module in modules]
         self._guesses: torch.Stream | None = None
@@ -151,15 +156,17 @@ class DeviceSlots(Engine):
         if self._broke_off:
             if self._guesses is not None:
                 torch.accelerator.synchronize(self._guesses.device)
-            self._host.take_over([])
+            self._host.take_over([], self._score)
             self._write([[] for _ in self._layers])
         elif decides and not self._decides:
             found: list[list[tuple[int, int]]] = [[] for _ in self._layers]
             for (layer, expert), place in self._host.settled():
                 found[layer].append((expert, place))
             self._write([pairs[-tables.slots :] for pairs, tables in zip(found, self._layers, strict=True)])
+            if self._score is not None and (counts := self._host.counts) is not None:
+                self._score.copy_(counts)
         elif self._decides and not decides:
-            self._host.take_over(self._resident())
+            self._host.take_over(self._resident(), self._score)
         self._decides, self._broke_off = decides, False
         return decides
 
@@ -213,7 +220,7 @@ class DeviceSlots(Engine):
         if announced is not None:
             self._await(announced.copied)
         if decision.known and announced is not None and announced.table.shape[1] >= k:
-            tables.counters[1].add_(ids.numel())
+            tables.executes(ids)
             output = arithmetic.output(x, weights, announced.table)
         else:
             at_once, outputs = max(1, tables.slots // k), []

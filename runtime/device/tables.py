@@ -8,7 +8,8 @@ from typing import NamedTuple, Self
 import torch
 import triton
 
-from .kernels import assign_slots, copy_blocks
+from ..host.counts import HALF_LIFE
+from .kernels import assign_slots, copy_blocks, count_uses
 
 WORDS, WARPS = 1024, 8
 """Words of 8 bytes that a program copies at once, and its warps."""
@@ -46,12 +47,22 @@ class Link:
     """How many programs copy. Many fill the link better, and leave fewer of the device's processors to compute."""
 
 
+def decay(tokens: int) -> float:
+    """What is left of a use's count after so many tokens."""
+    return float(2.0 ** (-tokens / HALF_LIFE))
+
+
 class LayerTables:
     """The slots of one layer."""
 
-    def __init__(self, books: Books, counters: torch.Tensor, blocks: torch.Tensor, link: Link):
-        """`counters` is int64 `[3]`: copies, hits, misses. `blocks`, uint8 `[experts, bytes]`, are in host memory."""
-        self.books, self.counters, self._link = books, counters, link
+    def __init__(
+        self, books: Books, counters: torch.Tensor, blocks: torch.Tensor, link: Link, score: torch.Tensor | None = None
+    ):
+        """`counters` is int64 `[3]`: copies, hits, misses. `blocks`, uint8 `[experts, bytes]`, are in host memory.
+
+        `score` fp32 `[experts]` are the decayed counts that decide who leaves a slot, or None.
+        """
+        self.books, self.counters, self._link, self.score = books, counters, link, score
         self.slots = len(books.owner)
         self._blocks = blocks.view(torch.int64)
         self._moved = torch.zeros(2 * self.slots + 1, dtype=torch.int32, device=books.owner.device)
@@ -64,12 +75,24 @@ class LayerTables:
         """
         ids = ids.to(torch.int64).contiguous()
         table = torch.empty_like(ids, dtype=torch.int32)
+        experts = len(self.books.slot_of)
         assign_slots[(1,)](
-            ids, *self.books, self._link.clock, int(late), table, self._moved, self._moved[2 * self.slots :], self.counters,
-            ids.numel(), self.slots,
-            ROWS=triton.next_power_of_2(ids.numel()), SLOTS=triton.next_power_of_2(self.slots), num_warps=1,
+            ids, *self.books, self._link.clock, self.books.used if self.score is None else self.score, int(late), table,
+            self._moved, self._moved[2 * self.slots :], self.counters, ids.numel(), self.slots, experts, decay(len(ids)),
+            ROWS=triton.next_power_of_2(ids.numel()), SLOTS=triton.next_power_of_2(self.slots),
+            EXPERTS=triton.next_power_of_2(experts), COUNTS=self.score is not None, num_warps=1,
         )  # fmt: skip
         return table
+
+    def executes(self, ids: torch.Tensor) -> None:
+        """Says that the experts `ids` `[tokens, k]` are executed, all of which have slots since an earlier `assign`."""
+        self.counters[1].add_(ids.numel())
+        if self.score is not None:
+            experts = len(self.score)
+            count_uses[(1,)](
+                self.score, ids.to(torch.int64).contiguous(), ids.numel(), experts, decay(len(ids)),
+                ROWS=triton.next_power_of_2(ids.numel()), EXPERTS=triton.next_power_of_2(experts), num_warps=1,
+            )  # fmt: skip
 
     def copy(self) -> None:
         """Copies those that had none before `assign`."""

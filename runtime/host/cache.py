@@ -19,13 +19,22 @@ class Eviction(StrEnum):
     LEAST_STALE = "least_stale"
     """The least recently used one of the layer that runs again last, which is the layer that ran last. Layers with more than an
     equal share of the slots come first. Else the slots would stay full of the last layers' experts after a prompt."""
+    FREQUENCY = "frequency"
+    """The one that was used least often lately, by a decayed count, of the same layer as under `least_stale`."""
 
 
 class SlotCache:
     """Which expert is in which slot. A pinned expert keeps its slot. `eviction` says which of the others leaves first."""
 
-    def __init__(self, slots: int, layers: int, eviction: Eviction = Eviction.LEAST_STALE):
-        self.slots, self.eviction = slots, eviction
+    def __init__(
+        self,
+        slots: int,
+        layers: int,
+        eviction: Eviction = Eviction.LEAST_STALE,
+        worth: Callable[[Key], float] = lambda _: 0.0,
+    ):
+        """Under an eviction that keeps what was used most often, `worth` says how often. Of equals the least recent use leaves."""
+        self.slots, self.eviction, self._worth = slots, eviction, worth
         self.layer = 0
         """The layer that computes now. The owner of the cache sets it."""
         self._free = list(range(slots))[::-1]
@@ -80,7 +89,7 @@ class SlotCache:
         if self._free:
             slot = self._free.pop()
         else:
-            victim = next((k for k in self._victims() if k not in self._pinned and not busy(self._slot_of[k])), None)
+            victim = self._victim(lambda other: other not in self._pinned and not busy(self._slot_of[other]))
             if victim is None:
                 return None
             slot = self._slot_of.pop(victim)
@@ -96,15 +105,24 @@ class SlotCache:
         self._free.append(self._slot_of.pop(key))
         del self._by_layer[key[0]][key]
 
-    def _victims(self) -> Iterator[Key]:
-        """The experts in the order in which they should leave. Some may come twice."""
+    def _victim(self, may_leave: Callable[[Key], bool]) -> Key | None:
+        """The expert that should leave first of those that may, if there is one."""
         if self.eviction is Eviction.LRU:
-            yield from self._slot_of
-            return
+            return next(filter(may_leave, self._slot_of), None)
+        for experts in self._layers_in_order():
+            leaving = filter(may_leave, experts)
+            if self.eviction is Eviction.FREQUENCY:
+                # Of equals it is the first one, which is the least recently used.
+                victim = min(leaving, key=self._worth, default=None)
+            else:
+                victim = next(leaving, None)
+            if victim is not None:
+                return victim
+        return None
+
+    def _layers_in_order(self) -> Iterator[Iterable[Key]]:
+        """The experts of the layers in the order in which these should give up slots. Some come twice."""
         count = len(self._by_layer)
         passed_last_first = [self._by_layer[(self.layer - back) % count] for back in range(count)]
-        for experts in passed_last_first:
-            if len(experts) > self._share:
-                yield from experts
-        for experts in passed_last_first:
-            yield from experts
+        yield from (experts for experts in passed_last_first if len(experts) > self._share)
+        yield from passed_last_first

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from operator import itemgetter
 from typing import Protocol
 
 from ..engine import Counters
 from ..observer import Observer
 from .cache import Eviction, Key, SlotCache
+from .counts import DecayedCounts
 
 
 class Copies(Protocol):
@@ -51,8 +52,10 @@ class Schedule:
         self.counters = Counters()
         """Its hits, misses, copies and cancelled copies are counted here."""
         self.observer: Observer | None = None
+        self.counts = [DecayedCounts() for _ in range(layers)] if eviction is Eviction.FREQUENCY else None
+        """Of each layer, if they decide who leaves a slot."""
         self._copies, self._shape = copies, (slots, layers, eviction)
-        self._cache = SlotCache(*self._shape)
+        self._cache = SlotCache(*self._shape, self._worth)
         self._guesses: dict[int, list[int]] = {}
         self._demands: deque[Key] = deque()  # needed by the current layer, and without a slot yet
         self._prefetches: deque[Key] = deque()  # for later layers, the nearest layer first
@@ -63,15 +66,15 @@ class Schedule:
         It is called after a forward pass that broke off, since what it knows may be wrong then.
         """
         self._copies.abandon()
-        self._cache = SlotCache(*self._shape)
+        self._cache = SlotCache(*self._shape, self._worth)
         self._cache.fill(resident)
 
     def settled(self) -> list[tuple[Key, int]]:
-        """Who is in which slot, the least recently used first, when all copies are over."""
+        """Who is in which slot when all copies are over, of each layer the first to leave first."""
         found = self._cache.resident()
         for _, slot in found:
             self._copies.wait(slot)
-        return found
+        return sorted(found, key=lambda pair: self._worth(pair[0]))  # of equals the least recently used first
 
     def begin_pass(self) -> None:
         """Says that a forward pass begins. What the pass before has asked for is dropped."""
@@ -95,12 +98,17 @@ class Schedule:
         # Those of a nearer layer go first, even where those of a farther layer were known before. The sort is stable.
         self._prefetches = deque(sorted([*self._prefetches, *keys], key=itemgetter(0)))
 
-    def enter(self, layer: int, experts: Collection[int]) -> list[int]:
+    def enter(
+        self, layer: int, experts: Collection[int], uses: Mapping[int, float] | None = None, tokens: int = 1
+    ) -> list[int]:
         """Says that a layer is to execute `experts`, and returns them in the order in which it should.
 
         First come those in a slot, then those on their way, and last those that are missing. The copies of these begin now.
+        `uses` says how much each expert counts for `counts`, where there are several `tokens`.
         """
         self._cache.layer = layer
+        if self.counts is not None:
+            self.counts[layer].add(dict.fromkeys(experts, 1.0) if uses is None else uses, tokens)
         self._prefetches = deque(key for key in self._prefetches if key[0] != layer)
         self._release(layer, self._guesses.pop(layer, []), experts)
         present: list[int] = []
@@ -167,6 +175,10 @@ class Schedule:
                     if self.observer is not None:
                         self.observer.copy_begun(key, slot)
                 queue.popleft()
+
+    def _worth(self, key: Key) -> float:
+        layer, expert = key
+        return 0.0 if self.counts is None else self.counts[layer][expert]
 
     def _release(self, layer: int, guess: list[int], needed: Collection[int]) -> None:
         """Unpins what was guessed for a layer. A wrong guess is cancelled if its copy has not begun."""

@@ -17,6 +17,7 @@ from ..observer import Observer
 from ..registered import Registration, register
 from ..store import ExpertStore, empty_blocks
 from .cache import Eviction, Key
+from .counts import decayed_uses
 from .schedule import Schedule
 from .transfer import make_transfers
 
@@ -149,14 +150,26 @@ class ExpertSlots(Engine):
             absent[expert] = False
         return torch.frombuffer(absent, dtype=torch.bool).to(self.memory.device)
 
+    @property
+    def counts(self) -> torch.Tensor | None:
+        """Each expert's decayed count, `[layers, experts]`, fp32 on the CPU, if it decides who leaves a slot."""
+        counts = self._schedule.counts
+        return None if counts is None else torch.tensor([layer.of(range(self._num_experts)) for layer in counts])
+
     def settled(self) -> list[tuple[Key, int]]:
-        """Ends the pass. Returns who is in which slot, the least recently used first; new computation sees them there."""
+        """Ends the pass. Returns who is in which slot, of each layer the first to leave first; new computation sees them there."""
         self.begin_pass(0)
         return self._schedule.settled()
 
-    def take_over(self, resident: list[tuple[Key, int]]) -> None:
-        """Says who is in which slot, the least recently used first. Nothing is being computed or copied."""
+    def take_over(self, resident: list[tuple[Key, int]], counts: torch.Tensor | None = None) -> None:
+        """Says who is in which slot, the least recently used first. Nothing is being computed or copied.
+
+        `counts` replace those that there are, as the property of that name has them.
+        """
         self._schedule.restart(resident)
+        if counts is not None and self._schedule.counts is not None:
+            for layer, own in zip(self._schedule.counts, counts.tolist(), strict=True):
+                layer.set(own)
 
     def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:
         self._mailbox.put(layer, candidates)
@@ -175,7 +188,10 @@ class ExpertSlots(Engine):
         schedule, ids = self._schedule, decision.ids
         guess = schedule.guess(layer) if decision.known and len(x) == 1 else None
         jobs = self._jobs(x, ids, None if guess is None else guess[: ids.shape[-1]])
-        order = schedule.enter(layer, jobs.keys())
+        uses = None
+        if len(x) > 1 and schedule.counts is not None:
+            uses = dict(enumerate(decayed_uses(ids, self._num_experts).tolist()))
+        order = schedule.enter(layer, jobs.keys(), uses, len(x))
         self._tokens += len(x) if layer == 0 else 0
         if guess is None or not x.is_cuda:  # else the host would wait for the device here
             self._open_mail()
