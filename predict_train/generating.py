@@ -14,7 +14,7 @@ from .predictors.errors import UserError
 from .predictors.generation import check_generation
 from .predictors.loading import load_tokenizer, resolve_device
 from .predictors.provenance import command, versions
-from .running import dtype_of
+from .running import dtype_of, tell_slots
 from .runtime.conversation import ChatError, Conversation
 from .runtime.generate import Generation, arguments_of
 from .runtime.generate import generate as generate_text
@@ -93,7 +93,9 @@ def loaded(config: Generating) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     tokenizer = load_tokenizer(config.model)
     check_generation(config.model, tokenizer, partial(arguments_of, sampling=config))
     settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, resolve_device(config.device))}
-    return load_offloaded(config.model, config.predictors, **settings), tokenizer
+    model = load_offloaded(config.model, config.predictors, **settings)
+    tell_slots(model, config)
+    return model, tokenizer
 
 
 def _tell(text: str) -> None:

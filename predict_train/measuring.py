@@ -28,6 +28,7 @@ from .runtime.measure.replay import replay
 from .runtime.measure.routing import PRESETS, ReplayedRouting, draw_routing
 from .runtime.measure.settings import BenchConfig, PlanConfig
 from .runtime.quantization import Quantization, Shipped
+from .runtime.room import cache_bytes, reserve_of
 from .runtime.shipped import refuse_quantizing, shipped_form
 
 Form = Quantization | Shipped | None
@@ -91,7 +92,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     if shipped is not None:
         refuse_quantizing(config.model, shipped, config.quantize)
     shape = read(shipped or config.quantize)
-    fitting = planning.slots_that_fit(shape, config.device_memory, config.reserve)
+    kept = cache_bytes(model, config.context, shape.dtype) + reserve_of(config, config.device_memory)
+    fitting = planning.slots_that_fit(shape, config.device_memory, kept)
     slots = fitting if config.slots is None else config.slots
     if config.expert_memory is not None:
         slots = min(config.expert_memory // shape.expert_bytes, shape.layers * shape.num_experts)
@@ -118,13 +120,13 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     return {
         "results": planning.plan(costs, routing, shape, settled, config.cuda, sources),
         "model": config.model,
-        "shape": asdict(shape),
+        "shape": asdict(shape) | {"dtype": str(shape.dtype).removeprefix("torch.")},
         "hardware": asdict(machine),
         "costs_seconds": asdict(costs),
         "slots": slots,
         "experts": shape.layers * shape.num_experts,
         "expert_bytes": shape.expert_bytes,
-        "formats": _formats(read, config, (None, *Quantization) if shipped is None else (shipped,)),
+        "formats": _formats(read, config.device_memory, kept, (None, *Quantization) if shipped is None else (shipped,)),
         "resident_bytes": shape.resident_bytes,
         "routing": routing.source,
         "versions": versions(),
@@ -132,13 +134,16 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     }
 
 
-def _formats(read: Callable[[Form], planning.Shape], config: PlanConfig, forms: tuple[Form, ...]) -> dict[str, Any]:
-    """By format of the experts: the bytes of one, and how many fit on the device. None where the experts can't have the format."""
+def _formats(read: Callable[[Form], planning.Shape], memory: int, kept: int, forms: tuple[Form, ...]) -> dict[str, Any]:
+    """By format of the experts: the bytes of one, and how many fit on the device. None where the experts can't have the format.
+
+    `kept` are the bytes of the device's `memory` that are for other things than weights.
+    """
     found: dict[str, Any] = {}
     for quantize in forms:
         try:
             shape = read(quantize)
-            fitting = planning.slots_that_fit(shape, config.device_memory, config.reserve)
+            fitting = planning.slots_that_fit(shape, memory, kept)
             found[quantize or "unquantized"] = {"expert_bytes": shape.expert_bytes, "slots": fitting}
         except StoreError:
             found[quantize or "unquantized"] = None

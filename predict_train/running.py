@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import torch
+import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data_collection.corpus import read_documents, sequences
 from .data_collection.refusals import Refuse
 from .predictors.loading import load_model, resolve_device, resolve_dtype
 from .runtime.load import check_quantized, load_experts, load_to_host
+from .runtime.offload import ExpertOffload
 from .runtime.packfile import Header, read_header
 from .runtime.resident import load_resident
-from .runtime.settings import Loading
+from .runtime.settings import Loading, Room
 from .runtime.shipped import form_and_options
 from .settings import EvaluateConfig
 
@@ -21,6 +23,15 @@ def dtype_of(model: Loading, device: torch.device) -> torch.dtype | str:
     if model.dtype == "auto" and model.pack is not None and model.pack.exists():
         return "auto"
     return resolve_dtype(model.dtype, device)
+
+
+def tell_slots(model: PreTrainedModel, config: Room) -> None:
+    """Says how many experts the device holds, and why, where the settings don't say it."""
+    if config.slots is None and config.expert_memory is None:
+        offload: ExpertOffload = vars(model)["expert_offload"]
+        layers, experts = offload.store.extent
+        said = f"{offload.slots:,} of {layers * experts:,} experts are on the device at a time ({offload.why_slots})"
+        typer.echo(said, err=True)
 
 
 def header_of(config: Loading) -> Header | None:

@@ -1,4 +1,4 @@
-"""Chooses the engine of a model: the device's where it can decide alone, else the host's; and how many slots it has."""
+"""Chooses the engine of a model: the device's where it can decide alone, else the host's."""
 
 from __future__ import annotations
 
@@ -8,32 +8,11 @@ import torch
 
 from ..predictors.architecture import MoELayer
 from .engine import Engine
-from .errors import OffloadError
 from .formats.shipped import ShippedFormat
 from .host.cache import Eviction
 from .host.slots import ExpertSlots
-from .settings import OffloadConfig, Slots
+from .settings import OffloadConfig
 from .store import ExpertStore, MemoryStore
-
-
-def slots_of(config: Slots, layers: list[MoELayer], size: int) -> int:
-    """How many experts are on the device at a time, if each has `size` bytes; by default a quarter of them."""
-    top_k, total = layers[0].top_k, sum(layer.num_experts for layer in layers)
-    slots = config.slots
-    if config.expert_memory is not None:
-        slots = min(config.expert_memory // size, total)
-        if slots < top_k:
-            raise OffloadError(
-                f"{config.expert_memory:,} bytes hold {slots} experts of {size:,} bytes, and one layer needs {top_k} at a "
-                "time; give more expert_memory"
-            )
-    if slots is None:
-        return max(2 * top_k, total // 4)
-    if not top_k <= slots <= total:
-        raise OffloadError(
-            f"{slots} slots are asked for; this model takes from {top_k} (its top k) to {total} (all its experts)"
-        )
-    return slots
 
 
 def make_engine(store: ExpertStore, layers: list[MoELayer], config: OffloadConfig) -> tuple[Engine, str | None]:

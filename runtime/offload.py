@@ -31,7 +31,7 @@ from .automatic import AUTO, Trial
 from .control import RoutingControl
 from .device.graphs import StepGraphs, wants_static_cache
 from .engine import Counters, Decision
-from .engines import make_engine, slots_of
+from .engines import make_engine
 from .errors import OffloadError, let_go
 from .guard import Guard, refuse_unfit, without_gradients
 from .guess import FoldedGuesser, Guesser
@@ -40,10 +40,11 @@ from .operations import on_device
 from .passes import Passes
 from .placement import move_rest
 from .policy import Gating, Policy
+from .room import slots_of
 from .settings import OffloadConfig
 from .steps import Steps, shape_of
 from .store import ExpertStore
-from .stores import block_bytes, open_store
+from .stores import open_store
 from .targets import Target, targets_of
 
 
@@ -79,10 +80,6 @@ def offload_experts(
     layers = find_moe_layers(model)
     for layer in layers:
         expert_parameters(layer.experts)
-    size = block_bytes(model, layers, store)
-    config = config.model_copy(
-        update={"slots": slots_of(config, layers, size), "expert_memory": None, "device": str(device)}
-    )
     predictors = as_predictors(predictors)
     if predictors is not None:
         predictors.check(model, layers)
@@ -91,8 +88,12 @@ def offload_experts(
     )
     try:
         with ExitStack() as attached:
-            opened = open_store(attached, model, layers, store, device)
-            vars(model)["expert_offload"] = ExpertOffload(model, targets, predictors, opened, config, attached)
+            opened = open_store(attached, model, layers, store, device, config.host_memory)
+            slots = slots_of(config, model, layers, opened, device)
+            settled = {"slots": slots.number, "expert_memory": None, "device": str(device)}
+            config = config.model_copy(update=settled)
+            offload = ExpertOffload(model, targets, predictors, opened, config, attached, slots.reason)
+            vars(model)["expert_offload"] = offload
     except BaseException as error:
         let_go(error)
         raise
@@ -130,6 +131,7 @@ class ExpertOffload:
         store: ExpertStore,
         config: OffloadConfig,
         attached: ExitStack,
+        why_slots: str,
     ):
         """`config` gives the number of slots and names the device. `detach` closes what `attached` holds, after all else.
 
@@ -137,6 +139,8 @@ class ExpertOffload:
         """
         assert config.slots is not None
         self.config, self.store = config, store
+        self.why_slots = why_slots
+        """In words, why it has so many slots."""
         self.policy, self.gating = policy_of(config), Gating(config.gating)
         # With its number, as tensors have it.
         self.device, self.slots = torch.empty(0, device=config.device).device, config.slots

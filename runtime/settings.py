@@ -56,9 +56,17 @@ class Room(Settings):
     """How much room the experts have."""
 
     slots: Count | None = None
-    """Experts on the device at a time, of all layers together, at least the top k; by default a quarter of all experts."""
+    """Experts on the device at a time, of all layers together, at least the top k. By default as many as fit beside the other
+    weights, the keys and values of `context` tokens and a reserve; on a CPU with the experts in memory, a quarter of them."""
     expert_memory: Bytes | None = None
     """In the place of `slots`: how much memory of the device experts may take, like `8GiB`."""
+    context: Count = 4096
+    """Tokens whose keys and values are to fit beside the experts, where neither `slots` nor `expert_memory` is given."""
+    reserve: Bytes | None = None
+    """Memory of the device to leave for activations then; by default 1 GiB, or an eighth of what is free if that is less."""
+    host_memory: Bytes | None = None
+    """How much host memory experts of a packed file may take, like `12GiB`: those that are asked for most stand there. By default
+    none do."""
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:

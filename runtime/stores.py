@@ -1,4 +1,4 @@
-"""Which store holds a model's experts, and how many bytes each of them takes there."""
+"""Which store holds a model's experts."""
 
 from __future__ import annotations
 
@@ -10,22 +10,9 @@ from transformers import PreTrainedModel
 
 from ..predictors.architecture import MoELayer
 from .errors import OffloadError, StoreError
-from .formats.full import FullFormat
-from .packfile import PackedStore, read_header
-from .store import ExpertStore, HostStore, QuantizedExperts, QuantizedStore
-
-
-def block_bytes(model: PreTrainedModel, layers: list[MoELayer], store: ExpertStore | str | Path | None) -> int:
-    """Bytes of one expert's block in the store that `open_store` would open. Raises `StoreError` for what is no store."""
-    store = vars(model).get("expert_pack") if store is None else store
-    quantized: QuantizedExperts | None = vars(model).get("expert_blocks")
-    if isinstance(store, str | Path):
-        return read_header(store).block_bytes
-    if isinstance(store, ExpertStore):
-        return store.format.bytes
-    if store is not None:
-        raise StoreError(f"something of type {type(store).__name__} is no store; give a packed file or an open store")
-    return (FullFormat.common([layer.experts for layer in layers]) if quantized is None else quantized.format).bytes
+from .packfile import PackedStore
+from .store import ExpertStore, HostStore, MemoryStore, QuantizedExperts, QuantizedStore
+from .tiers import tiered
 
 
 def open_store(
@@ -34,8 +21,12 @@ def open_store(
     layers: list[MoELayer],
     store: ExpertStore | str | Path | None,
     device: torch.device,
+    host_memory: int | None = None,
 ) -> ExpertStore:
-    """The store that is given. If it is not open yet, it is opened here, and `attached` closes it."""
+    """The store that is given. If it is not open yet, it is opened here, and `attached` closes it.
+
+    Of a packed file, up to `host_memory` bytes of experts stand in host memory. Raises `OffloadError` or `StoreError`.
+    """
     store = vars(model).get("expert_pack") if store is None else store
     quantized: QuantizedExperts | None = vars(model).get("expert_blocks")
     if store is None and quantized is not None:
@@ -53,8 +44,16 @@ def open_store(
     elif isinstance(store, str | Path):
         store = PackedStore(store)
         attached.callback(store.close)
+    elif not isinstance(store, ExpertStore):
+        raise StoreError(f"something of type {type(store).__name__} is no store; give a packed file or an open store")
     if isinstance(store, PackedStore):
         store.check(model, layers)
     elif isinstance(store, HostStore):
         store.check(layers)
-    return store
+    if host_memory is None:
+        return store
+    if isinstance(store, MemoryStore):
+        raise OffloadError("all experts are in host memory; host_memory is for those of a packed file, so leave it out")
+    kept = tiered(store, host_memory, device)
+    attached.callback(kept.close)
+    return kept

@@ -95,7 +95,7 @@ def test_how_the_routing_is_drawn_is_asked_for_and_told(tmp_path: Path) -> None:
 
 def test_the_command_on_a_recorded_trace(tiny_moe_folder: Path, collected: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    plan(tiny_moe_folder, "--device-memory", "2MB", "--reserve", "1MB", "--link", "1GB/s", "--memory-bandwidth", "9GB/s",
+    plan(tiny_moe_folder, "--device-memory", "2MB", "--reserve", "1MB", "--context", 64, "--link", "1GB/s", "--memory-bandwidth", "9GB/s",
          "--routing", collected, "--slots", 12, "--no-cuda", "--json", out)  # fmt: skip
     assert json.loads(out.read_text())["routing"]["path"] == str(collected)
     for row in rows(out).values():

@@ -26,12 +26,12 @@ from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ...predictors.loading import resolve_device
 from ..automatic import AUTO
-from ..engines import slots_of
 from ..offload import ExpertOffload, offloaded
 from ..policy import Gating, Policy
+from ..room import slots_of
 from ..settings import OffloadConfig
 from ..store import ExpertStore
-from ..stores import block_bytes, open_store
+from ..stores import open_store
 from .link import measure_link
 from .memory import peaks, reset_peaks
 from .routing import ReplayedRouting, replaying
@@ -142,10 +142,10 @@ def bench(
     Raises `BenchError` where none of the ways can run, and what `offload_experts` raises.
     """
     ways, device, layers = parse_ways(config.policies), resolve_device(config.device), find_moe_layers(model)
-    slots = slots_of(config, layers, block_bytes(model, layers, store))
-    config = config.model_copy(update={"slots": slots, "expert_memory": None})
     with ExitStack() as opened:
-        store = open_store(opened, model, layers, store, device)
+        store = open_store(opened, model, layers, store, device, config.host_memory)
+        slots = slots_of(config, model, layers, store, device).number
+        config = config.model_copy(update={"slots": slots, "expert_memory": None, "host_memory": None})
         setup = Setup(token_ids, device, config, store, as_predictors(predictors), routing)
         size = store.format.bytes
         skipped = {way: why for way in ways if (why := _hindrance(way, model, device, reference))}

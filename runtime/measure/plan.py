@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,12 @@ from ...predictors.architecture import UnsupportedModelError, skeleton
 from ...predictors.checkpoint import Predictors
 from ...predictors.errors import UserError
 from ...predictors.experts import expert_modules
-from ...predictors.override import override_forward
 from ..formats import laid_out
 from ..formats.full import FullFormat
 from ..formats.registry import QUANTIZED
 from ..policy import Gating, Policy
 from ..quantization import Quantization, Shipped
+from ..room import ghost_pass
 from ..settings import OffloadConfig, Slots
 from ..targets import sources_read
 from .routing import ReplayedRouting
@@ -64,6 +63,8 @@ class Shape:
     """Everything but the routed experts."""
     router_bytes: int
     """One layer's router, which a speculation reads again."""
+    dtype: torch.dtype
+    """Of all weights but the experts."""
 
 
 @dataclass(frozen=True)
@@ -97,22 +98,15 @@ def read_shape(
     dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
     modules = expert_modules(model)
     top_ks: dict[str, int] = {}
-    with ExitStack() as stack, torch.no_grad():
-        for name, experts in modules.items():
-
-            def forward(x: torch.Tensor, ids: torch.Tensor, *_: Any, name: str = name, **__: Any) -> torch.Tensor:
-                top_ks[name] = ids.shape[-1]
-                return x
-
-            stack.enter_context(override_forward(experts, forward))
-        if modules:
-            try:
-                model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="meta"), use_cache=True)
-            except (RuntimeError, NotImplementedError) as error:
-                raise UnsupportedModelError(
-                    f"the experts of {config.model_type} can't be counted, since what it computes depends on values "
-                    f"({str(error).splitlines()[0]}); bench can still measure it"
-                ) from error
+    if modules:
+        try:
+            with torch.no_grad():
+                top_ks, _ = ghost_pass(model, 8)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedModelError(
+                f"the experts of {config.model_type} can't be counted, since what it computes depends on values "
+                f"({str(error).splitlines()[0]}); bench can still measure it"
+            ) from error
     if not top_ks:
         raise UnsupportedModelError(
             f"{config.model_type} is not a mixture-of-experts model whose experts are stacked in one module; only such can be planned"
@@ -144,6 +138,7 @@ def read_shape(
         rest_bytes=resident - layers - looked_up,
         resident_bytes=resident,
         router_bytes=count * hidden * dtype.itemsize,
+        dtype=dtype,
     )
 
 

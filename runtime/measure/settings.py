@@ -78,8 +78,6 @@ class PlanConfig(Predicted, Slots, Drawn, Figures):
     """Bandwidth from host memory (or the file) to the device, like `25GB/s`."""
     memory_bandwidth: Rate
     """Bandwidth of the device's own memory, like `768GB/s`."""
-    reserve: Bytes = 1 << 30
-    """Device memory to leave for activations and for keys and values."""
     launch: float | None = Field(None, ge=0)
     """Microseconds that starting one operation takes; by default 2.6 where a GPU decides what is copied, else 10."""
     latency: float | None = Field(None, ge=0)

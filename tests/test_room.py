@@ -1,0 +1,107 @@
+"""How many experts fit on a device: what is free, less weights, keys and values, and a reserve."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.runtime import room
+from predict_train.runtime.errors import OffloadError
+from predict_train.runtime.offload import offload_experts
+from predict_train.runtime.pack import pack
+from predict_train.runtime.packfile import PackedStore
+from predict_train.runtime.room import cache_bytes, free_memory, slots_of
+from predict_train.runtime.settings import Room
+from predict_train.runtime.store import HostStore
+
+CPU = torch.device("cpu")
+BIG = 1 << 40
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_moe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack(tiny_moe_folder, tmp_path_factory.mktemp("packs") / "experts")
+
+
+@pytest.fixture
+def store(packed: Path) -> Any:
+    opened = PackedStore(packed)
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("tokens", [30, 100])
+@torch.inference_mode()
+def test_the_cache_takes_what_is_said(build_moe, architecture, tokens):
+    model = build_moe(architecture)
+    cache = model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=True).past_key_values
+    held = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
+    said = cache_bytes(model.config, tokens, torch.float32)
+    assert held <= said <= held + 1000  # of layers with a window a few numbers more are kept
+    assert cache_bytes(model.config, tokens, torch.bfloat16) == said // 2
+
+
+@pytest.mark.parametrize("slots", [2, 9, 32])
+def test_slots_are_what_is_left(tiny_moe, store, slots, monkeypatch):
+    """With a byte less one fewer fits, and never more than there are."""
+    layers, size = find_moe_layers(tiny_moe), store.format.bytes
+    config = Room(context=50, reserve=1000)
+    needed = slots * size + 1000 + cache_bytes(tiny_moe.config, 50, torch.float32)
+    monkeypatch.setattr(room, "free_memory", lambda _: needed)
+    found = slots_of(config, tiny_moe, layers, store, CPU)
+    assert found.number == slots
+    assert ("all experts fit" in found.reason) == (slots == 32)
+    monkeypatch.setattr(room, "free_memory", lambda _: needed - 1)
+    if slots == 2:
+        with pytest.raises(OffloadError, match=r"no room for the 2 experts .* give a smaller context or reserve"):
+            slots_of(config, tiny_moe, layers, store, CPU)
+    else:
+        assert slots_of(config, tiny_moe, layers, store, CPU).number == slots - 1
+    monkeypatch.setattr(room, "free_memory", lambda _: BIG)
+    assert slots_of(config, tiny_moe, layers, store, CPU).number == 32
+    assert slots_of(Room(slots=5), tiny_moe, layers, store, CPU).number == 5
+
+
+def test_in_memory_a_quarter_is_enough(tiny_moe):
+    layers = find_moe_layers(tiny_moe)
+    held = HostStore(layers, CPU)
+    found = slots_of(Room(), tiny_moe, layers, held, CPU)
+    assert (found.number, "a quarter" in found.reason) == (8, True)
+    held.close()
+    model = offload_experts(tiny_moe, device="cpu")
+    assert model.expert_offload.slots == 8
+    assert model.expert_offload.why_slots == found.reason
+
+
+def test_a_limit_on_the_process_is_known():
+    """What is free falls with the limit, and with what is taken."""
+    code = (
+        "import resource, torch\n"
+        "from predict_train.runtime.room import free_memory\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (40 << 30, 40 << 30))\n"
+        "before = free_memory(torch.device('cpu'))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))\n"
+        "under = free_memory(torch.device('cpu'))\n"
+        "taken = torch.ones(1 << 26)\n"
+        "print(before, under, free_memory(torch.device('cpu')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, under, after = map(int, done.stdout.split())
+    assert under <= min(before, 12 << 30)
+    assert under - after >= 1 << 27
+    assert 0 < free_memory(CPU) < BIG
+
+
+def test_a_room_for_nothing_is_refused_before_anything_is_changed(tiny_moe, packed, monkeypatch):
+    monkeypatch.setattr(room, "free_memory", lambda _: 100_000)
+    state = {name: tensor.clone() for name, tensor in tiny_moe.state_dict().items()}
+    with pytest.raises(OffloadError, match="no room"):
+        offload_experts(tiny_moe, store=packed, device="cpu")
+    assert not hasattr(tiny_moe, "expert_offload")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_moe.state_dict().items())
