@@ -150,7 +150,7 @@ def reuse(trace: Trace, most_rows: int) -> dict[str, Any]:
     experts, names = trace.manifest.model.num_experts, [Column.EXPERT_IDS.of(target) for target in trace.sources]
     slots = [max(1, round(share * experts)) for share in SLOT_SHARES]
     hits, accesses, rows, sequences = torch.zeros(len(slots), dtype=torch.int64), 0, 0, 0
-    for run in _long_runs(trace, most_rows):
+    for run in long_runs(trace, most_rows):
         distances = stack_distances(trace.expert_ids(trace.gather([run], names)), experts)
         hits += torch.stack([(distances <= size).sum() for size in slots])
         accesses, rows, sequences = accesses + distances.numel(), rows + len(distances), sequences + 1
@@ -158,7 +158,7 @@ def reuse(trace: Trace, most_rows: int) -> dict[str, Any]:
     return {"slots": slots, "hit_rates": rates, "rows": rows, "sequences": sequences}
 
 
-def _long_runs(trace: Trace, most_rows: int) -> Iterator[Piece]:
+def long_runs(trace: Trace, most_rows: int) -> Iterator[Piece]:
     """Runs of consecutive tokens, at least half as long as the longest, evenly spaced, in all about `most_rows` rows."""
     lengths = [_runs(trace, shard)[1] for shard in range(len(trace.manifest.shards))]
     half = max(int(found.max()) for found in lengths) / 2

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from predict_train.runtime.host.counts import HALF_LIFE, LARGEST, DecayedCounts, decayed_uses
+from predict_train.predictors.reuse import HALF_LIFE, decayed_uses
+from predict_train.runtime.host.counts import LARGEST, DecayedCounts
 from predict_train.runtime.measure.routing import Statistics, draw_routing
 from predict_train.runtime.measure.simulation import Costs, simulate
 from predict_train.runtime.settings import OffloadConfig

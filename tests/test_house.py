@@ -24,7 +24,7 @@ BELOW = {  # the rooms that each may import from
     "train": {"predictors", "train"},
 }
 # Of data_collection, what train may import too: the trace, what reads it, and how a process keeps its memory.
-READING = ("trace", "manifest", "columns", "wiring", "examples", "statistics", "memory")
+READING = ("trace", "manifest", "columns", "wiring", "examples", "statistics", "keeping", "memory")
 READING_SIDE = {f"{PACKAGE}.data_collection.{name}" for name in READING}
 TRAINING_LIBRARIES = {"lightning", "datasets", "tensorboard"}
 MOST_PARAMETERS = 8

@@ -141,6 +141,22 @@ def draw_loads(axes: Axes, layers: list[int], loads: list[list[int]]) -> None:
     bar.set_label("load over the mean load")
 
 
+def draw_kept(
+    axes: Axes, layers: Sequence[int], slots: Sequence[int], hit_rates: Mapping[str, Sequence[Sequence[float]]]
+) -> None:
+    """Hit rates of slots by layer: a colour for each number of slots, a line for each rule that says what they keep."""
+    lines = (":", "--", "-.", "-")
+    for number, (size, colour) in enumerate(zip(slots, COLOURS, strict=False)):
+        for (name, rates), line in zip(hit_rates.items(), lines[: len(hit_rates) - 1] + lines[-1:], strict=True):
+            axes.plot(layers, rates[number], color=colour, linestyle=line, linewidth=1.5, label=f"{size} slots, {name}")
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("hit rate of its slots")
+    axes.set_xticks(layers[:: max(1, len(layers) // 24)])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(slots), frameon=False, fontsize=9)
+    _plain(axes)
+
+
 def _styles(measured: Mapping[Kind, Measured]) -> list[tuple[Kind, tuple[str, str, str]]]:
     """Label, colour and marker of each kind that was measured."""
     return [(kind, style) for kind, style in STYLE.items() if kind in measured]

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
+from ..data_collection.keeping import MOST_ROWS, RULES, keep_rates
 from ..data_collection.statistics import SAMPLE_ROWS, trace_statistics
 from ..data_collection.trace import Trace
 from ..predictors.architecture import describe_shape
@@ -31,15 +32,18 @@ class InspectError(UserError):
     """A folder that can't be inspected, or a figure that can't be written; the message says why."""
 
 
-def inspect(path: Path, sample_rows: int | None = None) -> dict[str, Any]:
+def inspect(path: Path, sample_rows: int | None = None, keep: bool = False) -> dict[str, Any]:
     """The content of the folder `path` as plain JSON values; `kind` is `trace`, `run` or `predictors`.
 
-    `sample_rows` bounds the rows that a trace's training-free hit rates are measured on. Raises a `UserError` if the folder
-    is none of the three, or if one of its files is not what was written.
+    `sample_rows` bounds the rows that a trace's training-free hit rates are measured on. With `keep`, what slots should keep is
+    measured too (see `keep_rates`). Raises a `UserError` if the folder is none of the three, if one of its files is not what was
+    written, or if what slots keep is asked of something else than a trace.
     """
     kind = _kind(path)
     if kind == "trace":
-        return _trace(path, sample_rows)
+        return _trace(path, sample_rows, keep)
+    if keep:
+        raise InspectError(f"{path} is no trace, so it says nothing about slots; give a trace, or leave out keep")
     return _run(path) if kind == "run" else _predictors(path)
 
 
@@ -69,12 +73,14 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _trace(path: Path, sample_rows: int | None) -> dict[str, Any]:
+def _trace(path: Path, sample_rows: int | None, keep: bool) -> dict[str, Any]:
     trace = Trace.open(path)
     trace.verify()
     provenance = trace.manifest.model_dump(mode="json", exclude={"layers", "shards"})
     found = trace_statistics(trace, sample_rows or SAMPLE_ROWS)
     files = {"bytes": _size(path), "shards": len(trace.manifest.shards)}
+    if keep:
+        found["keep"] = keep_rates(trace, RULES, min(sample_rows or MOST_ROWS, MOST_ROWS))
     return {"kind": "trace", "path": str(path), **files, "provenance": provenance, **found}
 
 
@@ -209,6 +215,8 @@ def _report_trace(found: dict[str, Any], console: Console) -> None:
         title="slots that hold the experts used last",
         caption=f"mean over layers, on {rows['reuse']:,} rows of {curve['sequences']:,} sequences; each begins with empty slots",
     )
+    if "keep" in found:
+        _report_keep(found["keep"], console)
     balances = {entry["layer"]: entry["balance"] for entry in found["layers"]}
     _print(
         console,
@@ -221,6 +229,24 @@ def _report_trace(found: dict[str, Any], console: Console) -> None:
         caption=f"on all {rows['load']:,} rows; busiest: its load over the mean; entropy: 1 is uniform; "
         "idle: experts without a token",
     )
+
+
+def _report_keep(found: dict[str, Any], console: Console) -> None:
+    rates, layers = found["hit_rates"], found["layers"]
+    for number, slots in enumerate(found["slots"]):
+        by_layer = zip(layers, *(rate[number] for rate in rates.values()), strict=True)
+        rows = [[str(layer), *map(_rate, values)] for layer, *values in by_layer]
+        rows.append(["mean", *(_rate(sum(rate[number]) / len(layers)) for rate in rates.values())])
+        way = {name: share[number] for name, share in found["way"].items()}
+        rows.append(["way", *("" if way.get(name) is None else f"{way[name]:.0%}" for name in rates)])
+        _print(
+            console,
+            ("layer", *rates),
+            rows,
+            title=f"hit rate of {slots} slots a layer by what they keep",
+            caption=f"on {found['rows']:,} rows of {found['sequences']:,} sequences; each begins with empty slots; belady knows the "
+            "future; way: of the misses that belady spares against lru",
+        )
 
 
 def _report_run(found: dict[str, Any], console: Console) -> None:
@@ -302,19 +328,22 @@ def plot(found: dict[str, Any], file: Path) -> None:
     curves = _curves(found)
     if not found["layers"] or not any(rate is not None for values in curves.values() for rate in values):
         raise InspectError(f"{found['path']} has no hit rates to draw yet; finish the run with fit --resume")
-    from .figures import draw_loads, draw_rates, new_figure
+    from .figures import draw_kept, draw_loads, draw_rates, new_figure
 
     layers = [entry["layer"] for entry in found["layers"]]
-    loads = found["kind"] == "trace"
+    loads, keep = found["kind"] == "trace", found.get("keep")
     width, height = max(7.5, min(14.0, 4 + 0.2 * len(layers))), 4.6 + loads * max(2.6, 0.16 * len(layers) + 1.2)
-    figure = new_figure(width, height)
+    figure = new_figure(width, height + (4.0 if keep else 0.0))
     heights = [3.4, max(2.2, 0.16 * len(layers) + 0.8)] if loads else [1.0]
+    heights += [2.8] if keep else []
     axes = figure.subplots(len(heights), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     model = found["trace"]["model"] if found["kind"] == "run" else found.get("model") or found["provenance"]["model"]
     figure.suptitle(f"{found['kind']} of {model['name']}", fontsize=12)
     draw_rates(axes[0], layers, curves)
     if loads:
         draw_loads(axes[1], layers, [entry["load"] for entry in found["layers"]])
+    if keep:
+        draw_kept(axes[2], keep["layers"], keep["slots"], keep["hit_rates"])
     try:
         figure.savefig(file, dpi=150)
     except (OSError, ValueError) as error:

@@ -118,3 +118,5 @@ class InspectConfig(Figures):
     """Draws hit rate by layer, and of a trace the expert loads, to this .png, .pdf or .svg."""
     rows: Count | None = None
     """Of a trace: how many rows training-free hit rates are measured on; by default 32,768."""
+    keep: bool = False
+    """Of a trace: measure too how often slots hit by the rule that says who keeps them, up to Belady's, which knows the future."""

@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 import torch
 import triton
 
-from ..host.counts import HALF_LIFE
+from ...predictors.reuse import HALF_LIFE
 from .kernels import assign_slots, copy_blocks, count_uses
 
 WORDS, WARPS = 1024, 8

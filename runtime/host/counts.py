@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-import torch
+from ...predictors.reuse import HALF_LIFE
 
-HALF_LIFE = 24.0
-"""After so many tokens a use counts half. `benchmarks.keeping` compares half-lives."""
 LARGEST = 512.0
 """Halvings after which counts are scaled anew, so that none gets too large for a float."""
 
@@ -47,11 +45,3 @@ class DecayedCounts:
         """Replaces the counts of all experts, from the first one on."""
         self._halvings = 0.0
         self._counts = defaultdict(float, enumerate(counts))
-
-
-def decayed_uses(ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """What the choice of some tokens counts after the last one, `[num_experts]`, fp32. Rows of `ids` `[tokens, k]` are in order."""
-    tokens, k = ids.shape
-    ages = torch.arange(tokens - 1, -1, -1, device=ids.device)
-    worth = torch.exp2(-ages / HALF_LIFE).repeat_interleave(k)
-    return torch.zeros(num_experts, device=ids.device).index_add_(0, ids.flatten(), worth)

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ...predictors.experts import OnOutputs, combine, group_by_expert
+from ...predictors.reuse import decayed_uses
 from ..engine import Counters, Decision, Engine
 from ..formats import PAGE
 from ..observer import Observer
 from ..registered import Registration, register
 from ..store import ExpertStore, empty_blocks
 from .cache import Eviction, Key
-from .counts import decayed_uses
 from .schedule import Schedule
 from .transfer import make_transfers
 
