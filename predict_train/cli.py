@@ -141,7 +141,7 @@ def evaluate(config: EvaluateConfig) -> None:
     from .data_collection.refusals import Refusals
     from .predictors.loading import load_tokenizer
     from .predictors.provenance import command, versions
-    from .running import batches_of, load_unquantized, load_whole, quantization_asked
+    from .running import batches_of, load_to_evaluate, load_unquantized, quantization_asked
     from .runtime.measure.evaluate import cross_entropy
     from .runtime.measure.evaluate import evaluate as job
     from .runtime.measure.report import print_hit_rates, print_losses, print_quantization
@@ -150,7 +150,7 @@ def evaluate(config: EvaluateConfig) -> None:
     batches = batches_of(tokenizer, config, refusals.add)
     quantize = quantization_asked(config)
     before = None if quantize is None else cross_entropy(load_unquantized(config), batches, progress=True)
-    result = job(load_whole(config), batches, config.predictors, config, progress=True)
+    result = job(load_to_evaluate(config), batches, config.predictors, config, progress=True)
     result |= {"quantized": quantize, "unquantized_cross_entropy": before}
     result |= {"model": config.model, "predictors": config.predictors, "versions": versions(), "command": command()}
     print_hit_rates(Console(), result)

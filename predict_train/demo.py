@@ -15,7 +15,7 @@ from .data_collection.settings import CollectConfig
 from .predictors.checkpoint import Predictors, load_predictors
 from .predictors.errors import UserError
 from .predictors.loading import load_tokenizer
-from .running import batches_of, load_whole
+from .running import batches_of, load_to_evaluate
 from .runtime import Gating, Policy, offloaded
 from .runtime.generate import generate
 from .runtime.measure.evaluate import evaluate
@@ -44,7 +44,7 @@ def demo(config: DemoConfig) -> None:
     folder = export(ExportConfig(run=run, out=out / "predictors"), console)
     console.rule("4. evaluate and generate, on text that neither the model nor the predictors have seen")
     settings = EvaluateConfig(model=model, tokens=10_000, device="cpu")
-    tokenizer, loaded, refusals = load_tokenizer(model), load_whole(settings), Refusals()
+    tokenizer, loaded, refusals = load_tokenizer(model), load_to_evaluate(settings), Refusals()
     predictors = load_predictors(folder, loaded)
     result = evaluate(loaded, batches_of(tokenizer, settings, refusals.add), predictors, progress=True)
     times, text = _time_policies(loaded, tokenizer, predictors)

@@ -9,10 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data_collection.corpus import read_documents, sequences
 from .data_collection.refusals import Refuse
 from .predictors.loading import load_model, resolve_device, resolve_dtype
-from .runtime.load import check_quantized, load_experts, load_to_host
+from .runtime.load import check_quantized, load_to_host
 from .runtime.offload import ExpertOffload
 from .runtime.packfile import Header, read_header
-from .runtime.resident import load_resident
 from .runtime.settings import Loading, Room
 from .runtime.shipped import form_and_options
 from .settings import EvaluateConfig
@@ -56,7 +55,7 @@ def quantization_asked(config: Loading) -> str | None:
 
 
 def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:
-    """The model of the checkpoint on its device, in the dtype in which `load_whole` loads it."""
+    """The model of the checkpoint on its device, in the dtype in which `load_to_evaluate` loads it."""
     device = resolve_device(config.device)
     dtype = dtype_of(config, device)
     if dtype == "auto" and (header := header_of(config)) is not None:
@@ -64,18 +63,14 @@ def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:
     return load_model(config.model, device, dtype)
 
 
-def load_whole(config: EvaluateConfig) -> PreTrainedModel:
-    """The model on its device, with its experts."""
+def load_to_evaluate(config: EvaluateConfig) -> PreTrainedModel:
+    """The model on its device; or in host memory with its experts in a packed file or quantised, where the settings say so."""
     device = resolve_device(config.device)
     dtype = dtype_of(config, device)
     loading = Loading(**config.values_of(Loading) | {"dtype": dtype})
-    if quantization_asked(config) is not None:
-        return load_resident(config.model, loading, device)
-    if config.pack is None:
+    if config.pack is None and quantization_asked(config) is None:
         return load_model(config.model, device, dtype)
-    model = load_to_host(config.model, loading)
-    load_experts(model)
-    return model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides what torch takes
+    return load_to_host(config.model, loading)
 
 
 def batches_of(tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig, refuse: Refuse) -> list[torch.Tensor]:

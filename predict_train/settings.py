@@ -37,7 +37,7 @@ class CollectingConfig(CollectConfig, Loading, Room):
 
 
 class EvaluateConfig(Named, Evaluating, Figures):
-    """Settings of `evaluate`, which has the experts in memory even where they are read from a packed file."""
+    """Settings of `evaluate`. The model is on the device whole, unless `pack` or `quantize` is given."""
 
     corpus: Name = EMBEDDED
     """Whatever `collect` takes as a corpus."""

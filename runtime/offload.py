@@ -40,12 +40,13 @@ from .operations import on_device
 from .passes import Passes
 from .placement import move_rest
 from .policy import Gating, Policy
-from .room import slots_of
+from .room import Slots, slots_of
 from .settings import OffloadConfig
 from .steps import Steps, shape_of
 from .store import ExpertStore
 from .stores import open_store
 from .targets import Target, targets_of
+from .trial import tried
 
 
 @torch.inference_mode(False)  # what is made here is used outside of it too
@@ -89,15 +90,31 @@ def offload_experts(
     try:
         with ExitStack() as attached:
             opened = open_store(attached, model, layers, store, device, config.host_memory)
+            attach = functools.partial(_attach, model, targets, predictors, opened, config)
             slots = slots_of(config, model, layers, opened, device)
-            settled = {"slots": slots.number, "expert_memory": None, "device": str(device)}
-            config = config.model_copy(update=settled)
-            offload = ExpertOffload(model, targets, predictors, opened, config, attached, slots.reason)
-            vars(model)["expert_offload"] = offload
+            if config.slots is None and config.expert_memory is None:
+                slots = tried(model, attach, slots, layers[0].top_k, config)
+            attach(slots, attached)
     except BaseException as error:
         let_go(error)
         raise
     return model
+
+
+def _attach(
+    model: PreTrainedModel,
+    targets: list[Target],
+    predictors: Predictors | None,
+    store: ExpertStore,
+    config: OffloadConfig,
+    slots: Slots,
+    attached: ExitStack,
+) -> None:
+    settled = {"slots": slots.number, "expert_memory": None, "device": str(resolve_device(config.device))}
+    offload = ExpertOffload(
+        model, targets, predictors, store, config.model_copy(update=settled), attached, slots.reason
+    )
+    vars(model)["expert_offload"] = offload
 
 
 def policy_of(config: OffloadConfig) -> Policy:

@@ -34,7 +34,7 @@ from predict_train.runtime.packfile import PackedStore, read_header
 from predict_train.runtime.store import empty_blocks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from predict_train.running import load_whole
+from predict_train.running import load_to_evaluate
 from predict_train.settings import EvaluateConfig
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -161,7 +161,7 @@ def test_a_pack_of_other_experts_of_the_same_shape_is_refused(
         with pytest.raises(StoreError, match="with other weights files than those of"):
             load_offloaded(folder, device="cpu", pack=packed)
         with pytest.raises(StoreError, match="with other weights files"):
-            load_whole(EvaluateConfig(model=str(folder), pack=packed, device="cpu"))
+            load_to_evaluate(EvaluateConfig(model=str(folder), pack=packed, device="cpu"))
         for where in ({"pack": tmp_path / f"{number}.experts"}, {"quantize": "int8", "dtype": "float32"}):
             own = load_offloaded(folder, device="cpu", **where)
             own.expert_offload.detach()

@@ -23,8 +23,8 @@ from predict_train.runtime.load import load_to_host
 from predict_train.runtime.pack import pack
 from predict_train.runtime.packfile import read_header
 from predict_train.runtime.quantization import Quantization
-from predict_train.runtime.resident import load_resident
 from predict_train.runtime.settings import Loading
+from resident import load_resident
 from test_device import logits_of
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from predict_train.predictors.discovery import find_moe_layers
-from predict_train.runtime import room
+from predict_train.runtime import room, trial
 from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.offload import offload_experts
 from predict_train.runtime.pack import pack
@@ -105,3 +105,38 @@ def test_a_room_for_nothing_is_refused_before_anything_is_changed(tiny_moe, pack
         offload_experts(tiny_moe, store=packed, device="cpu")
     assert not hasattr(tiny_moe, "expert_offload")
     assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_moe.state_dict().items())
+
+
+@pytest.mark.parametrize(("most", "expected"), [(100, 32), (20, 20), (10, 9), (2, 2)])
+def test_where_memory_runs_out_there_are_fewer_slots(tiny_moe, packed, monkeypatch, most, expected):
+    """As on a GPU, whose lack of memory can be caught."""
+    ids = torch.arange(1, 20).unsqueeze(0)
+    plain, run = tiny_moe(ids).logits, trial._run
+
+    def run_out(model: Any, tokens: int) -> None:
+        run(model, tokens)
+        if model.expert_offload.slots > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trial, "_can_run_out", lambda _: True)
+    monkeypatch.setattr(trial, "_run", run_out)
+    if most < 32:
+        with pytest.warns(UserWarning, match="with 32 slots the device ran out of memory in the first tokens"):
+            offload_experts(tiny_moe, store=packed, device="cpu", context=30)
+    else:
+        offload_experts(tiny_moe, store=packed, device="cpu", context=30)
+    offload = tiny_moe.expert_offload
+    assert (offload.slots, offload.counters.tokens) == (expected, 0)
+    assert torch.equal(tiny_moe(ids).logits, plain)
+
+
+def test_where_nothing_fits_the_model_is_as_it_was(tiny_moe, packed, monkeypatch):
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trial, "_can_run_out", lambda _: True)
+    monkeypatch.setattr(trial, "_run", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        offload_experts(tiny_moe, store=packed, device="cpu")
+    assert not hasattr(tiny_moe, "expert_offload")
+    assert tiny_moe(torch.arange(1, 20).unsqueeze(0)).logits.isfinite().all()

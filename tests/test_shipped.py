@@ -17,8 +17,8 @@ from predict_train.runtime.formats.fp8 import Fp8Format
 from predict_train.runtime.measure.settings import PlanConfig
 from predict_train.runtime.pack import pack
 from predict_train.runtime.packfile import read_header
-from predict_train.runtime.resident import load_resident
 from predict_train.runtime.settings import Loading
+from resident import load_resident
 from safetensors.torch import load_file, save_file
 from test_quantized import logits
 from transformers import AutoModelForCausalLM

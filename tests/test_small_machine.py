@@ -11,13 +11,16 @@ from predict_train.data_collection.collect import collect as collect_whole
 from predict_train.data_collection.settings import CollectConfig, CollectError
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.loading import load_tokenizer
 from predict_train.predictors.settings import SettingsError, load_config
-from predict_train.runtime.resident import load_resident
+from predict_train.runtime.measure.evaluate import cross_entropy, evaluate, is_away
 from predict_train.runtime.settings import Loading
+from resident import load_resident
 from rich.console import Console
 
 from predict_train.collecting import collect
-from predict_train.settings import CollectingConfig
+from predict_train.running import batches_of, load_to_evaluate
+from predict_train.settings import CollectingConfig, EvaluateConfig
 
 
 def collected_in_slots(out: Path, **settings: Any) -> Path:
@@ -102,3 +105,24 @@ def test_what_makes_no_sense_is_refused(as_collected, tmp_path):
     with pytest.raises(SettingsError, match="pack"):
         load_config(CollectingConfig, tmp_path / "old.yaml", flags)
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("how", [{"pack": "experts", "slots": 3}, {"quantize": "int8", "slots": 2}])
+def test_a_model_is_evaluated_through_slots(tiny_moe_folder, exported, text_corpus, how, tmp_path, monkeypatch):
+    """All figures are those of the model in memory, which is never there whole."""
+    monkeypatch.chdir(tmp_path)
+    common = {"model": str(tiny_moe_folder), "corpus": str(text_corpus), "tokens": 300, "sequence_length": 60,
+              "predictors": str(exported), "dtype": "float32", "device": "cpu"}  # fmt: skip
+    config = EvaluateConfig(**common, **how)
+    batches = batches_of(load_tokenizer(config.model), config, lambda *_: None)
+    model = load_to_evaluate(config)
+    assert is_away(model)
+    found = evaluate(model, batches, config.predictors, config)
+    if "pack" in how:
+        assert found == evaluate(load_to_evaluate(EvaluateConfig(**common)), batches, config.predictors)
+    else:
+        whole = load_resident(config.model, Loading(dtype="float32", quantize="int8"), torch.device("cpu"))
+        assert {found["cross_entropy"][name] for name in ("full", "on_demand", "prefetch")} == {
+            cross_entropy(whole, batches)
+        }
+    assert all(p.is_meta for layer in find_moe_layers(model) for p in layer.experts.parameters(recurse=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from ...predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ...predictors.confidence import Confidence
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
-from ...predictors.loading import check_tokens
+from ...predictors.loading import check_tokens, resolve_device
 from ...predictors.metrics import Calibration
 from ...predictors.speculation import Speculator, flat_routing
 from ..control import RoutingControl
 from ..guess import Guess
 from ..offload import offloaded
 from ..policy import Gating, Policy
+from ..room import free_memory, reserve_of
 from ..settings import OffloadConfig
 from ..targets import Target, targets_of
 from .settings import Evaluating
@@ -41,7 +42,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Runs `model`, on its device, over `batches` of token ids `[sequences, length]`, once for each policy and gating.
 
-    `on_demand` and `prefetch` run through the offload runtime, with `config`. For gating `resident` only the candidates of
+    `on_demand` and `prefetch` run through the offload runtime, with `config`, and so does all else where the experts are in a
+    file or quantised: then the model is never in memory whole, and runs on the device of `config`. For gating `resident` only the candidates of
     `config` are on the device, and nothing else, which is its worst case.
 
     Returns `layers` (for each target layer `layer` and the hit rates `training_free`, `predictor` (None without one) and
@@ -56,8 +58,7 @@ def evaluate(
     wide = targets_of(layers, predictors, config.horizon, config.candidates, Policy.SPECULATIVE, Gating.RESIDENT)
     targets = targets_of(layers, predictors, config.horizon)
     source_of = {target.layer.index: target.source for target in targets}
-    speculators = {"predictor": make_speculators(model, predictors, layers, source_of)}
-    speculators["training_free"] = make_speculators(model, without, layers, source_of)
+    given = {"predictor": predictors, "training_free": without}
     trained = set() if predictors is None else set(predictors.mlps)
     passes = 3 + (5 if trained else 0) + 5
     bar = tqdm(total=passes * sum(batch.numel() for batch in batches), unit=" tokens", desc="evaluate", leave=False,
@@ -65,23 +66,30 @@ def evaluate(
 
     entropy_of = partial(_cross_entropy, model, batches, bar)
     # The candidates of `config` are meant for gating resident. Prefetched ones do not change the loss.
-    settings = config.values_of(OffloadConfig) | {"device": model.device, "candidates": None}
-    full = entropy_of()
-    rates = {kind: _hit_rates(entropy_of, targets, chosen) for kind, chosen in speculators.items()}
-    errors = rates["predictor"][2]
+    settings = config.values_of(OffloadConfig) | {"candidates": None}
+    if not is_away(model):
+        settings["device"] = model.device
+    else:
+        settings |= _room_for(batches, model, config)
+    rates: dict[str, Any] = {}
     table: dict[str, dict[str, float]] = {}
-    for kind, chosen in speculators.items():
-        if kind == "predictor" and not trained:
-            continue
-        entropies = {"full": full}
+    with plainly_run(model, settings):
+        full = entropy_of()
+        for kind, chosen in given.items():
+            speculators = make_speculators(model, chosen, layers, source_of)
+            rates[kind] = _hit_rates(entropy_of, targets, speculators)
+            if kind == "predictor" and not trained:
+                continue
+            table[kind] = {"full": full}
+            for gating in Gating:
+                seen = wide if gating is Gating.RESIDENT else targets
+                _, entropy = _controlled(entropy_of, seen, speculators, Policy.SPECULATIVE, gating)
+                table[kind][f"{Policy.SPECULATIVE}/{gating}"] = entropy
+    for kind, entropies in table.items():
         for policy in (Policy.ON_DEMAND, Policy.PREFETCH):
-            with offloaded(model, predictors if kind == "predictor" else without, **settings | {"policy": policy}):
+            with offloaded(model, given[kind], **settings | {"policy": policy}):
                 entropies[policy] = entropy_of()
-        for gating in Gating:
-            seen = wide if gating is Gating.RESIDENT else targets
-            _, entropy = _controlled(entropy_of, seen, chosen, Policy.SPECULATIVE, gating)
-            entropies[f"{Policy.SPECULATIVE}/{gating}"] = entropy
-        table[kind] = entropies
+    errors = rates["predictor"][2]
     bar.close()
     return {
         "layers": [
@@ -98,6 +106,24 @@ def evaluate(
         "training_free_cross_entropy": table["training_free"],
         "tokens": sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches),
     }
+
+
+def _room_for(batches: list[torch.Tensor], model: PreTrainedModel, config: Evaluating) -> dict[str, int]:
+    """The settings of `Room` that leave memory for the largest batch: its logits (also in fp32, twice) and its hidden states."""
+    text, most = model.config.get_text_config(), max(batch.numel() for batch in batches)
+    token = text.vocab_size * (model.dtype.itemsize + 8) + 64 * text.hidden_size * model.dtype.itemsize
+    kept = reserve_of(config, free_memory(resolve_device(config.device))) + most * token
+    return {"context": most, "reserve": kept if config.reserve is None else config.reserve}
+
+
+def is_away(model: PreTrainedModel) -> bool:
+    """Whether the experts of a model are in a packed file or in a quantised form, so that it can't run by itself."""
+    return not {"expert_pack", "expert_blocks"}.isdisjoint(vars(model))
+
+
+def plainly_run(model: PreTrainedModel, settings: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Has a model run as if it were in memory whole: with `settings` of `offload_experts` where its experts are away."""
+    return offloaded(model, **settings | {"policy": Policy.ON_DEMAND}) if is_away(model) else nullcontext()
 
 
 def cross_entropy(model: PreTrainedModel, batches: Iterable[torch.Tensor], progress: bool = False) -> float:

@@ -6,17 +6,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.experts import combine, group_by_expert
+from predict_train.runtime.formats import ExpertFormat
+from predict_train.runtime.guard import Away
+from predict_train.runtime.load import load_to_host
+from predict_train.runtime.settings import Loading
+from predict_train.runtime.store import QuantizedExperts, empty_blocks
+from predict_train.runtime.stores import open_store
 from torch import nn
 from transformers import PreTrainedModel
-
-from ..predictors.discovery import find_moe_layers
-from ..predictors.experts import combine, group_by_expert
-from .formats import ExpertFormat
-from .guard import Away
-from .load import load_to_host
-from .settings import Loading
-from .store import QuantizedExperts, empty_blocks
-from .stores import open_store
 
 CPU = torch.device("cpu")
 
