@@ -1,13 +1,14 @@
 """Every mixture-of-experts model type of the installed transformers, each tried on a tiny random model.
 
-There is no list of supported types. A small model of each type is built and recorded: the type is supported if its
-layers are found, the record is what the model did, and the model is the same afterwards.
+There is no list of supported types. A small model of each type is built, and each ability is tried: whether its experts can be
+taken one by one, whether its routers can be recorded, and whether experts can be predicted. The last two hold only if the record
+is what the model did, and the model is the same afterwards.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..predictors.architecture import MoELayer, UnsupportedModelError, first_tensor
-from ..predictors.discovery import find_moe_layers
+from ..predictors.architecture import ExpertLayer, MoELayer, UnsupportedModelError, first_tensor
+from ..predictors.discovery import find_layers
+from ..predictors.experts import expert_parameters, marks_of
 from .hooks import LayerRecord, Recorder
 
 LAYERS = 4
@@ -65,13 +67,22 @@ PECULIAR: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Support:
-    """Whether speculation works on a model type."""
+    """What can be done with a model type. Each reason is one sentence, or None where the ability is there."""
 
     model_type: str
-    reason: str | None
-    """Why not, or None if it is supported."""
+    offload: str | None
+    """Why its experts can't be taken one by one."""
+    record: str | None
+    """Why its routers can't be recorded."""
+    predict: str | None
+    """Why its experts can't be predicted."""
     remarks: tuple[str, ...] = ()
     """What is special about its MoE layers."""
+
+    @property
+    def reason(self) -> str | None:
+        """The first reason why not all can be done, or None."""
+        return self.offload or self.record or self.predict
 
 
 def moe_types() -> list[str]:
@@ -122,21 +133,33 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(0.0, 0.2, generator=generator)
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5, generator=generator)
+        for module in model.modules():
+            table = getattr(module, "tid2eid", None)
+            if isinstance(
+                table, torch.Tensor
+            ):  # a router that looks its experts up by the token, which only checkpoints fill
+                drawn = torch.rand(len(table), model.config.num_local_experts, generator=generator)
+                table.copy_(drawn.topk(table.shape[1]).indices)
     return model
 
 
 def examine(model_type: str) -> Support:
-    """Builds a model, records it and compares; an unsupported type does not raise."""
+    """Builds a model, tries each ability and compares; an unsupported type does not raise."""
     try:
         model = tiny_model(model_type)
-        layers = find_moe_layers(model)
-        return Support(model_type, check(model, layers), _remarks(layers))
+        found = find_layers(model)
+        for layer in found.layers:
+            expert_parameters(layer.experts)
+        remarks = _remarks(found.layers)
+        if found.unrecorded or found.unpredicted:
+            return Support(model_type, None, found.unrecorded, found.unpredicted, remarks)
+        wrong = check(model, found.moe_layers)
+        return Support(model_type, None, wrong, wrong, remarks)
     except UnsupportedModelError as error:
-        return Support(model_type, str(error))
+        return Support(model_type, *(str(error),) * 3)
     except Exception as error:
-        return Support(
-            model_type, f"its small config can't be run ({type(error).__name__}: {str(error).splitlines()[0]})"
-        )
+        reason = f"its small config can't be run ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return Support(model_type, *(reason,) * 3)
 
 
 @torch.no_grad()
@@ -201,37 +224,62 @@ class _Watch(ExitStack):
         self.callback(module.register_forward_hook(keep).remove)
 
 
-def _remarks(layers: list[MoELayer]) -> tuple[str, ...]:
-    first, joins = layers[0], [layer.join for layer in layers]
+def _remarks(layers: Sequence[ExpertLayer]) -> tuple[str, ...]:
+    first, moe = layers[0], [layer for layer in layers if isinstance(layer, MoELayer)]
+    joins = [layer.join for layer in moe]
     facts = {
         "shared expert": any(j.shared is not None and j.shared_gate is None for j in joins),
         "gated shared expert": any(j.shared_gate is not None for j in joins),
         "norm after the experts": any(j.post_norm is not None for j in joins),
-        "no norm before the router": isinstance(first.norm, nn.Identity),
+        "no norm before the router": bool(moe) and isinstance(moe[0].norm, nn.Identity),
         "attention beside the experts": any(j.beside for j in joins),
         "experts in a space of their own": any(j.project is not None for j in joins),
         "scaled residual": any(j.base_scale != 1.0 or j.base_is_normed for j in joins),
+        "several residual streams": first.input_size > first.hidden_size,
         "dense layers between": len(layers) < LAYERS,
-        "bias-corrected selection": bool(first.router_arguments)
-        or any("bias" in name for name, _ in [*first.router.named_parameters(), *first.router.named_buffers()]),
-        "transposed experts": bool(getattr(first.experts, "is_transposed", False)),
+        "bias-corrected selection": any(_is_bias_corrected(layer) for layer in moe[:1]),
+        "transposed experts": bool(marks_of(first.experts).is_transposed),
+        "experts that return their input": first.identities > 0,
     }
     return tuple(name for name, holds in facts.items() if holds)
 
 
+def _is_bias_corrected(layer: MoELayer) -> bool:
+    held = [*layer.router.named_parameters(), *layer.router.named_buffers()]
+    return bool(layer.router_arguments) or any("bias" in name for name, _ in held)
+
+
+def counted(supports: list[Support]) -> str:
+    """In one sentence, of how many types what can be done."""
+    names = ("offload", "record", "predict")
+    offload, record, predict = (sum(getattr(support, name) is None for support in supports) for name in names)
+    return (
+        f"Of the {len(supports)} mixture-of-experts types of transformers {transformers.__version__}, the experts of {offload} can "
+        f"be offloaded, the routers of {record} recorded, and the experts of {predict} predicted"
+    )
+
+
 def markdown(supports: list[Support]) -> str:
-    """The README's tables of the types that are supported and of those that are not."""
-    supported = [support for support in supports if support.reason is None]
-    rows = [f"| `{s.model_type}` | {', '.join(s.remarks)} |" for s in supported]
-    others = [f"| `{s.model_type}` | {s.reason} |" for s in supports if s.reason is not None]
+    """The README's tables: of the types that everything can be done with, and of the others."""
+    whole = [support for support in supports if support.reason is None]
+    rows = [f"| `{s.model_type}` | {', '.join(s.remarks)} |" for s in whole]
+    others = [
+        f"| `{s.model_type}` | {_yes(s.offload)} | {_yes(s.record)} | {_yes(s.predict)} | {s.reason} |"
+        for s in supports
+        if s.reason is not None
+    ]
     return "\n".join(
         [
-            f"{len(supported)} of the {len(supports)} mixture-of-experts types of transformers {transformers.__version__}:",
+            f"{counted(supports)}. Everything can be done with these:",
             "",
             *("| model type | what is special about its MoE layers |", "| --- | --- |", *rows),
             "",
-            "Not supported, and refused before any work:",
+            "With these it can't. What can only be offloaded is fetched on demand; what can't be done is refused before any work:",
             "",
-            *("| model type | reason |", "| --- | --- |", *others),
+            *("| model type | offload | record | predict | reason |", "| --- | --- | --- | --- | --- |", *others),
         ]
     )
+
+
+def _yes(reason: str | None) -> str:
+    return "yes" if reason is None else "no"

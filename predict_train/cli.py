@@ -89,7 +89,6 @@ def inspect(config: InspectConfig) -> None:
 def models(config: ModelsConfig) -> None:
     """Tries every mixture-of-experts type of the installed transformers on a tiny random model of it."""
     import torch
-    import transformers
     from rich.table import Table
     from tqdm import tqdm
 
@@ -101,14 +100,13 @@ def models(config: ModelsConfig) -> None:
     if config.markdown:
         print(catalog.markdown(supports))
         return
-    table = Table("model type", "supported", "remarks, or the reason why not")
+    table = Table("model type", "offload", "record", "predict", "remarks, or the reason why not")
     for support in supports:
-        yes = support.reason is None
-        table.add_row(support.model_type, "yes" if yes else "no", ", ".join(support.remarks) if yes else support.reason)
+        abilities = ["no" if reason else "yes" for reason in (support.offload, support.record, support.predict)]
+        table.add_row(support.model_type, *abilities, support.reason or ", ".join(support.remarks))
     console = Console()
     console.print(table)
-    count = sum(support.reason is None for support in supports)
-    console.print(f"{count} of {len(supports)} types of transformers {transformers.__version__} are supported")
+    console.print(catalog.counted(supports))
 
 
 @command(app)

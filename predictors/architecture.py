@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -89,14 +89,39 @@ class Join:
         return outputs if scale == 1.0 else scale * outputs
 
 
-@dataclass(frozen=True)
-class MoELayer:
-    """One MoE layer of a model. The modules are the model's own, not copies."""
+@dataclass(frozen=True, kw_only=True)
+class ExpertLayer:
+    """A layer with routed experts: all that is needed to take them one by one. The modules are the model's own, not copies."""
 
     index: int
     """Number of the decoder layer, counted from 0."""
     decoder: nn.Module
     """The decoder layer; its input is the residual stream."""
+    experts: nn.Module
+    """All routed experts, called as `experts(x, ids, weights)`; its parameters are stacked along dimension 0."""
+    num_experts: int
+    """Among how many a router chooses."""
+    identities: int = 0
+    """How many of these, the last ones, return their input and have no weights."""
+    top_k: int
+    hidden_size: int
+    input_size: int
+    """Values a token of the decoder layer's input: `hidden_size`, or a multiple of it where there are several streams."""
+    dtype: torch.dtype
+    """Of what the experts' block reads."""
+    attends: bool = True
+    """Whether a module (attention) runs between the layer's input and the norm."""
+
+    @property
+    def stored(self) -> int:
+        """How many of its experts have weights."""
+        return self.num_experts - self.identities
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELayer(ExpertLayer):
+    """A layer whose router is seen too, and whose output is followed: experts can be guessed from it and for it."""
+
     block: nn.Module
     """The module that calls the router and the experts."""
     names: dict[str, Any]
@@ -109,16 +134,7 @@ class MoELayer:
     """Parameters or buffers of the block that its router is called with (score-correction biases)."""
     router_ndim: int
     """2 if the router is called with `[tokens, hidden]`, 3 if with `[sequences, length, hidden]`."""
-    experts: nn.Module
-    """All routed experts, called as `experts(x, ids, weights)`; its parameters are stacked along dimension 0."""
     join: Join
-    attends: bool
-    """Whether a module (attention) runs between the layer's input and the norm."""
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    dtype: torch.dtype
-    """Of what the router reads."""
 
     @property
     def entry(self) -> nn.Module:
@@ -144,7 +160,7 @@ def with_first_tensor(
     return args, kwargs | {name: change(kwargs[name])}
 
 
-def sources(layers: list[MoELayer], horizon: int = 1) -> dict[int, int | None]:
+def sources(layers: Sequence[ExpertLayer], horizon: int = 1) -> dict[int, int | None]:
     """The source layer of each target layer, by layer index.
 
     It is the layer before, if that is an MoE layer. A dense layer's whole output is known, so the target after it reads
@@ -171,7 +187,7 @@ def farther(nearest: dict[int, int | None], horizon: int) -> dict[int, int | Non
     return found
 
 
-def moe_shape(config: PretrainedConfig, layers: list[MoELayer]) -> dict[str, Any]:
+def moe_shape(config: PretrainedConfig, layers: Sequence[ExpertLayer]) -> dict[str, Any]:
     """The facts that predictors depend on, as plain JSON values, with a fingerprint (sha256) of them all."""
     text = config.get_text_config()
     shape = {

@@ -12,6 +12,7 @@ wrong with such a folder, the result is one `PredictorsError`.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import MoELayer, describe_shape, moe_shape, sources
+from .architecture import ExpertLayer, MoELayer, describe_shape, moe_shape, sources
 from .confidence import Confidence
 from .config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
 from .discovery import find_moe_layers
@@ -92,7 +93,7 @@ class Predictors:
             layers=[entry if entry.mlp is None else replace(entry, mlp=None, confidence=None) for entry in self.layers],
         )
 
-    def check(self, model: PreTrainedModel, layers: list[MoELayer]) -> None:
+    def check(self, model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> None:
         """Raises `PredictorsError` unless these predictors fit `model`."""
         shape = moe_shape(model.config, layers)
         if shape["fingerprint"] != self.model.get("fingerprint"):

@@ -9,7 +9,8 @@ at the same places. Each expert's weights are read once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,39 @@ from torch import nn
 from transformers.integrations.moe import use_experts_implementation
 
 from .architecture import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Unmarked:
+    """What `use_experts_implementation` would say of an experts module that lacks it, and how its own forward differs."""
+
+    why: str
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    identities: str = ""
+    """The attribute with the number of experts that return their input. They have the last ids, and no weights."""
+    sums_in_turn: bool = False
+    """Whether an expert's weighted output is rounded and added to those of the experts before it, in the order of their numbers."""
+    is_dense: bool = False
+    """Whether it is called with rows for every expert, `[experts * tokens, hidden]`, zeros where the expert was not chosen."""
+
+    def _apply_gate(self, gate_up: torch.Tensor, act_fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act_fn(gate) * up
+
+
+UNMARKED = {
+    "LongcatFlashExperts": Unmarked(
+        "some of its experts return their input, and transformers' ways to compute experts know no such",
+        identities="zero_expert_num",
+        sums_in_turn=True,
+    ),
+    "Llama4TextExperts": Unmarked(
+        "it is called with every expert's rows, already weighted, and not with ids", is_transposed=True, is_dense=True
+    ),
+}
+"""The experts modules of transformers that are not marked, by the name of their class, and why. No rule can tell how a forward sums."""
 
 
 class Groups(NamedTuple):
@@ -42,8 +76,31 @@ def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether transformers dispatches experts through this module: then it says how its weights lie."""
-    return all(hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed"))
+    """Whether it is known how the weights of this module lie: transformers dispatches experts through it, or it is in `UNMARKED`."""
+    return type(module).__name__ in UNMARKED or all(
+        hasattr(module, mark) for mark in ("has_gate", "has_bias", "is_transposed")
+    )
+
+
+def marks_of(experts: nn.Module) -> Any:
+    """What says `has_gate`, `has_bias` and `is_transposed` of an experts module: itself, or its entry in `UNMARKED`."""
+    return UNMARKED.get(type(experts).__name__, experts)
+
+
+def unmarked(experts: nn.Module) -> Unmarked | None:
+    """The module's entry in `UNMARKED`, or None if transformers marks it."""
+    return UNMARKED.get(type(experts).__name__)
+
+
+def identities_of(experts: nn.Module) -> int:
+    """How many of the experts that a router chooses among only return their input. They come last."""
+    marks = unmarked(experts)
+    return int(getattr(experts, marks.identities) or 0) if marks is not None and marks.identities else 0
+
+
+def count_of(experts: nn.Module) -> int:
+    """How many experts of the module have weights."""
+    return len(experts.get_parameter("down_proj"))
 
 
 def expert_parameters(experts: nn.Module) -> list[str]:
@@ -57,16 +114,17 @@ def expert_parameters(experts: nn.Module) -> list[str]:
         raise UnsupportedModelError(
             f"{kind} does not say how its weights lie (it lacks use_experts_implementation), so its experts can't be run one by one"
         )
-    forward = type(experts).forward
-    if (
-        forward is not nn.Module.forward
-        and getattr(forward, "__globals__", None) is not use_experts_implementation.__globals__
-    ):
+    forward, marks = type(experts).forward, marks_of(experts)
+    if unmarked(experts) is not None:
+        is_own = getattr(forward, "__module__", None) == type(experts).__module__
+    else:
+        is_own = getattr(forward, "__globals__", None) is use_experts_implementation.__globals__
+    if forward is not nn.Module.forward and not is_own:
         raise UnsupportedModelError(
             f"the forward of {kind} is not the one that transformers gives it, and would not be called; don't replace it"
         )
-    names = ["gate_up_proj" if experts.has_gate else "up_proj", "down_proj"]
-    if experts.has_bias:
+    names = ["gate_up_proj" if marks.has_gate else "up_proj", "down_proj"]
+    if marks.has_bias:
         names += [f"{name}_bias" for name in names]
     found = {name for name, _ in experts.named_parameters(recurse=False)}
     if found != set(names):
@@ -83,7 +141,8 @@ Linear = Callable[[nn.Module, dict[str, torch.Tensor], str, torch.Tensor], torch
 def expert_linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
     """The linear layer `name` of an expert whose weights are as the model has them; see `Linear`."""
     weight, bias = weights[name], weights.get(f"{name}_bias")
-    output = F.linear(x.to(weight.dtype), weight.mT if experts.is_transposed else weight)
+    marks = marks_of(experts)
+    output = F.linear(x.to(weight.dtype), weight.mT if marks.is_transposed else weight)
     # The product is rounded before the bias is added, as in transformers. F.linear would round once.
     return output if bias is None else output.add_(bias)
 
@@ -96,8 +155,12 @@ def expert_output(
     `weights` maps each name of `expert_parameters(experts)` to this expert's slice of that parameter; `experts` gives
     only the layout and the gate, so its own weights may lie on another device. `linear` computes other forms of weights.
     """
-    hidden = linear(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", x)
-    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)  # type: ignore[operator]
+    marks: Any = marks_of(experts)
+    hidden = linear(experts, weights, "gate_up_proj" if marks.has_gate else "up_proj", x)
+    if isinstance(marks, Unmarked):
+        hidden = marks._apply_gate(hidden, experts.act_fn)  # type: ignore[arg-type]
+    else:
+        hidden = marks._apply_gate(hidden) if marks.has_gate else marks.act_fn(hidden)
     output = linear(experts, weights, "down_proj", hidden)
     # Older releases of transformers have neither this mark nor experts with such a norm.
     return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output  # type: ignore[operator]
@@ -120,6 +183,23 @@ def combine(outputs: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) ->
     """
     weighted = outputs * weights.reshape(-1, 1)
     return weighted.view(*weights.shape, outputs.shape[-1]).sum(1).to(dtype)
+
+
+def weighted_sum(
+    experts: nn.Module, outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """What `combine` returns, or for experts that are summed in turn the sum as their own forward rounds it.
+
+    `ids` is `[tokens, top_k]`. There each product is rounded to `dtype`, and so is the sum after each expert.
+    """
+    marks = unmarked(experts)
+    if marks is None or not marks.sums_in_turn:
+        return combine(outputs, weights, dtype)
+    weighted = (outputs * weights.reshape(-1, 1)).to(dtype).view(*ids.shape, outputs.shape[-1])
+    total = weighted.new_zeros(len(ids), outputs.shape[-1])
+    for place in ids.argsort(-1).unbind(-1):
+        total += weighted[torch.arange(len(ids), device=ids.device), place]
+    return total
 
 
 def run_experts(

@@ -68,7 +68,7 @@ class LayerControl:
 
     def watch_residual(self, attached: ExitStack) -> None:
         """Hooks the parts of the residual and keeps them for `residual`."""
-        layer = self.target.layer
+        layer = self.target.routed
 
         def keep_stream(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._stream = first_tensor((*args, *kwargs.values())).reshape(-1, layer.hidden_size)
@@ -97,7 +97,7 @@ class LayerControl:
 
         Without rows where it is not known, since the router or its block was called by itself.
         """
-        join, stream = self.target.layer.join, self._stream
+        join, stream = self.target.routed.join, self._stream
         if stream is None or len(stream) != len(x) or len(self._beside) != len(join.beside):
             return x[:0], None
         beside = [self._beside[number] for number in range(len(join.beside))]
@@ -170,7 +170,7 @@ class RoutingControl:
             guesser = make_guesser(speculators[target.layer.index], target, weighs, sure)
             self.layers.append(LayerControl(target, guesser, engine.hit_count(target.layer.top_k)))
         depths = [layer.guesser.depth for layer in self.layers]
-        first = targets[0].layer
+        first = targets[0].routed
         device = next(first.router.parameters()).device
         self.memory = Memory(depths, first.num_experts, max_tokens or 0, device)
         by_index = {layer.target.layer.index: layer for layer in self.layers}
@@ -271,8 +271,8 @@ class RoutingControl:
                 return original(x, *args, **kwargs)
             return self.route(layer, x, lambda: original(x, *args, **kwargs), layer.residual)
 
-        layer.form = form_of(layer.target.layer)
-        original = layer.own = self._attached.enter_context(override_forward(layer.target.layer.router, route))
+        layer.form = form_of(layer.target.routed)
+        original = layer.own = self._attached.enter_context(override_forward(layer.target.routed.router, route))
 
     def _compiled(self, layer: LayerControl, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`route` as a compiler sees it. The residual belongs to the graph, which computes most of it anyway."""

@@ -28,6 +28,13 @@ class Decision(NamedTuple):
     """`[tokens, top_k]`."""
     known: bool
     """Whether the ids are the first of the candidates that were announced for the layer, in order. The host knows them then."""
+    tokens: int | None = None
+    """How many tokens they are of. None for as many as there are rows."""
+
+    @property
+    def rows(self) -> int:
+        """How many tokens they are of."""
+        return len(self.ids) if self.tokens is None else self.tokens
 
 
 @dataclass

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
-from ..predictors.architecture import MoELayer
+from ..predictors.architecture import ExpertLayer
+from ..predictors.experts import unmarked
 from .engine import Engine
 from .formats.shipped import ShippedFormat
 from .host.cache import Eviction
@@ -15,7 +17,7 @@ from .settings import OffloadConfig
 from .store import ExpertStore, MemoryStore
 
 
-def make_engine(store: ExpertStore, layers: list[MoELayer], config: OffloadConfig) -> tuple[Engine, str | None]:
+def make_engine(store: ExpertStore, layers: Sequence[ExpertLayer], config: OffloadConfig) -> tuple[Engine, str | None]:
     """The engine for `layers`, and in one sentence why it is not the device's; None if it is.
 
     `config` gives the number of slots and names the device. Raises `StoreError` where the device has too little memory.
@@ -36,7 +38,7 @@ def make_engine(store: ExpertStore, layers: list[MoELayer], config: OffloadConfi
         raise
 
 
-def hindrance_of(store: ExpertStore, layers: list[MoELayer], slots: int, device: torch.device) -> str | None:
+def hindrance_of(store: ExpertStore, layers: Sequence[ExpertLayer], slots: int, device: torch.device) -> str | None:
     """Why the device can't decide, or None."""
     needed = len(layers) * layers[0].top_k
     if device.type != "cuda":
@@ -47,6 +49,8 @@ def hindrance_of(store: ExpertStore, layers: list[MoELayer], slots: int, device:
         return "the host decides what is copied, since the system does not let so much memory be registered"
     if slots < needed:
         return f"the host decides what is copied, since {slots} slots are fewer than the {needed} that one token needs"
+    if unmarked(layers[0].experts) is not None:
+        return "the host decides what is copied, since the device has no kernels for this model's experts"
     if next(layers[0].experts.parameters()).dtype != layers[0].dtype:
         return "the host decides what is copied, since the experts are in another dtype than the rest of the model"
     if isinstance(store.format, ShippedFormat):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import xxhash
 from torch import nn
 
-from ..predictors.architecture import MoELayer
+from ..predictors.architecture import ExpertLayer
 from .errors import StoreError
 from .formats import ExpertFormat
 from .formats.registry import format_of
@@ -53,10 +53,10 @@ class Gathered:
 
     def blocks(self) -> torch.Tensor:
         """The blocks `[num_experts, bytes]`, uint8. Raises `StoreError` where a weight can't be quantised."""
-        count = len(next(iter(self.tensors.values())))
+        count = min(map(len, self.tensors.values()))  # experts without weights may have rows in some parameters
         blocks = empty_blocks(count, self.format.bytes, torch.device("cpu")).zero_()
         for name, values in self.tensors.items():
-            self.format.write(name, values, blocks)
+            self.format.write(name, values[:count], blocks)
         return blocks
 
 
@@ -93,7 +93,7 @@ class Gatherer:
             self._modules.append(experts)
             self._done(self._open.pop(experts))
 
-    def finish(self, layers: list[MoELayer], name: str) -> ExpertFormat:
+    def finish(self, layers: Sequence[ExpertLayer], name: str) -> ExpertFormat:
         """The format of all blocks. Raises `StoreError` unless just the experts of `layers` have come from the checkpoint `name`."""
         if self._open or self._format is None or set(self._modules) != {layer.experts for layer in layers}:
             raise StoreError(

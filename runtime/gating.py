@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..predictors.architecture import UnsupportedModelError
 from ..predictors.speculation import Routing
@@ -82,6 +83,8 @@ def resident(call: RouterCall) -> Decided:
     absent = call.absent()
     if absent is None:
         absent = torch.ones(layer.num_experts, dtype=torch.bool, device=chosen.device)
+    if layer.identities:  # they need no slot
+        absent = F.pad(absent, (0, layer.num_experts - len(absent)), value=False)
     barred = absent.expand(len(chosen), -1).scatter(1, chosen.long(), False)
     return _restricted(call, allowed(barred, layer.top_k))
 

@@ -7,7 +7,7 @@ either called or refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..predictors.architecture import MoELayer
+from ..predictors.architecture import ExpertLayer, MoELayer
 from ..predictors.experts import expert_modules
 from ..predictors.override import Replacement, refuse_copy
 from .errors import OffloadError
@@ -126,7 +126,7 @@ class Guard:
     def __init__(
         self,
         model: nn.Module,
-        layers: list[MoELayer],
+        layers: Sequence[ExpertLayer],
         folded: list[MoELayer],
         device: torch.device,
         attached: ExitStack,
@@ -137,7 +137,7 @@ class Guard:
         copied = [[*layer.experts.modules()] for layer in layers]
         self._what = ["the experts"] * len(layers)
         for number, layer in enumerate(layers):
-            if layer in folded:
+            if isinstance(layer, MoELayer) and layer in folded:
                 copied[number] += [*layer.norm.modules(), *layer.router.modules(), layer.block]
                 self._what[number] = "the experts or their norm or router"
         self._weights, self._all = [*map(Weights, copied)], Weights(chain.from_iterable(copied))

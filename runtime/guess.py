@@ -117,7 +117,7 @@ def make_guesser(speculator: Speculator, target: Target, weighs: bool, sure: boo
     None where the router chooses all experts.
     """
     sure = sure and target.layer.top_k < target.layer.num_experts
-    folded = FoldedSpeculator.of(speculator, target.layer, to_scale=weighs, values=sure)
+    folded = FoldedSpeculator.of(speculator, target.routed, to_scale=weighs, values=sure)
     if folded is None:
         return ModelGuesser(speculator, target.candidates, sure)
     return FoldedGuesser(folded, target.candidates, weighs, sure)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..predictors.checkpoint import Predictors
-from ..predictors.discovery import find_moe_layers
+from ..predictors.discovery import find_layers
 from ..predictors.experts import expert_modules
 from ..predictors.loading import load_model, resolve_device, resolve_dtype
 from ..predictors.settings import combined, make
@@ -124,7 +124,7 @@ def _load_quantized(
 
     gatherer = Gatherer(form, keep)
     loaded = load_without_experts(model, gatherer.take, dtype, seed, **options)
-    layers = find_moe_layers(loaded)
+    layers = find_layers(loaded).layers
     layout = gatherer.finish(layers, str(getattr(model, "model_type", model)))
     vars(loaded)["expert_blocks"] = QuantizedExperts(layout, [blocks[layer.experts] for layer in layers])
     names = {module: path for path, module in loaded.named_modules()}
@@ -175,23 +175,23 @@ def load_experts(model: PreTrainedModel) -> None:
         raise OffloadError("the model's experts are offloaded; detach it first: model.expert_offload.detach()")
     if not (hasattr(model, "expert_pack") or hasattr(model, "expert_blocks")):
         raise OffloadError("the experts of this model are in memory; it was not loaded with a packed file or quantised")
-    layers = find_moe_layers(model)
+    layers = find_layers(model).layers
     loaded = []
     with ExitStack() as opened:
         store = open_store(opened, model, layers, None, torch.device("cpu"))
         (block,) = blocks = empty_blocks(1, store.format.bytes, torch.device("cpu"))
         for number, layer in enumerate(layers):
             stacked = {
-                name: torch.empty(
-                    layer.num_experts, *place.shape, dtype=layer.experts.get_parameter(name).dtype, device="cpu"
+                name: torch.zeros(
+                    layer.experts.get_parameter(name).shape, dtype=layer.experts.get_parameter(name).dtype, device="cpu"
                 )
-                for name, place in store.format.full.places.items()
+                for name in store.format.full.places
             }
-            for expert in range(layer.num_experts):
+            for expert in range(layer.stored):
                 store.read(number, expert, block.numpy())
                 for name, values in store.format.read(blocks).items():
                     stacked[name][expert] = values[0]
-            device = next(layer.router.parameters()).device
+            device = next(p.device for p in layer.decoder.parameters() if not p.is_meta)
             loaded.append({name: values.to(device) for name, values in stacked.items()})
     for layer, weights in zip(layers, loaded, strict=True):
         for name, values in weights.items():

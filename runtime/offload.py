@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..predictors.architecture import MoELayer, first_tensor, with_first_tensor
+from ..predictors.architecture import ExpertLayer, first_tensor, with_first_tensor
 from ..predictors.checkpoint import Predictors, as_predictors, make_speculators
-from ..predictors.discovery import find_moe_layers
+from ..predictors.discovery import find_layers
 from ..predictors.experts import OnOutputs, expert_parameters
 from ..predictors.loading import resolve_device
 from ..predictors.override import override_forward, refuse_copy
@@ -29,6 +29,7 @@ from ..predictors.settings import combined
 from . import operations
 from .automatic import AUTO, Trial
 from .control import RoutingControl
+from .dense import dense_forward, is_dense
 from .device.graphs import StepGraphs, wants_static_cache
 from .engine import Counters, Decision
 from .engines import make_engine
@@ -45,7 +46,7 @@ from .settings import OffloadConfig
 from .steps import Steps, shape_of
 from .store import ExpertStore
 from .stores import open_store
-from .targets import Target, targets_of
+from .targets import Target, possible, targets_of
 from .trial import tried
 
 
@@ -78,9 +79,11 @@ def offload_experts(
     config = combined(OffloadConfig, config, settings)
     device = resolve_device(config.device)
     refuse_unfit(model)
-    layers = find_moe_layers(model)
+    found = find_layers(model)
+    layers = found.layers
     for layer in layers:
         expert_parameters(layer.experts)
+    config = possible(config, found, predictors)
     predictors = as_predictors(predictors)
     if predictors is not None:
         predictors.check(model, layers)
@@ -186,11 +189,12 @@ class ExpertOffload:
         for target in targets:
             self._attach(target, attached)
         sources = {target.layer.index: target.source for target in targets}
-        speculators = make_speculators(model, predictors, layers, sources)
+        routed = [] if self.policy is Policy.ON_DEMAND else [target.routed for target in targets]
+        speculators = make_speculators(model, predictors, routed, sources) if routed else {}
         self._control = RoutingControl(targets, speculators, self.policy, self.gating, config.speculated_tokens, engine)
         attached.callback(self._control.detach)
         self._control.handle, self._passes.control = self._passes.handle, self._control
-        folded = [layer.target.layer for layer in self._control.layers if isinstance(layer.guesser, FoldedGuesser)]
+        folded = [layer.target.routed for layer in self._control.layers if isinstance(layer.guesser, FoldedGuesser)]
         self._guard = self._passes.guard = Guard(model, layers, folded, self.device, attached)
         self._known = {layer.target.number: layer for layer in self._control.layers}
         self._attached = attached.pop_all()
@@ -232,7 +236,7 @@ class ExpertOffload:
             self._observe(None)
 
     @contextmanager
-    def outputs_watched(self, layer: MoELayer, on_outputs: OnOutputs) -> Iterator[None]:
+    def outputs_watched(self, layer: ExpertLayer, on_outputs: OnOutputs) -> Iterator[None]:
         """Tells `on_outputs` the unweighted outputs of a layer's experts in each pass, for the length of a `with`."""
         number = next(target.number for target in self._targets if target.layer.index == layer.index)
         self._engine.watch(number, on_outputs)
@@ -356,6 +360,9 @@ class ExpertOffload:
     def _attach(self, target: Target, attached: ExitStack) -> None:
         number, layer, handle = target.number, target.layer, self._passes.handle
 
+        def execute(x: torch.Tensor, decision: Decision) -> torch.Tensor:
+            return self._passes.execute(number, x, decision)
+
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *_: Any, **__: Any
         ) -> torch.Tensor:
@@ -363,8 +370,8 @@ class ExpertOffload:
                 return operations.experts(hidden_states, top_k_index, top_k_weights, handle, number)
             with torch.no_grad():
                 control = self._known.get(number)
-                known = control is not None and control.known
-                output = self._passes.execute(number, hidden_states, Decision(top_k_index, top_k_weights, known))
+                known = control is not None and control.known and not layer.identities
+                output = execute(hidden_states, Decision(top_k_index, top_k_weights, known))
             return without_gradients(output, (hidden_states, top_k_weights), layer.experts)
 
         if number == 0:
@@ -372,12 +379,13 @@ class ExpertOffload:
             def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if torch.compiler.is_compiling():
                     return with_first_tensor(args, kwargs, lambda x: operations.begin(x, handle))
-                self._engine.begin_pass(first_tensor((*args, *kwargs.values())).numel() // layer.hidden_size)
+                self._engine.begin_pass(first_tensor((*args, *kwargs.values())).numel() // layer.input_size)
                 return None
 
             begin = layer.decoder.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
             attached.callback(begin.remove)
-        attached.enter_context(override_forward(layer.experts, forward))
+        instead = dense_forward(layer.experts, execute) if is_dense(layer.experts) else forward
+        attached.enter_context(override_forward(layer.experts, instead))
 
     def _observe(self, observer: Observer | None) -> None:
         self._passes.observer = self._control.observer = observer

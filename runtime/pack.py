@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from ..predictors.architecture import skeleton
-from ..predictors.discovery import find_moe_layers
+from ..predictors.discovery import find_layers
 from ..predictors.experts import expert_modules, is_experts
 from ..predictors.loading import load_model
 from ..predictors.provenance import versions
@@ -70,7 +70,7 @@ def load_and_pack(
         model = load_without_experts(source, writer.take, dtype, seed, **loading)
         name = f"random {source.model_type}" if isinstance(source, PretrainedConfig) else str(source)
         checkpoint = checkpoint or _fingerprint(source, options)  # it may have been downloaded since
-        return model, writer.finish(model, find_moe_layers(model), name, checkpoint)
+        return model, writer.finish(model, find_layers(model).layers, name, checkpoint)
     except Exception:
         writer.abort()
         raise

@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..predictors.architecture import MoELayer, describe_shape, moe_shape
+from ..predictors.architecture import ExpertLayer, describe_shape, moe_shape
 from ..predictors.experts import expert_modules
 from .errors import StoreError
 from .formats import PAGE, ExpertFormat, Place, laid_out
@@ -189,7 +189,7 @@ class PackedStore:
                     os.close(file)
         return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def check(self, model: PreTrainedModel, layers: list[MoELayer]) -> None:
+    def check(self, model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> None:
         """Finds the model's layers in the file. Raises `StoreError` where the file does not belong to `model`."""
         theirs, shape = self.header.model, moe_shape(model.config, layers)
         if theirs.get("fingerprint") != shape["fingerprint"]:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..predictors.architecture import MoELayer, moe_shape
+from ..predictors.architecture import ExpertLayer, moe_shape
 from ..predictors.files import written_whole
 from .errors import StoreError
 from .formats import PAGE
@@ -72,7 +73,7 @@ class PackWriter:
         """Writes a layer, unless an earlier attempt has written the same one at this place."""
         number, sample = len(self._modules), gathered.sample
         self._modules.append(gathered.experts)
-        size = len(next(iter(gathered.tensors.values()))) * gathered.format.bytes
+        size = min(map(len, gathered.tensors.values())) * gathered.format.bytes
         if number < len(self._known) and (self._known[number].sample, self._known[number].bytes) == (sample, size):
             self._layers.append(self._known[number])
             self._file.seek(size, os.SEEK_CUR)
@@ -92,7 +93,9 @@ class PackWriter:
             with written_whole(self._journal) as journal:
                 journal.write_text("".join(f"{layer.model_dump_json()}\n" for layer in self._layers))
 
-    def finish(self, model: PreTrainedModel, layers: list[MoELayer], name: str, checkpoint: str | None = None) -> Path:
+    def finish(
+        self, model: PreTrainedModel, layers: Sequence[ExpertLayer], name: str, checkpoint: str | None = None
+    ) -> Path:
         """Writes the header and gives the file its name. Raises `StoreError` where experts of `layers` are missing.
 
         `checkpoint` is the fingerprint of the model's checkpoint.
@@ -103,7 +106,7 @@ class PackWriter:
             model={"name": name} | moe_shape(model.config, layers) | {"weights": weights_fingerprint(model)},
             block_bytes=form.bytes,
             layers=[names[module] for module in self._modules],
-            num_experts=layers[0].num_experts,
+            num_experts=layers[0].stored,
             checksums=[layer.checksums for layer in self._layers],
             samples=[layer.sample for layer in self._layers],
             checkpoint=checkpoint,

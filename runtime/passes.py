@@ -52,7 +52,7 @@ class Passes:
         self.guard.check(number)
         output = self._engine.execute(number, self._targets[number].layer.experts, x, decision)
         if number == 0:
-            self.tokens += len(x)
+            self.tokens += decision.rows
         if self.observer is not None:
             self.observer.executed(number, begun, time.perf_counter())
         return output
@@ -83,7 +83,7 @@ class Passes:
         self.control.enter(self.control.layers[layer], x)
 
     def route(self, layer: int, x: torch.Tensor, residual: torch.Tensor, inner: torch.Tensor | None) -> Routing:
-        control, arguments = self.control.layers[layer], self._targets[layer].layer.router_arguments
+        control, arguments = self.control.layers[layer], self._targets[layer].routed.router_arguments
         return self.control.route(control, x, lambda: control.own(x, *arguments), lambda _: (residual, inner))
 
     def form(self, layer: int) -> Routing:

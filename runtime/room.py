@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..predictors.architecture import MoELayer, skeleton
+from ..predictors.architecture import ExpertLayer, skeleton
 from ..predictors.experts import expert_modules
 from ..predictors.override import override_forward
 from .errors import OffloadError
@@ -32,14 +32,14 @@ class Slots(NamedTuple):
 
 
 def slots_of(
-    config: Room, model: PreTrainedModel, layers: list[MoELayer], store: ExpertStore, device: torch.device
+    config: Room, model: PreTrainedModel, layers: Sequence[ExpertLayer], store: ExpertStore, device: torch.device
 ) -> Slots:
     """The slots for experts of `store`: as many as `config` says, or as fit on `device`.
 
     What is not on the device yet of the other weights is taken off. Raises `OffloadError` where there is no room for one layer's
     choice, or more are asked for than there are.
     """
-    top_k, total, size = layers[0].top_k, sum(layer.num_experts for layer in layers), store.format.bytes
+    top_k, total, size = layers[0].top_k, sum(layer.stored for layer in layers), store.format.bytes
     if config.expert_memory is not None:
         slots = min(config.expert_memory // size, total)
         if slots < top_k:

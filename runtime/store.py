@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..predictors.architecture import MoELayer
+from ..predictors.architecture import ExpertLayer
 from .errors import StoreError
 from .formats import ExpertFormat, Place
 from .formats.full import FullFormat
@@ -144,9 +145,9 @@ class HostStore(MemoryStore):
     `state_dict` and `save_pretrained` work. `close` gives the parameters their own memory again.
     """
 
-    def __init__(self, layers: list[MoELayer], device: torch.device):
+    def __init__(self, layers: Sequence[ExpertLayer], device: torch.device):
         form = FullFormat.common([layer.experts for layer in layers])
-        super().__init__(form, (len(layers), layers[0].num_experts), device)
+        super().__init__(form, (len(layers), layers[0].stored), device)
         self._layers: list[_Layer] = []
         try:
             # Memory is made at its first use, which takes longer than the copy. So several threads use it first.
@@ -167,7 +168,7 @@ class HostStore(MemoryStore):
             self.close()
             raise
 
-    def check(self, layers: list[MoELayer]) -> None:
+    def check(self, layers: Sequence[ExpertLayer]) -> None:
         """Raises `StoreError` unless these are the layers whose experts it holds."""
         if len(layers) != len(self._layers) or any(
             not mine.holds(layer.experts) for mine, layer in zip(self._layers, layers, strict=True)
@@ -189,24 +190,29 @@ class HostStore(MemoryStore):
 class _Layer:
     """One layer's experts: the model's parameters, and the blocks that they are moved to and from."""
 
-    def __init__(self, layer: MoELayer, blocks_format: ExpertFormat, pool: ThreadPoolExecutor):
+    def __init__(self, layer: ExpertLayer, blocks_format: ExpertFormat, pool: ThreadPoolExecutor):
         """Begins to fill the blocks, in the threads of `pool`: with the experts, or with zeros if these are on a device."""
-        self.blocks = empty_blocks(layer.num_experts, blocks_format.bytes, torch.device("cpu"))
+        self._parameters = {name: layer.experts.get_parameter(name) for name in blocks_format.places}
+        # Experts without weights may have rows in some parameters, which the model keeps here too.
+        rows = max(map(len, self._parameters.values()))
+        self.blocks = empty_blocks(rows, blocks_format.bytes, torch.device("cpu"))
         self.bytes: Bytes = self.blocks.numpy()
-        self._views = {name: self._view(place, blocks_format.bytes) for name, place in blocks_format.places.items()}
-        self._parameters = {name: layer.experts.get_parameter(name) for name in self._views}
+        self._views = {
+            name: self._view(place, blocks_format.bytes, len(self._parameters[name]))
+            for name, place in blocks_format.places.items()
+        }
         self._origin = next(iter(self._parameters.values())).device
         self._orders = {name: sorted(range(p.ndim), key=p.stride, reverse=True) for name, p in self._parameters.items()}
-        self._filling: list[Future[None]] = [pool.submit(self._fill, expert) for expert in range(layer.num_experts)]
+        self._filling: list[Future[None]] = [pool.submit(self._fill, expert) for expert in range(rows)]
 
-    def _view(self, place: Place, size: int) -> torch.Tensor:
-        """One tensor of all experts `[experts, ...]`, in blocks of `size` bytes.
+    def _view(self, place: Place, size: int, rows: int) -> torch.Tensor:
+        """One tensor of all experts `[rows, ...]`, in blocks of `size` bytes.
 
         To torch it has memory of its own. Transformers would not save weights that share some.
         """
         memory = torch.frombuffer(self.bytes, dtype=place.dtype, offset=place.offset)
         inner = torch.empty(place.shape, device="meta").stride()
-        return memory.as_strided((len(self.blocks), *place.shape), (size // place.dtype.itemsize, *inner))
+        return memory.as_strided((rows, *place.shape), (size // place.dtype.itemsize, *inner))
 
     @property
     def was_on_device(self) -> bool:
@@ -217,6 +223,8 @@ class _Layer:
             self.bytes[expert] = 0
             return
         for name, view in self._views.items():
+            if expert >= len(view):
+                continue
             np.copyto(_as_bytes(view[expert]), _as_bytes(self._parameters[name].data[expert]))
 
     def holds(self, experts: nn.Module) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from ..predictors.architecture import MoELayer
+from ..predictors.architecture import ExpertLayer
 from .errors import OffloadError, StoreError
 from .packfile import PackedStore
 from .store import ExpertStore, HostStore, MemoryStore, QuantizedExperts, QuantizedStore
@@ -18,7 +19,7 @@ from .tiers import tiered
 def open_store(
     attached: ExitStack,
     model: PreTrainedModel,
-    layers: list[MoELayer],
+    layers: Sequence[ExpertLayer],
     store: ExpertStore | str | Path | None,
     device: torch.device,
     host_memory: int | None = None,

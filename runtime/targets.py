@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from ..predictors.architecture import MoELayer, farther, sources
+from ..predictors.architecture import ExpertLayer, MoELayer, UnsupportedModelError, farther, sources
 from ..predictors.checkpoint import Predictors
 from ..predictors.confidence import Confidence
+from ..predictors.discovery import Found
 from .errors import OffloadError
 from .policy import Gating, Policy, candidates_from_recall
+from .settings import OffloadConfig
 
 
 class Target(NamedTuple):
     """An MoE layer as the target of a guess."""
 
-    layer: MoELayer
+    layer: ExpertLayer
     number: int
     """Counted from 0 among the MoE layers."""
     source: int | None
@@ -24,9 +28,15 @@ class Target(NamedTuple):
     confidence: Confidence | None = None
     """How sure the speculation is of a candidate; None if that is not known."""
 
+    @property
+    def routed(self) -> MoELayer:
+        """The layer, whose router is watched. Only such layers are guessed."""
+        assert isinstance(self.layer, MoELayer)
+        return self.layer
+
 
 def targets_of(
-    layers: list[MoELayer],
+    layers: Sequence[ExpertLayer],
     predictors: Predictors | None = None,
     horizon: int | None = None,
     candidates: int | str | None = None,
@@ -82,3 +92,17 @@ def sources_read(
             "horizon out or train predictors for it"
         )
     return trained
+
+
+def possible(config: OffloadConfig, found: Found, predictors: Any) -> OffloadConfig:
+    """`config`, but on demand where the experts can't be guessed; then a warning says why.
+
+    Raises `UnsupportedModelError` where predictors are given for such a model.
+    """
+    reason = found.unrecorded or found.unpredicted
+    if reason is None or config.policy == Policy.ON_DEMAND:
+        return config
+    if predictors is not None:
+        raise UnsupportedModelError(f"no predictors can be used with this model: {reason}")
+    warnings.warn(f"this model's experts are fetched on demand, since they can't be guessed: {reason}", stacklevel=3)
+    return config.model_copy(update={"policy": Policy.ON_DEMAND.value})

@@ -6,10 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import skip_if_lacking
+from conftest import IS_OLDER_RELEASE, skip_if_lacking
 from predict_train.data_collection import catalog
 from predict_train.data_collection.catalog import Support
 from predict_train.predictors.discovery import find_moe_layers
+
+LOOKED_AT = {
+    # Its experts are rows of two embeddings, of a few thousand bytes each: there is nothing to gain from copying them one by one.
+    "doge": "offload",
+    # Its experts lie in two modules, which are called one after the other with rows that are sorted already.
+    "jetmoe": "offload",
+    # Their layers mix several residual streams, or convolve what the experts return, or add it later.
+    "deepseek_v4": "predict",
+    "hy_v4": "predict",
+    "inkling2_text": "predict",
+    "longcat_flash": "predict",
+    "qwen4_exp": "predict",
+    "qwen4_exp_text": "predict",
+    # Their routers read the stream itself, and its sum with the experts' is normed once more.
+    "gemma4": "predict",
+    "gemma4_text": "predict",
+    # Their routers return something else than logits, weights and ids.
+    "inkling_text": "predict",
+    "llama4": "predict",
+    "llama4_text": "predict",
+    "zaya": "predict",
+}
+"""The types that are refused, and the first ability that they lack. Look at a new one before it is entered here."""
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +42,26 @@ def supports() -> dict[str, Support]:
 
 
 @pytest.mark.timeout(600)
-def test_every_moe_type_of_transformers_is_supported_or_says_why_not(supports):
+def test_every_type_that_is_refused_was_looked_at(supports):
     assert set(supports) == set(catalog.moe_types())
-    unsupported = {name: support.reason for name, support in supports.items() if support.reason is not None}
-    assert 3 * len(unsupported) <= len(supports), unsupported
-    for name, reason in unsupported.items():
-        assert "\n" not in reason, name
-        # A type of which not even a small model can be made is a gap of the catalog, not of the type.
-        assert "small config" not in reason, (name, reason)
+    refused = {}
+    for name, support in supports.items():
+        lacks = [ability for ability in ("offload", "record", "predict") if getattr(support, ability) is not None]
+        if lacks:
+            refused[name] = lacks[0]
+            assert "\n" not in support.reason, name
+            # A type of which not even a small model can be made is a gap of the catalog, not of the type.
+            assert "small config" not in support.reason, (name, support.reason)
+    if IS_OLDER_RELEASE:
+        assert 3 * len(refused) <= len(supports), refused
+    else:
+        assert refused == LOOKED_AT
 
 
 def test_the_readme_says_what_the_walk_found(supports):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     tables = readme.split("<!-- models -->")[1].split("<!-- /models -->")[0].strip()
-    if f"transformers {transformers.__version__}:" not in tables:
+    if f"transformers {transformers.__version__}," not in tables:
         pytest.skip("the README was written with another version of transformers")
     assert tables == catalog.markdown(list(supports.values()))
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from predict_train.data_collection.catalog import examine, moe_types, tiny_model
 from predict_train.predictors.architecture import UnsupportedModelError
-from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.discovery import Found, find_layers, find_moe_layers
 from predict_train.runtime import Eviction, offload_experts, offloaded
 from test_offload import AnyOrder, greedy, prompt
 from transformers import PreTrainedModel
@@ -24,18 +24,17 @@ POLICIES = ("on_demand", "prefetch")
 TOP_K = 2
 
 
-def supported_model(model_type: str) -> PreTrainedModel:
+def offloadable(model_type: str) -> tuple[PreTrainedModel, Found]:
     try:
         model = tiny_model(model_type)
-        find_moe_layers(model)
+        return model, find_layers(model)
     except UnsupportedModelError as error:
         pytest.skip(str(error))
     except Exception:
         support = examine(model_type)
-        if support.reason is not None:
-            pytest.skip(support.reason)
+        if support.offload is not None:
+            pytest.skip(support.offload)
         raise
-    return model
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -57,17 +56,25 @@ def all_logits(model: PreTrainedModel, passes: Sequence[tuple[int, int]] = PASSE
     return found
 
 
+def convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Converts a model as `from_pretrained` loads it: what it declares to need fp32 stays in fp32."""
+    model.to(dtype)
+    kept = {f".{name}." for name in getattr(model, "_keep_in_fp32_modules_strict", None) or ()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and any(part in f".{name}." for part in kept):
+            tensor.data = tensor.data.float()
+
+
 @pytest.mark.parametrize("model_type", moe_types())
 def test_every_model_type_has_the_logits_of_plain_transformers(model_type: str) -> None:
-    """Bit for bit, in every dtype and under both policies; every number of slots occurs."""
-    model = supported_model(model_type)
-    layers = find_moe_layers(model)
-    total, top_k = sum(layer.num_experts for layer in layers), layers[0].top_k
+    """Bit for bit, in fp32 and bf16 and under both policies, if its experts can be guessed; every number of slots occurs."""
+    model, found = offloadable(model_type)
+    total, top_k = sum(layer.stored for layer in found.layers), found.layers[0].top_k
     sizes = itertools.cycle((top_k, total // 2, top_k + 1, total, total // 3))
-    for dtype in DTYPES:
-        model.to(dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        convert(model, dtype)
         plain = all_logits(model)
-        for policy, slots in zip(POLICIES, sizes, strict=False):
+        for policy, slots in zip(POLICIES if found.unpredicted is None else POLICIES[:1], sizes, strict=False):
             with offloaded(model, policy=policy, slots=slots, device="cpu"):
                 for number, (ours, theirs) in enumerate(zip(all_logits(model), plain, strict=True)):
                     assert torch.equal(ours, theirs), (dtype, policy, slots, number)

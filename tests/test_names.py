@@ -194,7 +194,7 @@ def found(place: Place, folder: Path, tiny_moe_folder: Path, text_corpus: Path) 
     """What the user's program says: exit codes, tokens, and where the modules came from."""
     text = ["--corpus", text_corpus, "--sequence-length", 32]
     quick = ["--tokens", 4, "--slots", 9]
-    machine = ["--device-memory", "2MB", "--reserve", "1MB", "--link", "1GB/s", "--memory-bandwidth", "9GB/s"]
+    machine = ["--device-memory", "8MB", "--reserve", "1MB", "--link", "1GB/s", "--memory-bandwidth", "9GB/s"]
     commands = {
         "collect": [tiny_moe_folder, *text, "--tokens", 600, "--out", "trace"],
         "fit": ["trace", "--epochs", 1, "--width", 8, "--batch-size", 128, "--out", "run"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...predictors.experts import marks_of
 from ..quantization import Quantization, Shipped
 from . import ExpertFormat
 from .fp8 import Fp8Format
@@ -35,7 +36,7 @@ def format_of(modules: list[nn.Module], quantize: Quantization | Shipped | None)
     Raises `StoreError` where the modules differ, or where their weights can't be quantised so.
     """
     full = FullFormat.common(modules)
-    return full if quantize is None else QUANTIZED[quantize].of(full, bool(modules[0].is_transposed))
+    return full if quantize is None else QUANTIZED[quantize].of(full, bool(marks_of(modules[0]).is_transposed))
 
 
 def quantization_of(form: ExpertFormat) -> Quantization | Shipped | None:

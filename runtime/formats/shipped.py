@@ -7,6 +7,7 @@ from abc import abstractmethod
 import torch
 from torch import nn
 
+from ...predictors.experts import marks_of
 from ..errors import StoreError
 from . import Place
 from .full import FullFormat
@@ -42,7 +43,7 @@ def expect(experts: nn.Module, kind: type[ShippedFormat]) -> None:
 
     Raises `StoreError` where its weights can't have that format.
     """
-    form = kind.of(FullFormat.of(experts), bool(experts.is_transposed))
+    form = kind.of(FullFormat.of(experts), bool(marks_of(experts).is_transposed))
     vars(experts)[FORMAT] = form
     count = next(experts.parameters(recurse=False)).shape[0]
     for name, place in form.loaded.items():

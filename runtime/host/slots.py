@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ...predictors.experts import OnOutputs, combine, group_by_expert
+from ...predictors.experts import OnOutputs, group_by_expert, weighted_sum
 from ...predictors.reuse import decayed_uses
 from ..engine import Counters, Decision, Engine
 from ..formats import PAGE
@@ -188,14 +188,19 @@ class ExpertSlots(Engine):
         schedule, ids = self._schedule, decision.ids
         guess = schedule.guess(layer) if decision.known and len(x) == 1 else None
         jobs = self._jobs(x, ids, None if guess is None else guess[: ids.shape[-1]])
+        identities = [expert for expert in jobs if expert >= self._num_experts]
+        returned = [jobs.pop(expert) for expert in identities]  # they are in no slot
         uses = None
-        if len(x) > 1 and schedule.counts is not None:
-            uses = dict(enumerate(decayed_uses(ids, self._num_experts).tolist()))
-        order = schedule.enter(layer, jobs.keys(), uses, len(x))
-        self._tokens += len(x) if layer == 0 else 0
+        if len(x) > 1 and decision.tokens is None and schedule.counts is not None:
+            decayed = decayed_uses(ids, max([self._num_experts - 1, *identities]) + 1)
+            uses = dict(enumerate(decayed[: self._num_experts].tolist()))
+        order = schedule.enter(layer, jobs.keys(), uses, decision.rows)
+        self._tokens += decision.rows if layer == 0 else 0
         if guess is None or not x.is_cuda:  # else the host would wait for the device here
             self._open_mail()
         outputs = x.new_empty(ids.numel(), x.shape[-1])
+        for inputs, positions in returned:
+            outputs[positions] = inputs
         for expert in order:
             slot = schedule.slot(layer, expert)
             inputs, positions = jobs[expert]
@@ -209,13 +214,13 @@ class ExpertSlots(Engine):
         if (on_outputs := self._watching.get(layer)) is not None:
             groups = group_by_expert(ids, self._num_experts)
             on_outputs(groups, outputs.index_select(0, groups.order))
-        result = combine(outputs, decision.weights, x.dtype)
+        result = weighted_sum(experts, outputs, ids, decision.weights, x.dtype)
         self._broke_off = False
         return result
 
     def _open_mail(self) -> None:
         for layer, guess in self._mailbox.take():
-            self._schedule.announce(layer, guess)
+            self._schedule.announce(layer, [expert for expert in guess if expert < self._num_experts])
         self._schedule.begin_copies()
 
     def _jobs(
@@ -227,7 +232,10 @@ class ExpertSlots(Engine):
         """
         if len(x) == 1:
             executed = ids[0].tolist() if known is None else known
-            return {expert: (x, slice(i, i + 1)) for i, expert in enumerate(executed)}
+            jobs: dict[int, tuple[torch.Tensor, slice | torch.Tensor]]
+            jobs = {expert: (x, slice(i, i + 1)) for i, expert in enumerate(executed)}
+            if len(jobs) == len(executed):  # else a router has chosen an expert twice
+                return jobs
         groups = group_by_expert(ids, self._num_experts)
         rows = x[groups.order // ids.shape[-1]].split(groups.sizes)
         return dict(zip(groups.experts, zip(rows, groups.order.split(groups.sizes), strict=True), strict=True))

@@ -207,7 +207,7 @@ def _hit_rates(
     The errors are those of the confidence in what `targets` say; they mean something for the speculators that it is of.
     """
     errors: dict[int, Calibration] = {}
-    with _control_hit_rates([target.layer for target in targets]) as exact:
+    with _control_hit_rates([target.routed for target in targets]) as exact:
         control, _ = _controlled(cross_entropy, targets, speculators, Policy.PREFETCH, Gating.TRUE, errors)
     shares = {index: hits / total for index, (hits, total) in exact.items()}
     return (

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ...predictors.architecture import UnsupportedModelError, skeleton
 from ...predictors.checkpoint import Predictors
 from ...predictors.errors import UserError
-from ...predictors.experts import expert_modules
+from ...predictors.experts import count_of, expert_modules, marks_of
 from ..formats import laid_out
 from ..formats.full import FullFormat
 from ..formats.registry import QUANTIZED
@@ -112,7 +112,7 @@ def read_shape(
             f"{config.model_type} is not a mixture-of-experts model whose experts are stacked in one module; only such can be planned"
         )
     name = next(iter(top_ks))
-    count = next(p.shape[0] for p in modules[name].parameters(recurse=False))
+    count = count_of(modules[name])
     sizes = {n: p.numel() * dtype.itemsize for n, p in model.named_parameters()}
     experts = sum(size for n, size in sizes.items() if n.rpartition(".")[0] in top_ks)
     decoders = {_decoder(name) for name in top_ks}
@@ -127,7 +127,9 @@ def read_shape(
     if quantize is not None:
         module = modules[name]
         tensors = {part: (dtype, p.shape[1:]) for part, p in module.named_parameters(recurse=False)}
-        expert_bytes = QUANTIZED[quantize].of(FullFormat(*laid_out(tensors)), bool(module.is_transposed)).bytes
+        expert_bytes = (
+            QUANTIZED[quantize].of(FullFormat(*laid_out(tensors)), bool(marks_of(module).is_transposed)).bytes
+        )
     return Shape(
         layers=len(top_ks),
         places=tuple(int(_decoder(name).rpartition(".")[2]) for name in top_ks),
