@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from predict_train.runtime.formats.fp8 import BLOCK, Fp8Format
+from predict_train.runtime.formats.ggml import TYPES, GgmlType
 from predict_train.runtime.formats.mxfp4 import GROUP, Mxfp4Format
 from safetensors.torch import load_file, save_file
 
@@ -47,6 +48,17 @@ def write(source: Path, out: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": CONFIG}, indent=2) + "\n")
 
 
+def ggml_blocks(kind: GgmlType) -> torch.Tensor:
+    """Random codes and scales of a GGML type for a weight, in the order in which they are widened."""
+    count = WIDTH * WIDTH // kind.weights
+    head = (
+        torch.rand(count, kind.head.stop - kind.head.start)
+        .half()
+        .view(torch.uint8)[:, : kind.head.stop - kind.head.start]
+    )
+    return torch.cat([torch.randint(0, 256, (WIDTH * WIDTH * kind.bits // 8,), dtype=torch.uint8), head.T.flatten()])
+
+
 @torch.no_grad()
 def compare(rounds: int) -> None:
     """Prints the time of a token's product with a weight that is widened first, against the same in bfloat16, by turns."""
@@ -65,6 +77,9 @@ def compare(rounds: int) -> None:
         "mxfp4": lambda n: F.linear(x, Mxfp4Format.widen(packed[n], exponents, x.dtype)),
         "mxfp4, float32": lambda n: F.linear(x.float(), Mxfp4Format.widen(packed[n], exponents)),
     }
+    for name, kind in TYPES.items():
+        blocks = [ggml_blocks(kind) for _ in range(WEIGHTS)]
+        jobs[name] = lambda n, kind=kind, blocks=blocks: F.linear(x, kind.widen(blocks[n], (WIDTH, WIDTH), x.dtype))
     found: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds + 1):
         for name, job in jobs.items():

@@ -197,12 +197,12 @@ def pack(config: PackConfig) -> None:
     import torch
 
     from .predictors.loading import read_model_config, resolve_dtype
-    from .runtime.pack import load_and_pack
+    from .runtime.pack import given, load_and_pack
 
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the checkpoint
     source = read_model_config(config.random_weights) if config.random_weights is not None else config.model
     assert source is not None, "the class requires one of both"
-    _, file = load_and_pack(source, config.out, dtype, config.seed, config.quantize)
+    _, file = load_and_pack(source, config.out, dtype, config.seed, config.quantize, **given(config.gguf))
     print(f"{file}: {file.stat().st_size:,} bytes")
 
 

@@ -39,7 +39,7 @@ def collect(config: CollectingConfig, console: Console | None = None) -> Path:
 def _settled(config: CollectingConfig) -> CollectingConfig:
     """The settings with what the packed file decides. The file is made if it does not exist, since a resumed trace will find it."""
     if config.pack is not None and not config.pack.exists():
-        pack(config.model, config.pack, dtype_of(config, resolve_device(config.device)), config.quantize)
+        pack(config.model, config.pack, dtype_of(config, resolve_device(config.device)), config.quantize, config.gguf)
     quantized = quantization_asked(config)
     made = Quantization(quantized) if quantized in set(Quantization) else None
     header = header_of(config)

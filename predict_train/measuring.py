@@ -29,7 +29,7 @@ from .runtime.measure.routing import PRESETS, ReplayedRouting, draw_routing
 from .runtime.measure.settings import BenchConfig, PlanConfig
 from .runtime.quantization import Quantization, Shipped
 from .runtime.room import cache_bytes, reserve_of
-from .runtime.shipped import refuse_quantizing, shipped_form
+from .runtime.shipped import refuse_quantizing, rooms_of, shipped_form
 
 Form = Quantization | Shipped | None
 
@@ -49,9 +49,8 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     if kind != "model":
         routing = _routing(kind, config, config.warmup + config.tokens, predictors, sizes)
     packed = config.pack is not None
-    saved = config.model is not None or not (
-        packed or config.quantize
-    )  # a random model can be saved if its experts are in it
+    # Accelerate loads no GGUF file. A random model can be saved if its experts are in it.
+    saved = config.gguf is None and (config.model is not None or not (packed or config.quantize))
     reference = partial(accelerated, model, config.model, device) if saved else None
 
     def tell(way: Way, r: Round) -> None:
@@ -88,9 +87,11 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the config
     model = read_model_config(config.model)
     read = partial(planning.read_shape, model, dtype if isinstance(dtype, torch.dtype) else None)
-    shipped = shipped_form(model)
+    shipped = shipped_form(model) if config.gguf is None else Shipped.GGUF
     if shipped is not None:
-        refuse_quantizing(config.model, shipped, config.quantize)
+        refuse_quantizing(config.gguf or config.model, shipped, config.quantize)
+    if config.gguf is not None:
+        read = partial(read, rooms=rooms_of(config.model, model, config.gguf))
     shape = read(shipped or config.quantize)
     kept = cache_bytes(model, config.context, shape.dtype) + reserve_of(config, config.device_memory)
     fitting = planning.slots_that_fit(shape, config.device_memory, kept)

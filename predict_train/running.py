@@ -11,9 +11,10 @@ from .data_collection.refusals import Refuse
 from .predictors.loading import load_model, resolve_device, resolve_dtype
 from .runtime.load import check_quantized, load_to_host
 from .runtime.offload import ExpertOffload
+from .runtime.pack import given
 from .runtime.packfile import Header, read_header
 from .runtime.settings import Loading, Room
-from .runtime.shipped import form_and_options
+from .runtime.shipped import form_and_options, widening
 from .settings import EvaluateConfig
 
 
@@ -51,7 +52,7 @@ def quantization_asked(config: Loading) -> str | None:
     if header is not None:
         return header.quantized
     model: str | None = getattr(config, "model", None)
-    return config.quantize if model is None else form_and_options(model, config.quantize, {})[0]
+    return config.quantize if model is None else form_and_options(model, config.quantize, given(config.gguf))[0]
 
 
 def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:
@@ -60,7 +61,7 @@ def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:
     dtype = dtype_of(config, device)
     if dtype == "auto" and (header := header_of(config)) is not None:
         dtype = header.format().full.dtype
-    return load_model(config.model, device, dtype)
+    return load_model(config.model, device, dtype, **widening(config.model, config.gguf))
 
 
 def load_to_evaluate(config: EvaluateConfig) -> PreTrainedModel:

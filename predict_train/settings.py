@@ -16,7 +16,7 @@ from .runtime.settings import Loading, Named, Room
 class CollectingConfig(CollectConfig, Loading, Room):
     """Settings of `collect`.
 
-    The model is on the device whole, unless one of `pack`, `quantize`, `slots` and `expert_memory` is given, or the store is `host`:
+    The model is on the device whole, unless one of `pack`, `quantize`, `gguf`, `slots` and `expert_memory` is given, or the store is `host`:
     then its experts pass through slots, and the trace is the same.
     """
 
@@ -29,11 +29,11 @@ class CollectingConfig(CollectConfig, Loading, Room):
     @property
     def is_offloaded(self) -> bool:
         """Whether experts pass through slots."""
-        given = self.pack, self.quantize, self.slots, self.expert_memory
+        given = self.pack, self.quantize, self.gguf, self.slots, self.expert_memory
         return self.store == "host" or any(value is not None for value in given)
 
     def decides(self) -> dict[str, Any]:
-        return super().decides() | {"quantize": self.quantize}
+        return super().decides() | {"quantize": self.quantize, "gguf": None if self.gguf is None else str(self.gguf)}
 
 
 class EvaluateConfig(Named, Evaluating, Figures):

@@ -39,7 +39,12 @@ def commit_of(folder: Path | None) -> str | None:
 
 
 def weights_files(folder: Path) -> list[Path]:
-    """The files that transformers reads a checkpoint's weights from, sorted; none if it has no index that can be read."""
+    """The files that transformers reads a checkpoint's weights from, sorted; none if it has no index that can be read.
+
+    A checkpoint may also be a single file.
+    """
+    if folder.is_file():
+        return [folder]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]

@@ -16,12 +16,19 @@ from ..predictors.discovery import find_layers
 from ..predictors.experts import expert_modules
 from ..predictors.loading import load_model, resolve_device, resolve_dtype
 from ..predictors.settings import combined, make
-from ..predictors.weights import checkpoint_fingerprint, local_folder
 from .errors import OffloadError, StoreError
 from .gatherer import Gathered, Gatherer
 from .guard import Away
 from .offload import offload_experts
-from .pack import draw_experts, experts_ignored, load_and_pack, load_without_experts, random_without_experts
+from .pack import (
+    draw_experts,
+    experts_ignored,
+    fingerprint,
+    given,
+    load_and_pack,
+    load_without_experts,
+    random_without_experts,
+)
 from .packfile import Header, read_header
 from .quantization import Quantization, Shipped
 from .settings import LoadConfig, Loading, OffloadConfig
@@ -76,6 +83,7 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
             f"something of type {type(model).__name__} can't be loaded; give a folder, a Hub name or a config"
         )
     dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # for CUDA, auto leaves the dtype to the checkpoint
+    options |= given(config.gguf)
     if config.pack is not None and not config.pack.exists():
         loaded, _ = load_and_pack(model, config.pack, dtype, config.seed, config.quantize, **options)
         return _packed(loaded, config.pack)
@@ -97,7 +105,7 @@ def load_to_host(model: str | Path | PretrainedConfig, config: Loading, **option
     else:
         with experts_ignored():
             loaded = load_model(model, torch.device("cpu"), dtype, **options)
-        _check_checkpoint(config.pack, header, model, options.get("revision"))
+        _check_checkpoint(config.pack, header, model, options)
     return _packed(loaded, config.pack)
 
 
@@ -149,9 +157,9 @@ def _refuse_to_run(model: PreTrainedModel, where: str) -> None:
         experts.forward = Away(where)
 
 
-def _check_checkpoint(pack: Path, header: Header, model: str | Path, revision: str | None) -> None:
+def _check_checkpoint(pack: Path, header: Header, model: str | Path, options: dict[str, Any]) -> None:
     """Raises `StoreError` unless a file was packed from the checkpoint `model`, whose experts were not loaded."""
-    checkpoint = checkpoint_fingerprint(local_folder(model, revision))
+    checkpoint = fingerprint(model, options)
     if header.checkpoint is None or checkpoint is None:
         warnings.warn(
             f"{pack} does not say which checkpoint it was packed from, so it is not compared with {model}; pack the model again",

@@ -26,7 +26,7 @@ from ..predictors.experts import expert_modules, is_experts
 from ..predictors.loading import load_model
 from ..predictors.provenance import versions
 from ..predictors.weights import checkpoint_fingerprint, local_folder
-from .packwriter import PackWriter
+from .packwriter import FullDiskError, PackWriter
 from .quantization import Quantization, quantization
 from .shipped import form_and_options
 
@@ -40,15 +40,16 @@ def pack(
     out: str | Path,
     dtype: torch.dtype | str = "auto",
     quantize: Quantization | str | None = None,
+    gguf: str | Path | None = None,
 ) -> Path:
     """Packs the experts of a model folder or Hub repository into the file `out`, in `dtype` (`auto`: the checkpoint's).
 
     `quantize` is what the experts are quantised to; by default they are packed as they are, also those that are shipped in a
-    quantised form. In memory are only the other weights
-    and two to three times the experts of one layer. If an attempt was killed, the same call goes on with it. Raises `StoreError`,
-    `LoadingError` or `UnsupportedModelError`, and then leaves no file behind.
+    quantised form. `gguf` is a GGUF file that has the model's weights. In memory are only the other weights
+    and two to three times the experts of one layer. If an attempt was killed, or the disk was full, the same call goes on with it. Raises
+    `StoreError`, `LoadingError` or `UnsupportedModelError`, and then leaves no other file behind.
     """
-    return load_and_pack(name, out, dtype, quantize=quantization(quantize))[1]
+    return load_and_pack(name, out, dtype, quantize=quantization(quantize), **given(gguf))[1]
 
 
 def load_and_pack(
@@ -63,26 +64,34 @@ def load_and_pack(
 
     A checkpoint is loaded with the `options` of `load_model`.
     """
-    form, loading = form_and_options(source, quantize, options)
-    checkpoint = _fingerprint(source, options)
+    form, options = form_and_options(source, quantize, options)
+    checkpoint = fingerprint(source, options)
     writer = PackWriter(out, form, _key(source, checkpoint, dtype, seed, form))
     try:
-        model = load_without_experts(source, writer.take, dtype, seed, **loading)
+        model = load_without_experts(source, writer.take, dtype, seed, **options)
         name = f"random {source.model_type}" if isinstance(source, PretrainedConfig) else str(source)
-        checkpoint = checkpoint or _fingerprint(source, options)  # it may have been downloaded since
+        checkpoint = checkpoint or fingerprint(source, options)  # it may have been downloaded since
         return model, writer.finish(model, find_layers(model).layers, name, checkpoint)
+    except FullDiskError:
+        raise
     except Exception:
         writer.abort()
         raise
-    finally:  # after Ctrl-C or SIGTERM a later call goes on
+    finally:  # after Ctrl-C or SIGTERM, and on a full disk, a later call goes on
         writer.interrupt()
 
 
-def _fingerprint(source: str | Path | PretrainedConfig, options: dict[str, Any]) -> str | None:
-    """The fingerprint of a checkpoint that is on this machine; else None."""
+def given(gguf: str | Path | None) -> dict[str, Any]:
+    """The option of `form_and_options` that names a GGUF file, if there is one."""
+    return {} if gguf is None else {"gguf": Path(gguf)}
+
+
+def fingerprint(source: str | Path | PretrainedConfig, options: dict[str, Any]) -> str | None:
+    """The fingerprint of a checkpoint that is on this machine, loaded with the `options` of `load_model`; else None."""
     if isinstance(source, PretrainedConfig):
         return None
-    return checkpoint_fingerprint(local_folder(source, options.get("revision")))
+    file = options.get("gguf_file")
+    return checkpoint_fingerprint(local_folder(source, options.get("revision")) if file is None else Path(file))
 
 
 def _key(source: str | Path | PretrainedConfig, checkpoint: str | None, *how: Any) -> str | None:

@@ -32,6 +32,7 @@ from ..predictors.experts import expert_modules
 from .errors import StoreError
 from .formats import PAGE, ExpertFormat, Place, laid_out
 from .formats.full import FullFormat
+from .formats.gguf import GgufFormat
 from .formats.quantized import QuantizedFormat
 from .formats.registry import QUANTIZED, format_of, named, quantization_of
 from .gatherer import sample_experts
@@ -70,6 +71,8 @@ class Header(BaseModel):
     """What they were quantised to, a `Quantization`, or are shipped in, a `Shipped`; None if they are unchanged."""
     is_transposed: bool = False
     """Of quantised experts: whether their weights are `[inputs, outputs]` in the model."""
+    rooms: dict[str, int] | None = None
+    """Of experts in GGUF's types: the bytes that a block has for each weight."""
     block_bytes: int = Field(gt=0, multiple_of=PAGE)
     layers: list[str] = Field(min_length=1)
     """The names of the experts modules in the model, in the order of their blocks."""
@@ -108,7 +111,7 @@ class Header(BaseModel):
         form: ExpertFormat = FullFormat(places, self.block_bytes)
         if self.quantized is not None:
             full = FullFormat(*laid_out({name: place[:2] for name, place in places.items()}))
-            form = QUANTIZED[named(self.quantized)].of(full, self.is_transposed)
+            form = QUANTIZED[named(self.quantized)].of(full, self.is_transposed, self.rooms)
         inside = form.bytes == self.block_bytes and all(p.offset + p.bytes <= form.bytes for p in form.places.values())
         if any(min(p.shape) < 1 for p in places.values()) or not inside:
             raise ValueError("a tensor lies beyond its block")
@@ -132,6 +135,7 @@ def described(form: ExpertFormat) -> dict[str, Any]:
         "tensors": tensors,
         "quantized": quantization_of(form),
         "is_transposed": is_transposed,
+        "rooms": form.rooms if isinstance(form, GgufFormat) else None,
     }
 
 
@@ -197,7 +201,7 @@ class PackedStore:
                 f"{self.path} holds the experts of {theirs.get('name')}, and the model is a {describe_shape(shape)}; "
                 "pack this model"
             )
-        wanted = format_of([layers[0].experts], quantization_of(self.format))
+        wanted = format_of([layers[0].experts], quantization_of(self.format), self.header.rooms)
         if wanted != self.format:
             raise StoreError(
                 f"{self.path} holds experts {self.header.kept}, and the model's are in {wanted.full.dtype} or laid out otherwise; "

@@ -6,8 +6,8 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -35,10 +35,15 @@ class Written(BaseModel):
     checksums: list[int]
 
 
+class FullDiskError(StoreError):
+    """The disk is full, and what was written before can be gone on with."""
+
+
 class PackWriter:
     """Writes a packed file layer by layer. The file appears at `finish`; `abort` removes what was written.
 
-    With a `key`, which says what is packed and how, an attempt that was interrupted can be gone on with. Until the file is whole,
+    With a `key`, which says what is packed and how, an attempt that was interrupted can be gone on with, and so can one that had
+    no room on the disk. Until the file is whole,
     its blocks are in `NAME.KEY.partial`. The journal beside it has a line for each layer that is on the disk. Of two attempts at
     the same at once, the second one begins from the start, in a file of its own.
     """
@@ -83,7 +88,7 @@ class PackWriter:
         self._layers.append(
             Written(sample=sample, bytes=size, checksums=[xxhash.xxh3_64_intdigest(block.data) for block in blocks])
         )
-        with told(self.out, "written", "make room for it"):
+        with self._told():
             self._file.write(blocks.data)
             # What is on the disk is dropped from the page cache, since packed experts are not needed in memory.
             self._file.flush()
@@ -92,6 +97,21 @@ class PackWriter:
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             with written_whole(self._journal) as journal:
                 journal.write_text("".join(f"{layer.model_dump_json()}\n" for layer in self._layers))
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turns an error of the disk into a `StoreError`."""
+        with told(self.out, "written", "make room for it"):
+            try:
+                yield
+            except OSError as error:
+                whole = len(_read_journal(self._journal, os.fstat(self._file.fileno()).st_size))
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not whole or not self._is_resumable:
+                    raise
+                raise FullDiskError(
+                    f"{self.out} can't be written ({error.strerror}); make room and give the same command again, which goes on "
+                    f"after the {whole} layers that are in {self._aside}"
+                ) from error
 
     def finish(
         self, model: PreTrainedModel, layers: Sequence[ExpertLayer], name: str, checkpoint: str | None = None
@@ -113,7 +133,7 @@ class PackWriter:
             **described(form),
         )
         text = header.model_dump_json().encode()
-        with told(self.out, "written", "make room for it"):
+        with self._told():
             offset = self._file.tell()
             self._file.truncate(offset)
             self._file.write(text)

@@ -19,6 +19,7 @@ class Shipped(StrEnum):
 
     FP8 = "fp8"
     MXFP4 = "mxfp4"
+    GGUF = "gguf"
 
 
 def quantization(name: str | None) -> Quantization | None:

@@ -112,7 +112,15 @@ class OffloadConfig(Offloading):
     router, for the guessed experts) or `resident` (from the router, which chooses among the experts on the device)."""
 
 
-class Loading(Settings):
+class Gguf(Settings):
+    """Settings of a command that can read a GGUF file."""
+
+    gguf: LocalPath | None = None
+    """GGUF file to take the weights from, or its name in the model's folder. Its experts are kept in the file's types. The config
+    and the tokenizer are those of the model."""
+
+
+class Loading(Gguf):
     """Where a model's weights come from, and where its experts stay."""
 
     dtype: Dtype = "auto"
@@ -270,7 +278,7 @@ class Made(Settings):
         return self
 
 
-class PackConfig(Made):
+class PackConfig(Made, Gguf):
     """Settings of `pack`."""
 
     out: LocalPath

@@ -61,15 +61,59 @@ def form_and_options(
 ) -> tuple[Quantization | Shipped | None, dict[str, Any]]:
     """The form that the experts of `source` are kept in, and the `options` of `load_model` that have transformers give them so.
 
-    The form is the one in which they are shipped, or else `quantize`. Raises `StoreError` where both are given.
+    The form is the one in which they are shipped, or else `quantize`. An option `gguf` names a GGUF file, which has the weights.
+    Raises `StoreError` where both are given.
     """
     config = None if isinstance(source, PretrainedConfig) else _config_of(source, options)
+    if options.get("gguf") is not None:
+        return _in_gguf(source, config, quantize, options)
     form = None if config is None else shipped_form(config)
     if config is None or form is None:
         return quantize, options
     refuse_quantizing(source, form, quantize)
     config.quantization_config = {**config.quantization_config, "quant_method": PREFIX + form, "dequantize": True}
     return form, options | {"config": config}
+
+
+def _in_gguf(
+    source: str | Path | PretrainedConfig,
+    config: PretrainedConfig | None,
+    quantize: Quantization | None,
+    options: dict[str, Any],
+) -> tuple[Shipped, dict[str, Any]]:
+    """The same for the weights of a GGUF file."""
+    if isinstance(source, PretrainedConfig):
+        raise StoreError(
+            "a GGUF file has the weights of a checkpoint, and the model is a config; give its folder or Hub name"
+        )
+    options = dict(options)
+    name = options.pop("gguf")
+    if config is None:  # loading says why there is none
+        return Shipped.GGUF, options
+    from . import gguf  # older releases of transformers lack what it needs
+
+    file = gguf.find(source, name)
+    refuse_quantizing(file, Shipped.GGUF, quantize)
+    gguf.read_header(file, config)
+    vars(config).pop("quantization_config", None)  # that of the weights in the folder
+    return Shipped.GGUF, options | {"config": config} | gguf.options_of(file)
+
+
+def rooms_of(source: str | Path, config: PretrainedConfig, gguf: Path) -> dict[str, int]:
+    """The bytes that a block has for each weight of an expert, with the experts of a GGUF file. Raises as `form_and_options`."""
+    from . import gguf as reading
+
+    return reading.experts_of(reading.read_header(reading.find(source, gguf), config)).rooms
+
+
+def widening(source: str | Path, gguf: Path | None) -> dict[str, Any]:
+    """The options of `load_model` that have transformers widen all weights of a GGUF file; none without a file."""
+    if gguf is None:
+        return {}
+    _, options = form_and_options(source, None, {"gguf": gguf})
+    from transformers.utils.quantization_config import GgufConfig  # older releases have none, as was said by now
+
+    return options | {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _config_of(source: str | Path, options: dict[str, Any]) -> PretrainedConfig | None:
@@ -90,7 +134,7 @@ class _Keeping:
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *_: Any, **__: Any) -> None:
         for experts in expert_modules(model).values():
-            expect(experts, self.kind)
+            expect(experts, self.kind.of)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for experts in expert_modules(model).values():

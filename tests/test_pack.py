@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -291,6 +292,32 @@ def test_packing_leaves_nothing_behind_when_it_fails(
     with pytest.raises(StoreError, match="exists already"):
         pack(tiny_moe_folder, out)
     assert out.read_text() == "something else"
+
+
+def test_on_a_full_disk_the_layers_that_are_packed_stay(
+    tiny_moe_folder: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same call goes on after them, without writing them again."""
+    out, original, synced = tmp_path / "experts", os.fdatasync, []
+
+    def full(file: int, room: int) -> None:
+        synced.append(file)
+        if len(synced) > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(file)
+
+    monkeypatch.setattr(os, "fdatasync", lambda file: full(file, 2))
+    with pytest.raises(
+        StoreError, match=r"No space left .*; make room .* goes on after the 2 layers that are in .*\.partial"
+    ):
+        pack(tiny_moe_folder, out)
+    assert not out.exists()
+    synced.clear()
+    monkeypatch.setattr(os, "fdatasync", lambda file: full(file, 100))
+    pack(tiny_moe_folder, out)
+    assert len(synced) == 2, "of four layers"
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == packed.read_bytes()
 
 
 def test_what_a_killed_attempt_left_is_removed(tiny_moe_folder: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Mxfp4Format(ShippedFormat):
     def are_sound(name: str, values: torch.Tensor) -> torch.Tensor:
         if name.endswith(SCALES):
             return (values <= MOST).flatten(1).all(1)
-        return torch.ones(len(values), dtype=torch.bool)
+        return ShippedFormat.are_sound(name, values)
 
     @staticmethod
     def widen(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

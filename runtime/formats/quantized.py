@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -35,8 +36,11 @@ class QuantizedFormat(ExpertFormat):
         return self.unquantized
 
     @classmethod
-    def of(cls, full: FullFormat, is_transposed: bool) -> Self:
-        """The quantised format of experts of format `full`. Raises `StoreError` where a weight can't be packed."""
+    def of(cls, full: FullFormat, is_transposed: bool, rooms: Mapping[str, int] | None = None) -> Self:  # noqa: ARG003
+        """The quantised format of experts of format `full`. Raises `StoreError` where a weight can't be packed.
+
+        `rooms` are the bytes of each weight, for a format that has no size of its own.
+        """
         tensors = {}
         for name, place in full.places.items():
             if len(place.shape) != 2:
@@ -88,7 +92,7 @@ class QuantizedFormat(ExpertFormat):
 
     def _linear(self, _: nn.Module, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
         packed, scales, bias = tensors[name], tensors[name + SCALES], tensors.get(f"{name}_bias")
-        output = None if x.is_cuda else self.multiply(x.to(COMPUTED).contiguous(), packed, scales)
+        output = None if x.device.type != "cpu" else self.multiply(x.to(COMPUTED).contiguous(), packed, scales)
         output = F.linear(x, self.widen(packed, scales, x.dtype)) if output is None else output.to(x.dtype)
         return output if bias is None else output.add_(bias)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -25,9 +25,9 @@ class ShippedFormat(QuantizedFormat):
         return self.places
 
     @staticmethod
-    @abstractmethod
-    def are_sound(name: str, values: torch.Tensor) -> torch.Tensor:
+    def are_sound(name: str, values: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
         """For each of the experts in `values` `[experts, ...]`, whether a packed weight or its scales `name` can be widened."""
+        return torch.ones(len(values), dtype=torch.bool)
 
     def write(self, name: str, values: torch.Tensor, blocks: torch.Tensor) -> None:
         if name.removesuffix(SCALES) + SCALES in self.places and not (sound := self.are_sound(name, values)).all():
@@ -38,12 +38,14 @@ class ShippedFormat(QuantizedFormat):
         self.views(blocks)[name].copy_(values)
 
 
-def expect(experts: nn.Module, kind: type[ShippedFormat]) -> None:
-    """Gives `experts`, a module on the meta device, parameters for weights in the format `kind` in the place of its own.
+def expect(experts: nn.Module, format_of: Callable[[FullFormat, bool], ShippedFormat]) -> None:
+    """Gives `experts`, a module on the meta device, parameters for weights as they are shipped in the place of its own.
+
+    `format_of` makes their format: it is `ShippedFormat.of` of some kind.
 
     Raises `StoreError` where its weights can't have that format.
     """
-    form = kind.of(FullFormat.of(experts), bool(marks_of(experts).is_transposed))
+    form = format_of(FullFormat.of(experts), bool(marks_of(experts).is_transposed))
     vars(experts)[FORMAT] = form
     count = next(experts.parameters(recurse=False)).shape[0]
     for name, place in form.loaded.items():
@@ -56,7 +58,7 @@ def forget(experts: nn.Module) -> None:
     if form is None:
         return
     count = next(experts.parameters(recurse=False)).shape[0]
-    for name in form.places.keys() - form.full.places.keys():
+    for name in form.loaded.keys() - form.full.places.keys():
         delattr(experts, name)
     for name, place in form.full.places.items():
         _put(experts, name, count, place, trains=True)

@@ -86,11 +86,15 @@ class Hardware:
 
 
 def read_shape(
-    config: PretrainedConfig, dtype: torch.dtype | None = None, quantize: Quantization | Shipped | None = None
+    config: PretrainedConfig,
+    dtype: torch.dtype | None = None,
+    quantize: Quantization | Shipped | None = None,
+    rooms: Mapping[str, int] | None = None,
 ) -> Shape:
     """The shape of a mixture-of-experts model, from its config. It needs no memory for the weights.
 
-    `dtype` is by default the config's own, or else bfloat16. `quantize` is the form of the experts alone. Raises
+    `dtype` is by default the config's own, or else bfloat16. `quantize` is the form of the experts alone; for `rooms` see
+    `QuantizedFormat.of`. Raises
     `UnsupportedModelError` for a model whose experts are not stacked in one module, and `StoreError` where they can't be
     quantised so.
     """
@@ -127,9 +131,8 @@ def read_shape(
     if quantize is not None:
         module = modules[name]
         tensors = {part: (dtype, p.shape[1:]) for part, p in module.named_parameters(recurse=False)}
-        expert_bytes = (
-            QUANTIZED[quantize].of(FullFormat(*laid_out(tensors)), bool(marks_of(module).is_transposed)).bytes
-        )
+        kind = QUANTIZED[quantize]
+        expert_bytes = kind.of(FullFormat(*laid_out(tensors)), bool(marks_of(module).is_transposed), rooms).bytes
     return Shape(
         layers=len(top_ks),
         places=tuple(int(_decoder(name).rpartition(".")[2]) for name in top_ks),

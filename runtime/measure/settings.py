@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from ...predictors.settings import Bytes, Count, Dtype, Figures, Name, Output, Picture, Rate, Seed, Settings, Whole
-from ..settings import Candidates, Loading, Made, Offloading, Predicted, Quantized, Slots
+from ..settings import Candidates, Gguf, Loading, Made, Offloading, Predicted, Quantized, Slots
 
 PROMPT = "def mean(values):\n    total = 0.0\n    for value in values:\n        total +="
 
@@ -65,7 +65,7 @@ class BenchConfig(Made, Predicted, Measuring, Loading, Drawn, Figures):
     """Draws the times into this .png, .pdf or .svg file."""
 
 
-class PlanConfig(Predicted, Slots, Drawn, Figures):
+class PlanConfig(Predicted, Slots, Drawn, Gguf, Figures):
     """Settings of `plan`."""
 
     argument: ClassVar[str | None] = "model"
