@@ -37,6 +37,16 @@ def offloadable(model_type: str) -> tuple[PreTrainedModel, Found]:
         raise
 
 
+def supported_model(model_type: str) -> PreTrainedModel:
+    """A tiny model whose experts can be offloaded and guessed."""
+    model, _ = offloadable(model_type)
+    try:
+        find_moe_layers(model)
+    except UnsupportedModelError as error:
+        pytest.skip(str(error))
+    return model
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES = ((1, 1), (1, 7), (3, 40))
 """Sequences and tokens of prompts. With two experts a token, 120 tokens give an expert some 30 rows."""
