@@ -182,12 +182,13 @@ def bench(config: BenchConfig) -> None:
 
 @command(app)
 def plan(config: PlanConfig) -> None:
-    """Tells what MODEL would take per token on some hardware under each policy, and what bounds it, without running it."""
-    from .measuring import plan as job
-    from .runtime.measure.figures import print_plan
+    """Tells whether MODEL fits a machine, by default this one, how to run it, and what a token takes, without running it."""
+    from .planning import plan as job
+    from .runtime.measure.figures import print_plan, print_verdict
 
     result = job(config)
     print_plan(Console(), result)
+    print_verdict(Console(), result)
     _write(result, config.json_file)
 
 

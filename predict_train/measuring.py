@@ -1,9 +1,8 @@
-"""The jobs `bench` and `plan`: a model or its config, a routing, and all figures as plain JSON values."""
+"""The job `bench`: a model, a routing, and all figures as plain JSON values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,26 +11,19 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from .data_collection.trace import Trace
-from .predictors.checkpoint import Predictors, as_predictors, load_predictors
+from .predictors.checkpoint import Predictors, load_predictors
 from .predictors.discovery import find_moe_layers
 from .predictors.errors import UserError
-from .predictors.loading import check_tokens, load_tokenizer, read_model_config, resolve_device, resolve_dtype
+from .predictors.loading import check_tokens, load_tokenizer, read_model_config, resolve_device
 from .predictors.provenance import command, hardware, versions
 from .running import quantization_asked
-from .runtime.errors import StoreError
 from .runtime.load import load_to_host
-from .runtime.measure import plan as planning
 from .runtime.measure.accelerated import accelerated
 from .runtime.measure.bench import Round, Way, parse_ways, results
 from .runtime.measure.bench import bench as measure
 from .runtime.measure.replay import replay
 from .runtime.measure.routing import PRESETS, ReplayedRouting, draw_routing
 from .runtime.measure.settings import BenchConfig, PlanConfig
-from .runtime.quantization import Quantization, Shipped
-from .runtime.room import cache_bytes, reserve_of
-from .runtime.shipped import refuse_quantizing, rooms_of, shipped_form
-
-Form = Quantization | Shipped | None
 
 
 def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
@@ -47,7 +39,7 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     kind = config.routing or ("model" if config.random_weights is None else "synthetic")
     routing = None
     if kind != "model":
-        routing = _routing(kind, config, config.warmup + config.tokens, predictors, sizes)
+        routing = routing_of(kind, config, config.warmup + config.tokens, predictors, sizes)
     packed = config.pack is not None
     # Accelerate loads no GGUF file. A random model can be saved if its experts are in it.
     saved = config.gguf is None and (config.model is not None or not (packed or config.quantize))
@@ -82,77 +74,6 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     }
 
 
-def plan(config: PlanConfig) -> dict[str, Any]:
-    """Computes a model's time and memory on some hardware, from its config alone."""
-    dtype = resolve_dtype(config.dtype, torch.device("cuda"))  # on CUDA, auto leaves it to the config
-    model = read_model_config(config.model)
-    read = partial(planning.read_shape, model, dtype if isinstance(dtype, torch.dtype) else None)
-    shipped = shipped_form(model) if config.gguf is None else Shipped.GGUF
-    if shipped is not None:
-        refuse_quantizing(config.gguf or config.model, shipped, config.quantize)
-    if config.gguf is not None:
-        read = partial(read, rooms=rooms_of(config.model, model, config.gguf))
-    shape = read(shipped or config.quantize)
-    kept = cache_bytes(model, config.context, shape.dtype) + reserve_of(config, config.device_memory)
-    fitting = planning.slots_that_fit(shape, config.device_memory, kept)
-    slots = fitting if config.slots is None else config.slots
-    if config.expert_memory is not None:
-        slots = min(config.expert_memory // shape.expert_bytes, shape.layers * shape.num_experts)
-    if not shape.top_k <= slots <= fitting:
-        raise UserError(f"{slots} slots are asked for; from {shape.top_k} (the top k) to {fitting} fit this device")
-    machine = planning.Hardware(
-        memory_bandwidth=config.memory_bandwidth,
-        link=config.link,
-        latency=None if config.latency is None else 1e-6 * config.latency,
-        launch=None if config.launch is None else 1e-6 * config.launch,
-        is_cuda=config.cuda,
-        decides=config.cuda and shipped is None and slots >= shape.layers * shape.top_k,
-    )
-    m = config.candidates or min(shape.top_k + 2, shape.num_experts)
-    sizes = {name: getattr(shape, name) for name in ("layers", "num_experts", "top_k")}
-    predictors = as_predictors(config.predictors)
-    sources = planning.sources_of(shape, predictors, config.horizon)
-    routing = _routing(
-        config.routing, config, 2 * config.tokens, predictors, sizes | {"candidates": max(m, shape.top_k)}
-    )
-    mlps = 0 if predictors is None else sum(entry.nbytes for entry in predictors.layers)
-    costs = planning.costs_of(shape, machine, mlps // shape.layers)
-    settled = config.model_copy(update={"slots": slots, "expert_memory": None})
-    return {
-        "results": planning.plan(costs, routing, shape, settled, config.cuda, sources),
-        "model": config.model,
-        "shape": asdict(shape) | {"dtype": str(shape.dtype).removeprefix("torch.")},
-        "hardware": asdict(machine),
-        "costs_seconds": asdict(costs),
-        "slots": slots,
-        "experts": shape.layers * shape.num_experts,
-        "expert_bytes": shape.expert_bytes,
-        "formats": _formats(read, config.device_memory, kept, (None, *Quantization) if shipped is None else (shipped,)),
-        "resident_bytes": shape.resident_bytes,
-        "routing": routing.source,
-        "versions": versions(),
-        "command": command(),
-    }
-
-
-def _formats(read: Callable[[Form], planning.Shape], memory: int, kept: int, forms: tuple[Form, ...]) -> dict[str, Any]:
-    """By format of the experts: the bytes of one, and how many fit on the device. None where the experts can't have the format.
-
-    `kept` are the bytes of the device's `memory` that are for other things than weights.
-    """
-    found: dict[str, Any] = {}
-    for quantize in forms:
-        try:
-            shape = read(quantize)
-            fitting = planning.slots_that_fit(shape, memory, kept)
-            found[quantize or "unquantized"] = {"expert_bytes": shape.expert_bytes, "slots": fitting}
-        except StoreError:
-            found[quantize or "unquantized"] = None
-        except planning.PlanError:
-            found[quantize or "unquantized"] = {"expert_bytes": shape.expert_bytes, "slots": 0}
-    return found
-
-
 def _load(config: BenchConfig) -> tuple[PreTrainedModel, torch.Tensor]:
     """The model, not offloaded, and the token ids `[1, length]` of its prompt."""
     source: Any = config.model if config.random_weights is None else read_model_config(config.random_weights)
@@ -167,7 +88,7 @@ def _load(config: BenchConfig) -> tuple[PreTrainedModel, torch.Tensor]:
     return model, token_ids
 
 
-def _routing(
+def routing_of(
     kind: str, config: BenchConfig | PlanConfig, steps: int, predictors: Predictors | None, sizes: dict[str, int]
 ) -> ReplayedRouting:
     """A drawn routing (`synthetic`), or the routing of the trace in the folder `kind`."""

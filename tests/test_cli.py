@@ -127,7 +127,7 @@ def test_plan_looks_as_far_ahead_as_it_is_told(
     found = []
     for horizon in (1, 2):
         file = tmp_path / f"{horizon}.json"
-        code = run(monkeypatch, "plan", tiny_moe_folder, "--device-memory", "2MB", "--reserve", "1MB", "--link", "10MB/s",
+        code = run(monkeypatch, "plan", tiny_moe_folder, "--device-memory", "2MB", "--reserve", "1MB", "--context", "64", "--link", "10MB/s",
                    "--memory-bandwidth", "9GB/s", "--slots", 9, "--horizon", horizon, "--json", file)  # fmt: skip
         assert code == 0
         found.append({row["policy"]: row["stall_ms_per_token"] for row in json.loads(file.read_text())["results"]})

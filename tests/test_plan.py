@@ -20,6 +20,7 @@ from transformers import AutoConfig
 
 from predict_train import cli
 
+SMALLER = Path(__file__).parent.parent / "benchmarks" / "models" / "moe-1b.json"
 QWEN = Path(__file__).parent.parent / "benchmarks" / "models" / "qwen3-30b-a3b.json"
 TYPES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoehybrid", "nemotron_h", "glm4_moe", "qwen3_next"]
 
@@ -82,8 +83,8 @@ def test_the_papers_case(tmp_path: Path) -> None:
 def test_how_the_routing_is_drawn_is_asked_for_and_told(tmp_path: Path) -> None:
     out, told, copies = tmp_path / "plan.json", [], []
     for options in ([], ["--hit-rate", 0.95], ["--kept", 0.43], ["--kept", 0.43, "--skew", 1], ["--preset", "moe-1b"]):
-        plan(QWEN, "--device-memory", "24GB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s", "--tokens", 20,
-             *options, "--json", out)  # fmt: skip
+        plan(SMALLER, "--device-memory", "2GB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s", "--tokens", 20,
+             "--slots", 290, *options, "--json", out)  # fmt: skip
         source = json.loads(out.read_text())["routing"]
         told.append((source["drawn_by"], source.get("kept"), source["hit_rate"], source["skew"]))
         copies.append(rows(out)["on_demand/None"]["bytes_per_token"])

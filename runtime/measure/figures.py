@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from ...predictors.tables import figure_table
+from ..room import gib
+from .verdict import Verdict
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -95,6 +97,20 @@ def print_plan(console: Console, result: dict[str, Any]) -> None:
         f"{result['resident_bytes'] / 2**30:.1f} GiB of other weights\nrouting: {_words(result['routing'])}",
         highlight=False,
     )
+
+
+def print_verdict(console: Console, result: dict[str, Any]) -> None:
+    """Prints what `plan` advises, and for which machine."""
+    machine, verdict = result["machine"], Verdict(**result["verdict"])
+    kind = "GPU" if machine["is_cuda"] else "CPU"
+    console.print(
+        f"{kind} with {gib(machine['device_memory'])} at {machine['memory_bandwidth'] / 1e9:,.0f} GB/s, link "
+        f"{machine['link'] / 1e9:.1f} GB/s\n",
+        highlight=False,
+    )
+    for sentence in verdict.words(machine["is_cuda"]):
+        console.print(sentence, highlight=False)
+    console.print(f"\n  {verdict.command}", highlight=False, soft_wrap=True, markup=False)
 
 
 def draw_bench(result: dict[str, Any], file: Path) -> None:

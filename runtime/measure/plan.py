@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,8 +218,9 @@ def plan(
     config: Slots,
     is_cuda: bool = True,
     sources: Mapping[int, int | None] | None = None,
+    policies: Collection[Policy] = tuple(Policy),
 ) -> list[dict[str, Any]]:
-    """One row of plain values for each policy and gating: how long a token takes, and what limits it.
+    """One row of plain values for each policy of `policies` and gating: how long a token takes, and what limits it.
 
     `config` gives the slots, candidates and eviction. The first half of the steps of `routing` fill the slots and do not count.
     Raises `PlanError` for a routing of another model.
@@ -232,6 +233,7 @@ def plan(
         )
     ways: list[tuple[Policy, Gating | None]] = [(Policy.ON_DEMAND, None), (Policy.PREFETCH, None)]
     ways += [(Policy.SPECULATIVE, gating) for gating in (Gating.TRUE, Gating.RESIDENT)]
+    ways = [way for way in ways if way[0] in policies]
     rows: list[dict[str, Any]] = []
     on_demand: float | None = None
     known = config.values_of(OffloadConfig)

@@ -72,12 +72,16 @@ class PlanConfig(Predicted, Slots, Drawn, Gguf, Figures):
 
     model: Name
     """Config (.json file, folder or Hub name) of a mixture-of-experts model."""
-    device_memory: Bytes
-    """Memory of the device, like `24GiB`."""
-    link: Rate
-    """Bandwidth from host memory (or the file) to the device, like `25GB/s`."""
-    memory_bandwidth: Rate
-    """Bandwidth of the device's own memory, like `768GB/s`."""
+    device_memory: Bytes | None = None
+    """Memory of the device, like `24GiB`; by default what is free on this machine's."""
+    link: Rate | None = None
+    """Bandwidth from host memory to a GPU, or from the file to a CPU, like `25GB/s`; by default it is measured here."""
+    memory_bandwidth: Rate | None = None
+    """Bandwidth of the device's own memory, like `768GB/s`; by default it is measured here."""
+    ram: Bytes | None = None
+    """Memory of the host for experts of a model on a GPU; by default this machine's, or enough where `device_memory` is given."""
+    disk: Rate | None = None
+    """How fast a GPU's experts are read from a file where `ram` is too small for them; by default it is measured here."""
     launch: float | None = Field(None, ge=0)
     """Microseconds that starting one operation takes; by default 2.6 where a GPU decides what is copied, else 10."""
     latency: float | None = Field(None, ge=0)
@@ -90,8 +94,9 @@ class PlanConfig(Predicted, Slots, Drawn, Gguf, Figures):
     """`synthetic`, or the folder of a trace, whose own routing then counts."""
     tokens: Count = 100
     """Tokens that count. As many tokens before them fill the slots."""
-    cuda: bool = True
-    """Whether the device is a GPU. It decides what is copied if there is a slot for each expert that one token needs."""
+    cuda: bool | None = None
+    """Whether the device is a GPU; by default it is where `device_memory` is given, or this machine has one. It decides what is
+    copied if there is a slot for each expert that one token needs."""
     seed: Seed = 0
     """Seed of everything that is drawn."""
     dtype: Dtype = "auto"
