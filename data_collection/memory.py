@@ -1,10 +1,23 @@
-"""Makes the C library keep freed memory, which the next pass or training step takes again."""
+"""How a process keeps memory that is free: much, which saves time, or little, where there is little."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+def spare_memory() -> None:
+    """Has torch's products on a CPU keep fewer of what they prepare for each shape, in a process that has not computed yet.
+
+    In bfloat16 it prepares something for each number of rows, and an expert may have any. By default it keeps a thousand of them,
+    which are hundreds of megabytes.
+    """
+    os.environ.setdefault(PRIMITIVES, "64")
 
 
 def keep_freed_memory() -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from .data_collection.collect import Source
 from .data_collection.collect import collect as job
+from .data_collection.memory import spare_memory
 from .data_collection.settings import CollectConfig, CollectError
 from .predictors.loading import read_model_config, resolve_device
 from .running import dtype_of, header_of, quantization_asked, tell_slots
@@ -64,6 +65,7 @@ def _recording_bytes(config: CollectingConfig, device: torch.device) -> int:
 def load_in_slots(config: CollectConfig, device: torch.device) -> Source:
     """The model with its experts in a store. They pass through slots on the device, and tell there what they give."""
     assert isinstance(config, CollectingConfig)
+    spare_memory()
     settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, device), "device": str(device)}
     kept = reserve_of(config, free_memory(device)) + _recording_bytes(config, device)
     settings |= {"policy": Policy.ON_DEMAND, "context": config.batch_tokens, "reserve": kept}
