@@ -57,7 +57,9 @@ def train(config: FitConfig, trace: Trace, targets: list[Target], steps: int) ->
     """Seconds of `steps` steps of these targets."""
     sources = {target.layer: target.source for target in targets}
     data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers, config.memory)
-    module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay, config.memory)
+    module = PredictorTraining(
+        trace, targets, config.loss or "kl", config.learning_rate, config.weight_decay, config.memory
+    )
     clock = Clock()
     with quiet():
         trainer = lightning_trainer(

@@ -42,7 +42,7 @@ def measure(trace: Path, epochs: int, variant: dict[str, Any], out: Path) -> dic
     model, layers = Trace.open(trace).manifest.model, result["layers"]
     free, reached = result["mean"]["training_free"], result["mean"]["predictor"]
     return {
-        "loss": config.loss,
+        "loss": config.loss or "kl",
         "source": config.source,
         "horizon": config.horizon,
         "width": config.width,

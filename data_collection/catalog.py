@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..predictors.architecture import ExpertLayer, MoELayer, UnsupportedModelError, first_tensor
 from ..predictors.discovery import find_layers
 from ..predictors.experts import expert_parameters, marks_of
+from ..predictors.routing import read_routing
 from .hooks import LayerRecord, Recorder
 
 LAYERS = 4
@@ -76,6 +78,8 @@ class Support:
     """Why its routers can't be recorded."""
     predict: str | None
     """Why its experts can't be predicted."""
+    direct: str | None = None
+    """Why they can only be predicted by direct predictors; None if also without any."""
     remarks: tuple[str, ...] = ()
     """What is special about its MoE layers."""
 
@@ -151,10 +155,8 @@ def examine(model_type: str) -> Support:
         for layer in found.layers:
             expert_parameters(layer.experts)
         remarks = _remarks(found.layers)
-        if found.unrecorded or found.unpredicted:
-            return Support(model_type, None, found.unrecorded, found.unpredicted, remarks)
-        wrong = check(model, found.moe_layers)
-        return Support(model_type, None, wrong, wrong, remarks)
+        wrong = found.unrecorded or check(model, found.moe_layers)
+        return Support(model_type, None, wrong, wrong, found.unfollowed, remarks)
     except UnsupportedModelError as error:
         return Support(model_type, *(str(error),) * 3)
     except Exception as error:
@@ -182,11 +184,11 @@ def check(model: PreTrainedModel, layers: list[MoELayer]) -> str | None:
         return "its routers, given their recorded input again, choose other experts"
     for layer in layers:
         if not all(
-            torch.allclose(mine.float(), own.flatten(0, -2).float(), rtol=1e-3, atol=1e-3)
+            torch.allclose(mine.float(), own.float(), rtol=1e-3, atol=1e-3)
             for mine, own in zip(records[layer.index].routing, plain.routings[layer.index], strict=True)
         ):
             return f"what is recorded of the router of layer {layer.index} is not what it returned"
-        if layer.index in recorder.sources.values():
+        if layer.unfollowed is None and layer.index in recorder.sources.values():
             whole = _whole_output(layer, records[layer.index], plain.expert_sums[layer.index])
             output = plain.outputs[layer.index].flatten(0, -2)
             if not torch.allclose(whole, output, rtol=1e-3, atol=1e-3 * float(output.abs().max())):
@@ -213,7 +215,7 @@ class _Watch(ExitStack):
         self.expert_sums: dict[int, torch.Tensor] = {}
         self.outputs: dict[int, torch.Tensor] = {}
         for layer in layers:
-            self._watch(layer.router, self.routings, layer.index, tuple)
+            self._watch(layer.router, self.routings, layer.index, partial(read_routing, layer=layer))
             self._watch(layer.experts, self.expert_sums, layer.index, first_tensor)
             self._watch(layer.decoder, self.outputs, layer.index, first_tensor)
 
@@ -240,6 +242,7 @@ def _remarks(layers: Sequence[ExpertLayer]) -> tuple[str, ...]:
         "bias-corrected selection": any(_is_bias_corrected(layer) for layer in moe[:1]),
         "transposed experts": bool(marks_of(first.experts).is_transposed),
         "experts that return their input": first.identities > 0,
+        "direct predictors only": any(layer.unfollowed is not None for layer in moe),
     }
     return tuple(name for name, holds in facts.items() if holds)
 
@@ -253,20 +256,27 @@ def counted(supports: list[Support]) -> str:
     """In one sentence, of how many types what can be done."""
     names = ("offload", "record", "predict")
     offload, record, predict = (sum(getattr(support, name) is None for support in supports) for name in names)
+    direct = sum(support.predict is None and support.direct is not None for support in supports)
     return (
         f"Of the {len(supports)} mixture-of-experts types of transformers {transformers.__version__}, the experts of {offload} can "
-        f"be offloaded, the routers of {record} recorded, and the experts of {predict} predicted"
+        f"be offloaded, the routers of {record} recorded, and the experts of {predict} predicted, of {direct} by direct predictors only"
     )
+
+
+def abilities(support: Support) -> list[str]:
+    """Whether the type's experts can be offloaded, recorded and predicted, for a table."""
+    found = ["no" if reason else "yes" for reason in (support.offload, support.record, support.predict)]
+    return [*found[:2], "direct" if found[2] == "yes" and support.direct else found[2]]
 
 
 def markdown(supports: list[Support]) -> str:
     """The README's tables: of the types that everything can be done with, and of the others."""
-    whole = [support for support in supports if support.reason is None]
+    whole = [support for support in supports if support.reason is None and support.direct is None]
     rows = [f"| `{s.model_type}` | {', '.join(s.remarks)} |" for s in whole]
     others = [
-        f"| `{s.model_type}` | {_yes(s.offload)} | {_yes(s.record)} | {_yes(s.predict)} | {s.reason} |"
+        f"| `{s.model_type}` | {' | '.join(abilities(s))} | {s.reason or s.direct} |"
         for s in supports
-        if s.reason is not None
+        if s not in whole
     ]
     return "\n".join(
         [
@@ -274,12 +284,9 @@ def markdown(supports: list[Support]) -> str:
             "",
             *("| model type | what is special about its MoE layers |", "| --- | --- |", *rows),
             "",
-            "With these it can't. What can only be offloaded is fetched on demand; what can't be done is refused before any work:",
+            "The others. Where it says `direct`, experts are fetched on demand until direct predictors are trained. What can't be done is "
+            "refused before any work.",
             "",
             *("| model type | offload | record | predict | reason |", "| --- | --- | --- | --- | --- |", *others),
         ]
     )
-
-
-def _yes(reason: str | None) -> str:
-    return "yes" if reason is None else "no"

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from ..predictors.architecture import MoELayer, moe_shape
 from ..predictors.discovery import find_moe_layers
+from ..predictors.forms import Form
 from ..predictors.generation import check_generation
 from ..predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from ..predictors.provenance import command, versions
@@ -258,6 +259,7 @@ def _manifest(run: Run, parts: list[Progress], recorder: Recorder, checksums: di
                 source=source,
                 **{name: by_index[target].names[name] for name in ("norm", "router", "router_arguments")},
                 router_ndim=by_index[target].router_ndim,
+                form=Form.CORRECTING if by_index[target].unfollowed is None else Form.DIRECT,
                 has_input=source is None or config.inputs,
                 **({} if source is None else _joined(by_index[source])),
                 training_free=0.0,

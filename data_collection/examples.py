@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..predictors.forms import PredictorForm, Route
 from ..predictors.memory import follows, memory_of, remembered
-from ..predictors.mlp import ResidualMLP
-from ..predictors.speculation import Routing, mixture_of
+from ..predictors.routing import Routing
+from ..predictors.speculation import mixture_of
 from ..predictors.stacked import StackedSpeculators
 from .columns import POSITION, SEQUENCE, Column, Columns
 
@@ -30,10 +31,10 @@ class Batch(NamedTuple):
     memory: torch.Tensor | None = None
     """What each row remembers of the tokens before it, `[layers, rows, tokens * 2 experts]`; None if nothing was asked for."""
 
-    def corrected(self, number: int, mlp: ResidualMLP) -> torch.Tensor:
-        """The states `[rows, hidden]` of layer `number` of the stack as `mlp` corrects them; it may remember less."""
+    def speculated(self, number: int, mlp: PredictorForm, route: Route) -> Routing:
+        """The routing of layer `number` of the stack as `mlp` guesses it, whose target's router is `route`; it may remember less."""
         known = None if self.memory is None or mlp.u is None else self.memory[number, :, : mlp.u.shape[1]]
-        return mlp(self.quasi[number], self.normed[number], self.mixture[number], known)
+        return mlp.speculate(route, self.quasi[number], self.normed[number], self.mixture[number], known)[0]
 
 
 def make_batch(

@@ -18,7 +18,8 @@ from ..predictors.architecture import MoELayer, first_tensor, sources
 from ..predictors.experts import Groups, OnOutputs, expert_parameters, run_experts
 from ..predictors.metrics import HitRate
 from ..predictors.override import override_forward
-from ..predictors.speculation import Router, Routing
+from ..predictors.routing import Routing, read_routing
+from ..predictors.speculation import Router
 
 CONTROL_STRIDE = 8
 
@@ -89,8 +90,14 @@ class Recorder:
             if index in read or index in self.sources:
                 keeps_input = index in self.sources and (inputs or self.sources[index] is None)
                 self._taps[index] = _Tap(layer, index in read, keeps_input)
-            if index in sources_of_any:
+            if index in sources_of_any and layer.unfollowed is None:
                 self._sums[index] = _Sums(layer, watch)
+        self._choices = {
+            layer.index: torch.zeros(layer.num_experts, dtype=torch.int64)
+            for layer in layers
+            if layer.index in self.sources and layer.unfollowed is not None
+        }
+        """By target that can't be followed: how often each expert was chosen."""
         self._parts: list[_Tap | _Sums] = [*self._taps.values(), *self._sums.values()]
         self._control = HitRate(len(self.sources))
         self._stack = ExitStack()
@@ -119,6 +126,9 @@ class Recorder:
             tap = self._taps[target]
             recomputed.append(tap.recomputed_ids(stride).cpu())
             used.append(tap.routing.ids[::stride].cpu())
+            if target in self._choices:
+                chosen = tap.routing.ids.flatten().cpu()
+                self._choices[target] += torch.bincount(chosen, minlength=tap.layer.num_experts)
         self._control.update(torch.stack(recomputed), torch.stack(used))
         return {index: tap.take() for index, tap in self._taps.items()}
 
@@ -126,7 +136,7 @@ class Recorder:
         """The first recorded layer whose norm read something not finite in the last pass, and the first such row of the
         pass, recorded or not; or None. To be called before `take`."""
         for index, tap in self._taps.items():
-            rows = (~tap.seen["norm_input"].flatten(0, -2).isfinite()).any(-1).nonzero()
+            rows = (~tap.seen[tap.read].flatten(0, -2).isfinite()).any(-1).nonzero()
             if len(rows):
                 return index, int(rows[0])
         return None
@@ -138,14 +148,14 @@ class Recorder:
     def state(self) -> dict[str, torch.Tensor]:
         """CPU copies of the sums over all passes so far, which default vectors and control are computed from.
 
-        `sums.<layer>` `[experts, hidden]` fp32, `counts.<layer>` `[experts]` int64, `control.hits` `[targets]` and
+        `sums.<layer>` `[experts, hidden]` fp32, `counts.<layer>` and `choices.<layer>` `[experts]` int64, `control.hits` `[targets]` and
         `control.total` `[]` fp64.
         """
         state = {"control.hits": self._control.hits.clone(), "control.total": self._control.total.clone()}
         for index, own in self._sums.items():
             state[f"sums.{index}"] = own.sums.to("cpu", copy=True)
             state[f"counts.{index}"] = own.counts.clone()
-        return state
+        return state | {f"choices.{index}": counts.clone() for index, counts in self._choices.items()}
 
     def add_state(self, state: dict[str, torch.Tensor]) -> None:
         """Adds the sums of another recorder of the same layers; a new recorder then continues that one."""
@@ -154,6 +164,12 @@ class Recorder:
         for index, own in self._sums.items():
             own.sums += state[f"sums.{index}"].to(own.sums.device)
             own.counts += state[f"counts.{index}"]
+        for index, counts in self._choices.items():
+            counts += state[f"choices.{index}"]
+
+    def choices(self) -> dict[int, torch.Tensor]:
+        """By target that can't be followed: how often each expert was chosen, `[experts]`, int64."""
+        return self._choices
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32, on the CPU; the row of an expert without tokens is zero."""
@@ -207,7 +223,11 @@ class _Tap:
     def __init__(self, layer: MoELayer, is_source: bool, keeps_input: bool):
         self.layer, self.is_source, self.keeps_input = layer, is_source, keeps_input
         self.seen: dict[str, torch.Tensor] = {}
+        self.read = "norm_input" if layer.unfollowed is None else "router_input"
+        """What is recorded as the residual, before anything is added to it."""
         self.routing: Routing
+        self.again: torch.Tensor
+        """What the router chooses if it is called again, `[tokens, top_k]`; only of a layer that is not followed."""
         self.keep: torch.Tensor | None = None
 
     def attach(self, stack: ExitStack) -> None:
@@ -225,15 +245,23 @@ class _Tap:
 
             stack.callback(module.register_forward_hook(hook).remove)
 
-        def keep_routing(_: nn.Module, __: Any, output: tuple[torch.Tensor, ...]) -> None:
-            self.routing = Routing(*(self._kept(part) for part in output))
+        def read(output: Any) -> Routing:
+            return Routing(*(self._kept(part) for part in read_routing(output, layer)))
 
-        keep_input("norm_input", layer.entry)
+        def keep_routing(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.routing = read(output)
+            if (
+                layer.unfollowed is not None
+            ):  # it may read more than its input, so it is called again while that is known
+                self.again = read(module.forward(*args, **kwargs)).ids
+
+        if layer.unfollowed is None:
+            keep_input("norm_input", layer.entry)
         keep_input("router_input", layer.router)
-        stack.callback(layer.router.register_forward_hook(keep_routing).remove)
+        stack.callback(layer.router.register_forward_hook(keep_routing, with_kwargs=True).remove)
         if self.keeps_input:
             keep_input("decoder_input", layer.decoder)
-        if self.is_source:
+        if self.is_source and layer.unfollowed is None:
             join = layer.join
             if join.base_is_normed:
                 keep_input("block_input", layer.block)
@@ -246,6 +274,8 @@ class _Tap:
     def recomputed_ids(self, stride: int) -> torch.Tensor:
         """The choice of norm and router on every `stride`-th recorded row of the stream, `[tokens, top_k]`. With a
         stride above 1 the router is not run again if its input is exactly the recorded one."""
+        if self.layer.unfollowed is not None:
+            return self.again[::stride]
         # `forward` does not call the hooks: a recomputation must not be recorded.
         normed = self.layer.norm.forward(self._kept(self.seen["norm_input"])[::stride])
         if stride > 1 and torch.equal(normed, self._kept(self.seen["router_input"])[::stride]):
@@ -253,10 +283,12 @@ class _Tap:
         return Router.of(self.layer)(normed).ids
 
     def take(self) -> LayerRecord:
-        kept = {name: self._kept(tensor) for name, tensor in self.seen.items() if name != "router_input"}
+        if "decoder_input" in self.seen:
+            self.seen["decoder_input"] = self.layer.own_input(self.seen["decoder_input"])
+        kept = {n: self._kept(tensor) for n, tensor in self.seen.items() if n == self.read or n != "router_input"}
         self.seen.clear()
-        residual, inner = kept["norm_input"], None
-        if self.is_source:
+        residual, inner = kept[self.read], None
+        if self.is_source and self.layer.unfollowed is None:
             join = self.layer.join
             beside = [kept[f"beside.{number}"] for number in range(len(join.beside))]
             shared = join.scaled(kept["shared"], kept.get("shared_gate")) if "shared" in kept else None

@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..predictors.errors import UserError
 from ..predictors.files import CHECKSUM, is_changed
+from ..predictors.forms import Form
 from ..predictors.settings import describe, shown
 
-FORMAT_VERSION = 3
-READABLE = (2, FORMAT_VERSION)
-"""Version 2 had neither `origin`, nor `config_xxh3` and a checksum of its own."""
+FORMAT_VERSION = 4
+READABLE = (2, 3, FORMAT_VERSION)
+"""Version 2 had neither `origin`, nor `config_xxh3` and a checksum of its own. Version 3 had no `form`."""
 MANIFEST = "manifest.json"
 
 
@@ -54,6 +55,8 @@ class LayerEntry(_Entry):
     """Dotted name of the norm in the model; empty if its routers read the residual stream itself."""
     router: str
     """Dotted name of the router in the model."""
+    form: Form = Form.CORRECTING
+    """Of the predictors that it is recorded for. For `direct` ones, what is recorded as a source's residual is its router's input."""
     router_arguments: list[str] = []
     """Dotted names of the router's arguments beside its input."""
     router_ndim: Literal[2, 3] = 2
@@ -109,6 +112,11 @@ class Manifest(_Entry):
     versions: dict[str, str]
     command: str
 
+    @property
+    def form(self) -> Form:
+        """Of the predictors that it was recorded for; the same in all layers."""
+        return self.layers[0].form
+
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the trace in the folder `path`. Raises `TraceError` if it is missing or broken."""
@@ -129,7 +137,7 @@ def read_manifest(path: Path) -> Manifest:
         raise TraceError(f"{file} is not a trace's manifest; collect the trace again") from error
     if version not in READABLE:
         raise TraceError(
-            f"{file} has format version {shown(version)}, and this release reads {' and '.join(map(str, READABLE))}; collect "
+            f"{file} has format version {shown(version)}, and this release reads {READABLE[0]} to {READABLE[-1]}; collect "
             "the trace again, or update predict-train"
         )
     try:

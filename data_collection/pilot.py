@@ -15,7 +15,8 @@ from accelerate.hooks import remove_hook_from_module
 from rich.console import Console
 
 from ..predictors.architecture import MoELayer
-from ..predictors.speculation import Wiring, wire
+from ..predictors.direct import PriorRouter, UnitNorm, prior_of
+from ..predictors.speculation import Router, Wiring, wire
 from ..predictors.stacked import StackedSpeculators
 from .batches import read_batches
 from .columns import TOKEN_IDS, Columns
@@ -88,6 +89,17 @@ def _estimate(run: Run, targets: list[int]) -> tuple[Plan, float]:
     return plan, sum(times[first:]) / max(1, sum(rows[first:]))
 
 
+def wirings_of(layers: list[MoELayer], recorder: Recorder) -> dict[int, Wiring]:
+    """The wirings of what was recorded. Where a layer can't be followed, its experts that were chosen most are guessed."""
+    if layers[0].unfollowed is None:
+        return wire(layers, recorder.sources, recorder.default_vectors())
+    counts = recorder.choices()
+    return {
+        target: Wiring(UnitNorm(), Router(PriorRouter(prior_of(counts[target]), layers[0].top_k)))
+        for target in recorder.sources
+    }
+
+
 def speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:
     """What a trace's speculators need beside its rows. Raises `CollectError` if a default vector is not finite."""
     vectors = recorder.default_vectors()
@@ -96,7 +108,7 @@ def speculation_state(layers: list[MoELayer], recorder: Recorder) -> Columns:
             raise CollectError(
                 f"the mean output of expert {wrong[0]} of layer {source} is not finite; give --dtype bfloat16 or float32"
             )
-    return wiring_state(wire(layers, recorder.sources, vectors), vectors)
+    return wiring_state(wirings_of(layers, recorder), vectors)
 
 
 def _choose_targets(run: Run, console: Console) -> list[int]:
@@ -133,8 +145,7 @@ def _training_free(run: Run) -> tuple[dict[int, float], int]:
     with torch.inference_mode(), run.recorder(layer.index for layer in layers) as recorder:
         for batch in read_batches(prefill, tokenizer, min(RATES_TOKENS, config.tokens), Refusals().add):
             batches.append(run_batch(model, recorder, batch, prefill))
-    wirings = wire(layers, recorder.sources, recorder.default_vectors())
-    stacked = StackedSpeculators(map(_own, wirings.values()), layers[0].hidden_size)
+    stacked = StackedSpeculators(map(_own, wirings_of(layers, recorder).values()), layers[0].hidden_size)
     [rates] = hit_rates(iter(batches), recorder.sources, stacked, [layers[0].top_k])
     return rates, sum(len(columns[TOKEN_IDS]) for columns in batches)
 

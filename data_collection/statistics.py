@@ -8,14 +8,15 @@ all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from ..predictors.forms import PredictorForm
 from ..predictors.metrics import HitRate
-from ..predictors.mlp import ResidualMLP
-from ..predictors.speculation import Routing, candidates
+from ..predictors.routing import Routing
+from ..predictors.speculation import candidates
 from ..predictors.stacked import StackedSpeculators
 from .columns import Column, Columns
 from .examples import make_batch
@@ -91,7 +92,7 @@ def hit_rates(
     sources: dict[int, int | None],
     speculators: StackedSpeculators,
     sizes: list[int],
-    mlps: dict[int, ResidualMLP] | None = None,
+    mlps: Mapping[int, PredictorForm] | None = None,
 ) -> list[dict[int, float]]:
     """For each number of candidates in `sizes`, by target: the recall of the speculation, over the rows of `batches`.
 
@@ -111,7 +112,7 @@ def speculated(
     batches: Iterable[Columns],
     sources: dict[int, int | None],
     speculators: StackedSpeculators,
-    mlps: dict[int, ResidualMLP],
+    mlps: Mapping[int, PredictorForm],
 ) -> Iterator[tuple[list[Routing], torch.Tensor]]:
     """For the rows of each batch: every target's speculated routing, and the experts `[targets, rows, top_k]` that its router chose.
 
@@ -119,10 +120,12 @@ def speculated(
     """
     memory = max((mlp.memory for mlp in mlps.values()), default=0)
     for columns in batches:
-        batch, states = make_batch(columns, sources, speculators, memory), []
+        batch, routings = make_batch(columns, sources, speculators, memory), []
         for number, target in enumerate(sources):
-            states.append(batch.corrected(number, mlps[target]) if target in mlps else batch.quasi[number])
-        yield speculators.route(states), batch.ids
+            router = speculators.wirings[number].router
+            own = target in mlps
+            routings.append(batch.speculated(number, mlps[target], router) if own else router(batch.quasi[number]))
+        yield routings, batch.ids
 
 
 def _previous_token(trace: Trace) -> tuple[list[float], int]:

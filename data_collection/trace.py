@@ -30,7 +30,8 @@ from transformers import AutoConfig
 
 from ..predictors.architecture import skeleton
 from ..predictors.files import checksum
-from ..predictors.speculation import Routing, Wiring
+from ..predictors.routing import Routing
+from ..predictors.speculation import Wiring
 from ..predictors.stacked import StackedSpeculators
 from .columns import POSITION, ROW_COLUMNS, SEQUENCE, Column, Columns, column_shapes, first_not_finite
 from .manifest import Manifest, TraceError, read_manifest
@@ -250,8 +251,9 @@ class Trace:
         """
         self._check(CONFIG, self.manifest.config_xxh3)
         try:
+            chosen = self.sources if sources is None else sources
             bones, state = skeleton(AutoConfig.from_pretrained(self.path)), self._speculation()
-            return rebuilt_wirings(bones, self.manifest.layers, state, self.sources if sources is None else sources)
+            return rebuilt_wirings(bones, self.manifest.layers, state, chosen, self.manifest.model.top_k)
         except TraceError:
             raise
         except Exception as error:  # a config may hold anything, and transformers raises whatever that leads to

@@ -2,6 +2,7 @@
 
 default_vectors.<source>                                              of every source layer, also of other targets
 layers.<target>.norm.<name>, .router.<name>, .router_arguments.<n>    the target's
+layers.<target>.router.prior                                          of a direct target; it has nothing else
 layers.<target>.post_norm.<name>                                      its nearest source's, if it has one
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..predictors.direct import PriorRouter, UnitNorm
+from ..predictors.forms import Form
 from ..predictors.speculation import Router, Wiring
 from .columns import Columns
 from .manifest import LayerEntry
@@ -40,7 +43,7 @@ def wiring_state(wirings: dict[int, Wiring], default_vectors: dict[int, torch.Te
 
 
 def rebuilt_wirings(
-    bones: nn.Module, entries: list[LayerEntry], state: Columns, sources: dict[int, int | None]
+    bones: nn.Module, entries: list[LayerEntry], state: Columns, sources: dict[int, int | None], top_k: int
 ) -> dict[int, Wiring]:
     """The wiring of each target in `sources`, in fp32 and frozen, from the `state` of `wiring_state`.
 
@@ -61,6 +64,10 @@ def rebuilt_wirings(
     wirings = {}
     for target, source in sources.items():
         entry = by_layer[target]
+        if entry.form is Form.DIRECT:
+            prior = state[f"layers.{target}.router.prior"]
+            wirings[target] = Wiring(UnitNorm(), Router(PriorRouter(prior.float(), top_k)))
+            continue
         names = [f"layers.{target}.router_arguments.{number}" for number in range(len(entry.router_arguments))]
         arguments = tuple(state[name].float() for name in names)
         joined = None if source is None else by_source[source]

@@ -102,8 +102,7 @@ def models(config: ModelsConfig) -> None:
         return
     table = Table("model type", "offload", "record", "predict", "remarks, or the reason why not")
     for support in supports:
-        abilities = ["no" if reason else "yes" for reason in (support.offload, support.record, support.predict)]
-        table.add_row(support.model_type, *abilities, support.reason or ", ".join(support.remarks))
+        table.add_row(support.model_type, *catalog.abilities(support), support.reason or ", ".join(support.remarks))
     console = Console()
     console.print(table)
     console.print(catalog.counted(supports))

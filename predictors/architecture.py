@@ -117,10 +117,14 @@ class ExpertLayer:
         """How many of its experts have weights."""
         return self.num_experts - self.identities
 
+    def own_input(self, x: torch.Tensor) -> torch.Tensor:
+        """The decoder layer's input `x` as `[tokens, hidden]`. Of several residual streams it is the first."""
+        return x.reshape(-1, self.input_size)[:, : self.hidden_size]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoELayer(ExpertLayer):
-    """A layer whose router is seen too, and whose output is followed: experts can be guessed from it and for it."""
+    """A layer whose router is seen too: experts can be guessed from it and for it."""
 
     block: nn.Module
     """The module that calls the router and the experts."""
@@ -135,6 +139,9 @@ class MoELayer(ExpertLayer):
     router_ndim: int
     """2 if the router is called with `[tokens, hidden]`, 3 if with `[sequences, length, hidden]`."""
     join: Join
+    """Of a layer that is not followed, it says nothing."""
+    unfollowed: str | None = None
+    """Why the residual can't be followed, in one sentence; None if it can. If not, a guess reads the router's input instead."""
 
     @property
     def entry(self) -> nn.Module:

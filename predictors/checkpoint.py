@@ -1,6 +1,7 @@
 """The files that `export` writes and the runtime loads: a folder shaped like a Hub repository.
 
-    predictors.safetensors   `layers.<target>.{w1,v,b1,w2,b2}`, with a memory `u` too, `default_vectors.<source>`
+    predictors.safetensors   `layers.<target>.{w1,v,b1,w2,b2}`, with a memory `u` too, of the direct form `skip`, `mix` and
+                             `prior` too; `default_vectors.<source>`
     config.json              format version, the model they belong to, per layer source, width, memory, hit rates and how sure
                              it is, and checksums
     README.md                a model card
@@ -29,9 +30,10 @@ from transformers import PreTrainedModel
 from .architecture import ExpertLayer, MoELayer, describe_shape, moe_shape, sources
 from .confidence import Confidence
 from .config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
+from .direct import KINDS, DirectMLP
 from .discovery import find_moe_layers
 from .files import checksum, sealed, written_whole
-from .mlp import ResidualMLP
+from .forms import Form, PredictorForm
 from .settings import shown
 from .speculation import Speculator, wire
 
@@ -48,7 +50,7 @@ class TargetLayer:
     source: int | Literal["nearest"] | None = "nearest"
     """The layer whose residual it reads; None for the target's own input. `nearest` is what `architecture.sources`
     says; exports of older releases have only that."""
-    mlp: ResidualMLP | None = None
+    mlp: PredictorForm | None = None
     """fp32 when loaded; None means training-free speculation."""
     hit_rates: dict[str, float] = field(default_factory=dict)
     """`training_free`, `predictor` if there is an MLP, and `without_memory` if that has a memory, for where it remembers nothing;
@@ -78,7 +80,7 @@ class Predictors:
     """Command, versions and trace."""
 
     @property
-    def mlps(self) -> dict[int, ResidualMLP]:
+    def mlps(self) -> dict[int, PredictorForm]:
         """The MLPs by target layer; layers without one are left out."""
         return {entry.layer: entry.mlp for entry in self.layers if entry.mlp is not None}
 
@@ -87,11 +89,12 @@ class Predictors:
         return next((entry for entry in self.layers if entry.layer == target), TargetLayer(target))
 
     def training_free(self) -> Predictors:
-        """The same without MLPs, and without the confidence in them."""
-        return replace(
-            self,
-            layers=[entry if entry.mlp is None else replace(entry, mlp=None, confidence=None) for entry in self.layers],
-        )
+        """The same without what was trained, and without the confidence in it. Of direct predictors the prior is left."""
+        layers = []
+        for entry in self.layers:
+            left = entry.mlp.untrained() if isinstance(entry.mlp, DirectMLP) else None
+            layers.append(entry if entry.mlp is None else replace(entry, mlp=left, confidence=None))
+        return replace(self, layers=layers)
 
     def check(self, model: PreTrainedModel, layers: Sequence[ExpertLayer]) -> None:
         """Raises `PredictorsError` unless these predictors fit `model`."""
@@ -131,9 +134,14 @@ def make_speculators(
     speculators = {}
     for layer in layers:
         mlp, speculator = predictors.of(layer.index).mlp, Speculator(wirings[layer.index])
+        if layer.unfollowed is not None and not isinstance(mlp, DirectMLP):
+            raise PredictorsError(
+                f"layer {layer.index} can only be guessed by a direct predictor, and there is none for it; train one for every layer "
+                f"({layer.unfollowed})"
+            )
         if mlp is not None:
             weight = next(layer.router.parameters())
-            copy = ResidualMLP(layer.hidden_size, layer.num_experts, mlp.width, mlp.memory)
+            copy = type(mlp)(layer.hidden_size, layer.num_experts, mlp.width, mlp.memory, layer.top_k)
             copy.load_state_dict(mlp.state_dict(), assign=True)  # no second copy if the dtype is the model's
             speculator.mlp = copy.to(weight.device, weight.dtype)
             if not_finite(speculator.mlp.state_dict()):
@@ -169,6 +177,7 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
             {
                 "layer": entry.layer,
                 **({} if entry.source == "nearest" else {"source": entry.source}),
+                **({} if entry.mlp is None or entry.mlp.form is Form.CORRECTING else {"form": entry.mlp.form.value}),
                 "width": 0 if entry.mlp is None else entry.mlp.width,
                 "memory": 0 if entry.mlp is None else entry.mlp.memory,
                 "hit_rate": entry.hit_rates,
@@ -203,7 +212,7 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     hidden, experts = config.model.hidden_size, config.model.num_experts
     with torch.device("meta"):  # shapes only: memory is taken once the file has them too
         mlps = {
-            entry.layer: ResidualMLP(hidden, experts, entry.width, entry.memory)
+            entry.layer: KINDS[Form(entry.form)](hidden, experts, entry.width, entry.memory, config.model.top_k)
             for entry in config.layers
             if entry.width
         }
@@ -236,7 +245,7 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
     return predictors
 
 
-def _modules(mlps: dict[int, ResidualMLP]) -> nn.Module:
+def _modules(mlps: dict[int, PredictorForm]) -> nn.Module:
     """The MLPs as one module, whose parameters have the names of the file."""
     return nn.ModuleDict({"layers": nn.ModuleDict({str(target): mlp for target, mlp in mlps.items()})})
 

@@ -21,7 +21,7 @@ from .settings import describe, shown
 FORMAT_VERSION = 6
 READABLE = range(2, FORMAT_VERSION + 1)
 """Version 2 had no `source`: every source was the nearest. Version 3 had no checksums, version 4 no memory,
-and version 5 no confidence."""
+and version 5 neither confidence nor direct predictors."""
 CONFIG = "config.json"
 MOST_BYTES = 4 << 20
 """The limit for config.json and for the weights' header: a hundred times what an export of a large model needs."""
@@ -92,6 +92,8 @@ class LayerEntry(_Entry):
     layer: Index
     source: Index | None = None
     """The source layer, None for the target's own input. If left out, as in version 2, it is the nearest."""
+    form: Literal["correcting", "direct"] = "correcting"
+    """Of the predictor; see `forms`."""
     width: int = Field(ge=0, le=1 << 20)
     """Of the predictor; 0 means that none was better than training-free speculation; then there are no tensors."""
     memory: int = Field(0, ge=0, le=MOST)

@@ -4,7 +4,8 @@ Three things are asked of a model, and refused separately:
 
     offload   its experts can be taken one by one
     record    what its routers read and decide can be seen
-    predict   its experts can be guessed, since what a layer adds to the residual stream can be followed
+    predict   its experts can be guessed: without training, if what a layer adds to the residual stream can be followed, and
+              else by direct predictors, which need nothing more than a record
 
 Experts are the modules that transformers dispatches, and the few in `experts.UNMARKED`. A router is a module beside them, of the
 class that the model's own `_can_record_outputs` names, or else one that returns `(logits, weights, ids)`. All else is seen in one
@@ -32,17 +33,21 @@ class Found(NamedTuple):
     """The layers of a model with routed experts, in forward order, and what can be done with them."""
 
     layers: Sequence[ExpertLayer]
-    """`MoELayer`s if experts can be predicted."""
+    """`MoELayer`s if routers can be recorded."""
     unrecorded: str | None
     """Why its routers can't be recorded, in one sentence. None if they can."""
-    unpredicted: str | None
-    """Why its experts can't be predicted, in one sentence. None if they can."""
+
+    @property
+    def unfollowed(self) -> str | None:
+        """Why experts can only be guessed by trained, direct predictors, in one sentence. None if without any too."""
+        first = self.layers[0]
+        return first.unfollowed if isinstance(first, MoELayer) else self.unrecorded
 
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The layers, to be recorded and predicted. Raises `UnsupportedModelError` where that is impossible."""
-        if reason := self.unrecorded or self.unpredicted:
-            raise UnsupportedModelError(reason)
+        if self.unrecorded:
+            raise UnsupportedModelError(self.unrecorded)
         return [layer for layer in self.layers if isinstance(layer, MoELayer)]
 
 
@@ -81,9 +86,13 @@ def find_layers(model: PreTrainedModel) -> Found:
     if len({(layer.num_experts, layer.top_k, layer.hidden_size) for layer in layers}) > 1:
         raise UnsupportedModelError(f"the MoE layers of {kind} differ in shape; one that is the same in all is needed")
     try:
-        return Found([probe.moe_layer() for probe in ran], None, None)
+        return Found([probe.moe_layer() for probe in ran], None)
     except UnsupportedModelError as error:
-        return Found(layers, None, str(error))
+        why = str(error)
+    try:
+        return Found([probe.seen_layer(why) for probe in ran], None)
+    except UnsupportedModelError as error:
+        return Found(layers, str(error))
 
 
 def _why_no_experts(model: PreTrainedModel) -> str:

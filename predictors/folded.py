@@ -24,7 +24,9 @@ import torch
 import torch.nn.functional as F
 
 from .architecture import MoELayer
-from .speculation import Router, Routing, Speculator
+from .direct import DirectMLP
+from .routing import Routing
+from .speculation import Router, Speculator
 
 PROBES = 256
 """How many random states a norm and a router are compared on with their plain forms."""
@@ -155,6 +157,8 @@ class FoldedSpeculator:
         the router returns as its logits, as a memory needs them.
         """
         wiring = speculator.wiring
+        if isinstance(speculator.mlp, DirectMLP):
+            return None
         norm, weight = wiring.norm, next(wiring.router.parameters(), None)
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if wiring.post_norm is not None or not isinstance(eps, float) or weight is None:

@@ -19,8 +19,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import ExpertLayer, Join, MoELayer, UnsupportedModelError, first_tensor
+from .direct import UnitNorm
 from .experts import count_of, identities_of, unmarked
 from .override import override_forward
+from .routing import read_routing
 
 PROBE_TOKENS = 8
 
@@ -151,8 +153,31 @@ class Probe:
             "dtype": self.x.dtype,
         }
 
+    def seen_layer(self, why: str) -> MoELayer:
+        """The layer as far as its router is seen, `why` its residual can't be followed. Raises `UnsupportedModelError` if it isn't."""
+        if self.router is None:
+            raise UnsupportedModelError(f"what chooses the experts of {self.name} is no module that could be watched")
+        try:
+            read_routing(self.routing, self)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{self.router_name} does not say which experts it chose") from error
+        read = self.router_args[0]
+        if read.numel() != self.x.numel():
+            raise UnsupportedModelError(f"{self.router_name} reads something else than a state for each token")
+        return MoELayer(
+            **self._shape(),
+            block=self.block,
+            names={"norm": "", "router": self.router_name, "post_norm": "", "router_arguments": []},
+            norm=UnitNorm(),
+            router=self.router,
+            router_arguments=(),
+            router_ndim=read.ndim,
+            join=Join(),
+            unfollowed=why,
+        )
+
     def moe_layer(self) -> MoELayer:
-        """The whole layer. Raises `UnsupportedModelError` where its router can't be seen, or its output can't be followed."""
+        """The whole layer. Raises `UnsupportedModelError` where its output can't be followed."""
         if self.router is None:
             raise UnsupportedModelError(f"what chooses the experts of {self.name} is no module that could be watched")
         self._routing()

@@ -15,25 +15,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .architecture import MoELayer
-from .mlp import ResidualMLP
-
-
-class Routing(NamedTuple):
-    """A router's decision, in the order in which transformers' routers return it."""
-
-    logits: torch.Tensor
-    """`[tokens, experts]`"""
-    weights: torch.Tensor
-    """`[tokens, top_k]`"""
-    ids: torch.Tensor
-    """`[tokens, top_k]`, integers"""
+from .forms import PredictorForm
+from .routing import Routing, flat_routing
 
 
 def mixture_of(source: Routing, num_experts: int, dtype: torch.dtype) -> torch.Tensor:
@@ -82,11 +72,6 @@ class Router(nn.Module):
                 module.training = True
 
 
-def flat_routing(output: tuple[torch.Tensor, ...]) -> Routing:
-    """A router's output as a `Routing` with one row a token."""
-    return Routing(*(part.flatten(0, -2) for part in output))
-
-
 @dataclass(frozen=True)
 class Wiring:
     """The parts of the model that one speculation uses. Modules are the model's own, not copies."""
@@ -106,6 +91,8 @@ class Wiring:
     def of(cls, target: MoELayer, source: MoELayer | None, default_vectors: torch.Tensor | None) -> Self:
         """The wiring from `source` to `target`; the default vectors are moved to the device of the target's router."""
         norm, router = target.norm, Router.of(target)
+        if target.unfollowed is not None:
+            return cls(norm, router)
         if source is None:
             return cls(norm, router)
         if default_vectors is not None:
@@ -147,7 +134,10 @@ class Wiring:
 def wire(
     layers: list[MoELayer], source_of: dict[int, int | None], default_vectors: dict[int, torch.Tensor]
 ) -> dict[int, Wiring]:
-    """The wiring of each target layer in `source_of`, which names its source; `default_vectors` are by source layer."""
+    """The wiring of each target layer in `source_of`, which names its source; `default_vectors` are by source layer.
+
+    Of layers that can't be followed, the router is the model's own, which a direct predictor does not ask.
+    """
     by_index: dict[int | None, MoELayer] = {layer.index: layer for layer in layers}
     wirings = {}
     for target, source in source_of.items():
@@ -159,7 +149,7 @@ def wire(
 class Speculator(nn.Module):
     """Guesses the routing of one target layer from its source layer's residual and routing."""
 
-    def __init__(self, wiring: Wiring, mlp: ResidualMLP | None = None):
+    def __init__(self, wiring: Wiring, mlp: PredictorForm | None = None):
         super().__init__()
         self.wiring = wiring
         """No submodule: it belongs to the model, and is neither moved nor saved with this module."""
@@ -207,12 +197,8 @@ class Speculator(nn.Module):
         if mlp is None:  # without an MLP nothing reads the normed residual
             return route(self.quasi(residual, source, inner)), None
         quasi, normed = self.states(residual, source, inner)
-        mixture = None if source is None else mixture_of(source, mlp.v.shape[1], normed.dtype)
-        state = mlp(quasi, normed, mixture, memory)
-        if not mlp.memory:
-            return route(state), None
-        parts = [part.tensor_split(2) for part in route(torch.cat((state, quasi)))]
-        return Routing(*(own for own, _ in parts)), parts[0][1]
+        mixture = None if source is None else mixture_of(source, mlp.num_experts, normed.dtype)
+        return mlp.speculate(route, quasi, normed, mixture, memory)
 
 
 def candidates(routing: Routing, m: int) -> torch.Tensor:

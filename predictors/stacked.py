@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from .speculation import Router, Routing, Wiring
+from .routing import Routing
+from .speculation import Router, Wiring
 
 PROBES = 16
 """How many random states the batched form is compared on with the separate parts."""

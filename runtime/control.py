@@ -17,9 +17,11 @@ import torch
 
 from ..predictors.architecture import MoELayer, first_tensor, with_first_tensor
 from ..predictors.override import override_forward
-from ..predictors.speculation import Router, Routing, Speculator, flat_routing
+from ..predictors.routing import Routing, flat_routing, read_routing
+from ..predictors.speculation import Router, Speculator
 from . import operations
 from .engine import Ahead
+from .errors import OffloadError
 from .gating import RouterCall, decider, prefetch
 from .guess import Guess, Guesser, make_guesser
 from .hits import HitCount
@@ -59,6 +61,8 @@ class LayerControl:
         """Whether its guess is being made. Meanwhile it is the speculation that calls its router."""
         self.own: Callable[..., Any]
         """The router's own forward."""
+        self.read = flat_routing if target.routed.unfollowed is None else partial(read_routing, layer=target.layer)
+        """What its router's output says."""
         self.form: Routing
         """A routing of its router, for what the columns and dtypes of all its routings are."""
         self._stream: torch.Tensor | None = None
@@ -69,6 +73,8 @@ class LayerControl:
     def watch_residual(self, attached: ExitStack) -> None:
         """Hooks the parts of the residual and keeps them for `residual`."""
         layer = self.target.routed
+        if layer.unfollowed is not None:  # the router's input is all that is read
+            return
 
         def keep_stream(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._stream = first_tensor((*args, *kwargs.values())).reshape(-1, layer.hidden_size)
@@ -97,6 +103,8 @@ class LayerControl:
 
         Without rows where it is not known, since the router or its block was called by itself.
         """
+        if self.target.routed.unfollowed is not None:
+            return x, None
         join, stream = self.target.routed.join, self._stream
         if stream is None or len(stream) != len(x) or len(self._beside) != len(join.beside):
             return x[:0], None
@@ -226,7 +234,7 @@ class RoutingControl:
             self._pass.guesses.clear()
             self._pass.frees.clear()
             self._rows = len(x) if x.ndim > 2 else 1
-        state = x.reshape(-1, layer.target.layer.hidden_size)
+        state = layer.target.layer.own_input(x)
         if self._guesses(len(state)):
             begun = time.perf_counter()
             self._guess([layer], Reading(state, None, None))
@@ -269,14 +277,29 @@ class RoutingControl:
                 return self._compiled(layer, x)
             if layer.is_guessing:
                 return original(x, *args, **kwargs)
-            return self.route(layer, x, lambda: original(x, *args, **kwargs), layer.residual)
+            if layer.target.routed.unfollowed is None:
+                return self.route(layer, x, lambda: original(x, *args, **kwargs), layer.residual)
+            # The router may return more than a routing, so the model gets what it has returned.
+            returned: list[Any] = []
 
-        layer.form = form_of(layer.target.routed)
+            def own() -> Any:
+                returned[:] = [original(x, *args, **kwargs)]
+                return returned[0]
+
+            self.route(layer, x, own, layer.residual)
+            return returned[0]
+
+        if layer.target.routed.unfollowed is None:
+            layer.form = form_of(layer.target.routed)
         original = layer.own = self._attached.enter_context(override_forward(layer.target.routed.router, route))
 
     def _compiled(self, layer: LayerControl, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`route` as a compiler sees it. The residual belongs to the graph, which computes most of it anyway."""
         with torch.no_grad():
+            if layer.target.routed.unfollowed is not None:
+                raise OffloadError(
+                    f"guesses of direct predictors can't be compiled; give policy {Policy.ON_DEMAND}, or run the model uncompiled"
+                )
             state = x.reshape(-1, layer.target.layer.hidden_size)
             residual, inner = layer.residual(state) if layer.targets else (state, None)
             return operations.route(x, residual, inner, self.handle, layer.target.number)
@@ -341,7 +364,7 @@ class RoutingControl:
 
         def own() -> Routing:
             begun = time.perf_counter()
-            routing = flat_routing(route())
+            routing = layer.read(route())
             routed(begun)
             return routing
 
@@ -357,7 +380,7 @@ class RoutingControl:
             return own()
         call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: self._engine.absent(number), routed)
         decided = (prefetch if self._pass.is_exact else self._decide)(call)
-        layer.known = decided.known
+        layer.known = decided.known and layer.target.routed.unfollowed is None
         if guess.free is not None and self.memory.is_on:
             logits, free = (self.memory.last(number, values) for values in (decided.logits, guess.free))
             self.memory.write(number, logits, free)

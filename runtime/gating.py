@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..predictors.architecture import UnsupportedModelError
-from ..predictors.speculation import Routing
+from ..predictors.routing import Routing
 from .guess import Guess, Guesser
 from .policy import Gating, Policy
 from .restricted import Choose, RestrictedChoice, allowed, fixed
@@ -69,7 +69,10 @@ def speculated(call: RouterCall) -> Decided:
 def true(call: RouterCall) -> Decided:
     """Executes the guessed ids, with the weights that the router would give them if it had chosen them."""
     ids = call.guess.candidates[:, : call.target.layer.top_k]
-    routing, own, logits, _ = _restricted(call, fixed(ids))
+    restricted = _restricted(call, fixed(ids))
+    if restricted is None:
+        return prefetch(call)
+    routing, own, logits, _ = restricted
     if call.guesser.plain is None:  # a router may return its choice in another order than the guess
         ids = ids.to(routing.ids.dtype)
         places = (routing.ids.unsqueeze(-1) == ids.unsqueeze(-2)).int().argmax(1)
@@ -86,7 +89,7 @@ def resident(call: RouterCall) -> Decided:
     if layer.identities:  # they need no slot
         absent = F.pad(absent, (0, layer.num_experts - len(absent)), value=False)
     barred = absent.expand(len(chosen), -1).scatter(1, chosen.long(), False)
-    return _restricted(call, allowed(barred, layer.top_k))
+    return _restricted(call, allowed(barred, layer.top_k)) or prefetch(call)
 
 
 GATINGS: dict[Gating, Decide] = {Gating.SPECULATED: speculated, Gating.TRUE: true, Gating.RESIDENT: resident}
@@ -97,8 +100,11 @@ def decider(policy: Policy, gating: Gating) -> Decide | None:
     return {Policy.ON_DEMAND: None, Policy.PREFETCH: prefetch, Policy.SPECULATIVE: GATINGS[gating]}[policy]
 
 
-def _restricted(call: RouterCall, choose: Choose) -> Decided:
-    """The router's decision if it takes the experts that `choose` returns."""
+def _restricted(call: RouterCall, choose: Choose) -> Decided | None:
+    """The router's decision if it takes the experts that `choose` returns.
+
+    None if it is one of those that look experts up by the token, beside others that choose: it is executed as it decides then.
+    """
     layer, plain = call.target.layer, call.guesser.plain
     if plain is not None:  # its weights follow from its logits, so it need not be called
         begun = time.perf_counter()
@@ -109,6 +115,8 @@ def _restricted(call: RouterCall, choose: Choose) -> Decided:
         return Decided(routing, ranks, logits)
     with RestrictedChoice((len(call.state), layer.num_experts), layer.top_k, choose) as choice:
         routing = call.route()
+    if choice.free_ids is None and call.target.routed.unfollowed is not None:
+        return None
     if choice.free_ids is None:
         raise UnsupportedModelError(
             "the routers of this model don't choose by topk, so that they can't be restricted; use gating speculated"

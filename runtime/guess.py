@@ -7,8 +7,11 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..predictors.confidence import margins
+from ..predictors.direct import DirectMLP
 from ..predictors.folded import FoldedSpeculator, PlainRouter
-from ..predictors.speculation import Routing, Speculator, candidates
+from ..predictors.routing import Routing
+from ..predictors.speculation import Speculator, candidates
+from .errors import OffloadError
 from .targets import Target
 
 
@@ -116,6 +119,8 @@ def make_guesser(speculator: Speculator, target: Target, weighs: bool, sure: boo
     `weighs` says that the weights of the guess will be executed, and `sure` that the candidates' margins are asked for. These are
     None where the router chooses all experts.
     """
+    if weighs and isinstance(speculator.mlp, DirectMLP):
+        raise OffloadError("direct predictors guess experts and not their weights; give gating true or resident")
     sure = sure and target.layer.top_k < target.layer.num_experts
     folded = FoldedSpeculator.of(speculator, target.routed, to_scale=weighs, values=sure)
     if folded is None:

@@ -17,7 +17,7 @@ import torch
 from transformers import Cache
 
 from ..predictors.memory import MOST, memory_of, remembered
-from ..predictors.speculation import Routing
+from ..predictors.routing import Routing
 from .guess import Guess, Guesser
 
 

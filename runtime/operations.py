@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..predictors.speculation import Routing
+from ..predictors.routing import Routing
 from .errors import OffloadError
 from .guard import refuse_gradients
 

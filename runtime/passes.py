@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..predictors.speculation import Routing
+from ..predictors.routing import Routing
 from . import operations
 from .automatic import Trial
 from .control import RoutingControl

@@ -97,12 +97,15 @@ def sources_read(
 def possible(config: OffloadConfig, found: Found, predictors: Any) -> OffloadConfig:
     """`config`, but on demand where the experts can't be guessed; then a warning says why.
 
-    Raises `UnsupportedModelError` where predictors are given for such a model.
+    Raises `UnsupportedModelError` where predictors are given and can't be used.
     """
-    reason = found.unrecorded or found.unpredicted
+    reason = found.unrecorded or found.unfollowed
     if reason is None or config.policy == Policy.ON_DEMAND:
         return config
     if predictors is not None:
-        raise UnsupportedModelError(f"no predictors can be used with this model: {reason}")
-    warnings.warn(f"this model's experts are fetched on demand, since they can't be guessed: {reason}", stacklevel=3)
+        if found.unrecorded:
+            raise UnsupportedModelError(f"no predictors can be used with this model: {reason}")
+        return config
+    cure = "can't be guessed" if found.unrecorded else "can't be guessed without predictors, which collect and fit make"
+    warnings.warn(f"this model's experts are fetched on demand, since they {cure}: {reason}", stacklevel=3)
     return config.model_copy(update={"policy": Policy.ON_DEMAND.value})

@@ -16,7 +16,8 @@ from predict_train.data_collection.trace import Trace
 from predict_train.predictors.architecture import moe_shape
 from predict_train.predictors.checkpoint import Predictors, load_predictors, make_speculators
 from predict_train.predictors.discovery import find_moe_layers
-from predict_train.predictors.speculation import Routing, Speculator
+from predict_train.predictors.routing import Routing
+from predict_train.predictors.speculation import Speculator
 from predict_train.runtime import offloaded
 from predict_train.train.export import export
 from predict_train.train.fit import FitConfig, fit

@@ -16,21 +16,6 @@ LOOKED_AT = {
     "doge": "offload",
     # Its experts lie in two modules, which are called one after the other with rows that are sorted already.
     "jetmoe": "offload",
-    # Their layers mix several residual streams, or convolve what the experts return, or add it later.
-    "deepseek_v4": "predict",
-    "hy_v4": "predict",
-    "inkling2_text": "predict",
-    "longcat_flash": "predict",
-    "qwen4_exp": "predict",
-    "qwen4_exp_text": "predict",
-    # Their routers read the stream itself, and its sum with the experts' is normed once more.
-    "gemma4": "predict",
-    "gemma4_text": "predict",
-    # Their routers return something else than logits, weights and ids.
-    "inkling_text": "predict",
-    "llama4": "predict",
-    "llama4_text": "predict",
-    "zaya": "predict",
 }
 """The types that are refused, and the first ability that they lack. Look at a new one before it is entered here."""
 
@@ -56,6 +41,22 @@ def test_every_type_that_is_refused_was_looked_at(supports):
         assert 3 * len(refused) <= len(supports), refused
     else:
         assert refused == LOOKED_AT
+
+
+DIRECT = {
+    # Their layers mix several residual streams, or convolve what the experts return, or add it later.
+    *("deepseek_v4", "hy_v4", "inkling2_text", "longcat_flash", "qwen4_exp", "qwen4_exp_text"),
+    # Their routers read the stream itself, and its sum with the experts' is normed once more.
+    *("gemma4", "gemma4_text"),
+    # Their routers return something else than logits, weights and ids, or read what the last layer's router has left.
+    *("inkling_text", "llama4", "llama4_text", "zaya"),
+}
+"""The types whose experts can only be guessed by direct predictors."""
+
+
+def test_a_type_that_could_be_followed_still_is(supports):
+    found = {name for name, support in supports.items() if support.direct is not None}
+    assert found - DIRECT == set()
 
 
 def test_the_readme_says_what_the_walk_found(supports):

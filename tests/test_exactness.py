@@ -84,7 +84,7 @@ def test_every_model_type_has_the_logits_of_plain_transformers(model_type: str) 
     for dtype in (torch.float32, torch.bfloat16):
         convert(model, dtype)
         plain = all_logits(model)
-        for policy, slots in zip(POLICIES if found.unpredicted is None else POLICIES[:1], sizes, strict=False):
+        for policy, slots in zip(POLICIES if found.unfollowed is None else POLICIES[:1], sizes, strict=False):
             with offloaded(model, policy=policy, slots=slots, device="cpu"):
                 for number, (ours, theirs) in enumerate(zip(all_logits(model), plain, strict=True)):
                     assert torch.equal(ours, theirs), (dtype, policy, slots, number)

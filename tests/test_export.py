@@ -18,7 +18,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.files import sealed
 from predict_train.predictors.metrics import HitRate
-from predict_train.predictors.speculation import Routing
+from predict_train.predictors.routing import Routing
 from predict_train.train.data import held_out_sequences
 from predict_train.train.export import export
 from predict_train.train.fit import FitConfig, fit
@@ -214,7 +214,7 @@ def test_the_cost_of_rounding_is_measured_on_validation_rows(fitted, collected, 
         batch = make_batch(trace.read(shard, own, names), trace.sources, trace.stacked(), memory=1)
         with torch.no_grad():
             ids = [
-                wirings[target].router(batch.corrected(n, mlps[target])).ids for n, target in enumerate(trace.sources)
+                batch.speculated(n, mlps[target], wirings[target].router).ids for n, target in enumerate(trace.sources)
             ]
         metric.update(torch.stack(ids), batch.ids)
         rows += len(own)

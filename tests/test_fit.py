@@ -318,7 +318,7 @@ def test_the_loss_is_the_divergence_from_the_true_routing(collected):
         for logits, own in zip(batch.logits, speculated, strict=True)
     )
     torch.testing.assert_close(module.loss(batch, speculated, 50), expected, rtol=1e-4, atol=1e-5)
-    module.loss(batch, module.speculators.logits(module.corrected(batch)), 50).backward()
+    module.loss(batch, module.mlps.logits(module.guessed(batch), module.speculators), 50).backward()
     for layer in range(4):
         assert module.mlps.w2.grad is not None
         assert module.mlps.w2.grad[layer].abs().sum() > 0

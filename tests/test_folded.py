@@ -12,7 +12,8 @@ from predict_train.predictors.architecture import MoELayer, UnsupportedModelErro
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.folded import FoldedSpeculator, PlainRouter
 from predict_train.predictors.mlp import ResidualMLP
-from predict_train.predictors.speculation import Router, Routing, Speculator, Wiring, candidates
+from predict_train.predictors.routing import Routing
+from predict_train.predictors.speculation import Router, Speculator, Wiring, candidates
 from predict_train.runtime.restricted import RestrictedChoice, fixed
 
 PLAIN = {"qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "jamba", "granitemoe"}

@@ -22,7 +22,7 @@ from predict_train.predictors.checkpoint import (
 from predict_train.predictors.confidence import Confidence
 from predict_train.predictors.config import FORMAT_VERSION, READABLE
 from predict_train.predictors.mlp import ResidualMLP
-from predict_train.predictors.speculation import Routing
+from predict_train.predictors.routing import Routing
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from predict_train.predictors.metrics import Calibration, ExpertRecall, among, probability_of_choice
-from predict_train.predictors.speculation import Routing, candidates
+from predict_train.predictors.routing import Routing
+from predict_train.predictors.speculation import candidates
 from predict_train.train.measures import Measures
 
 KINDS = ("training_free", "predictor")

@@ -3,6 +3,8 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from predict_train.predictors.direct import STACKS, DirectMLP, StackedDirectMLPs, prior_of
+from predict_train.predictors.forms import Form, Stack
 from predict_train.predictors.mlp import ResidualMLP, StackedResidualMLPs
 
 
@@ -13,13 +15,13 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
             parameter.normal_(generator=generator)
 
 
-def training_steps(stack: StackedResidualMLPs, steps: int) -> None:
+def training_steps(stack: Stack, steps: int) -> None:
     layers, hidden, experts = stack.w1.shape[0], stack.w1.shape[2], stack.v.shape[2]
     optimizer = torch.optim.AdamW(stack.parameters(), 1e-2, weight_decay=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
         widths = [hidden, hidden, experts, *([stack.u.shape[2]] if stack.memory else [])]
-        inputs = [torch.randn(layers, 7, width) for width in widths]
+        inputs = [torch.randn(layers, 7, width) for width in widths]  # the first is the quasi-hidden state
         (stack(*inputs) - 1).square().sum().backward()
         optimizer.step()
 
@@ -30,9 +32,10 @@ def training_steps(stack: StackedResidualMLPs, steps: int) -> None:
     experts=st.integers(1, 9),
     rows=st.integers(0, 5),
     memory=st.integers(0, 2),
+    form=st.sampled_from(list(Form)),
 )
-def test_a_layer_of_the_stack_is_its_slice_whatever_its_width(widths, hidden, experts, rows, memory):
-    layers, stack = len(widths), StackedResidualMLPs(widths, hidden, experts, memory)
+def test_a_layer_of_the_stack_is_its_slice_whatever_its_width(widths, hidden, experts, rows, memory, form):
+    layers, stack = len(widths), STACKS[form](widths, hidden, experts, memory)
     training_steps(stack, 3)
     singles = [stack.layer(number) for number in range(layers)]
     assert [single.width for single in singles] == widths
@@ -65,3 +68,21 @@ def test_an_untrained_predictor_can_learn_and_its_copy_is_one():
     copy = stack.layer(0)
     randomise(copy, seed=2)
     assert torch.equal(stack.w2, torch.zeros_like(stack.w2))
+
+
+def test_an_untrained_direct_predictor_guesses_what_is_used_most():
+    counts = torch.tensor([[3, 9, 0, 5], [1, 2, 8, 4]])
+    stack = StackedDirectMLPs([16] * 2, 8, 4, memory=1, top_k=2)
+    stack.prior.data = prior_of(counts)
+    quasi, normed = torch.randn(2, 2, 5, 8)
+    scores = stack(quasi, normed, torch.randn(2, 5, 4))
+    assert torch.equal(scores, stack.prior.unsqueeze(1).expand_as(scores))
+    training_steps(stack, 3)
+    assert torch.equal(stack.prior, prior_of(counts))
+    for number, single in enumerate(map(stack.layer, range(2))):
+        assert isinstance(single, DirectMLP)
+        left = single.untrained()
+        routing, free = left.speculate(None, quasi[0], normed[0], torch.randn(5, 4))
+        assert routing.ids.tolist() == [counts[number].topk(2).indices.tolist()] * 5
+        assert free is None
+        assert not torch.equal(single(quasi[0], normed[0], None), left(quasi[0], normed[0], None))

@@ -15,7 +15,7 @@ from predict_train.predictors.architecture import moe_shape
 from predict_train.predictors.checkpoint import Predictors, TargetLayer
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.predictors.speculation import Routing
+from predict_train.predictors.routing import Routing
 from predict_train.runtime import offload_experts, offloaded
 from predict_train.runtime.guess import Guess, Guesser
 from predict_train.runtime.settings import OffloadConfig

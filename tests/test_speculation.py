@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.metrics import HitRate
 from predict_train.predictors.mlp import ResidualMLP
-from predict_train.predictors.speculation import Router, Routing, Speculator, Wiring, candidates, mixture_of
+from predict_train.predictors.routing import Routing
+from predict_train.predictors.speculation import Router, Speculator, Wiring, candidates, mixture_of
 from torch import nn
 
 

@@ -10,7 +10,8 @@ from predict_train.data_collection import catalog
 from predict_train.predictors.architecture import MoELayer, sources
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.predictors.speculation import Router, Routing, Speculator, Wiring, wire
+from predict_train.predictors.routing import Routing
+from predict_train.predictors.speculation import Router, Speculator, Wiring, wire
 from predict_train.predictors.stacked import StackedSpeculators
 from torch import nn
 

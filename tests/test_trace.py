@@ -16,7 +16,8 @@ from predict_train.data_collection.trace import Trace
 from predict_train.data_collection.writer import TraceWriter
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.files import sealed
-from predict_train.predictors.speculation import Routing, Speculator, wire
+from predict_train.predictors.routing import Routing
+from predict_train.predictors.speculation import Speculator, wire
 from safetensors.torch import load_file
 
 
@@ -132,7 +133,7 @@ def test_folders_that_are_no_traces_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 1}, "format version 1, and this release reads 2 and 3"),
+        ({"format_version": 1}, "format version 1, and this release reads 2 to 4"),
         ({"tokens": "many"}, "tokens: input should be a valid integer"),
         ({"shards": []}, "shards: list should have at least 1 item"),
         ({"extra": 1}, "extra: extra inputs are not permitted"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from ..data_collection.columns import Columns
 from ..data_collection.statistics import speculated
 from ..predictors.confidence import Confidence, margins
+from ..predictors.forms import PredictorForm
 from ..predictors.metrics import Calibration, among
-from ..predictors.mlp import ResidualMLP
 from ..predictors.speculation import candidates
 from ..predictors.stacked import StackedSpeculators
 
@@ -25,7 +25,7 @@ def calibrate(
     batches: Iterable[Columns],
     sources: dict[int, int | None],
     speculators: StackedSpeculators,
-    mlps: dict[int, ResidualMLP],
+    mlps: Mapping[int, PredictorForm],
     most: int,
 ) -> dict[int, Confidence]:
     """How sure the speculation of each target is, over `most` candidates of each row. The arguments are those of `hit_rates`.

@@ -18,8 +18,9 @@ from ..data_collection.columns import SEQUENCE, Columns
 from ..data_collection.statistics import CHUNK_ROWS, hit_rates
 from ..data_collection.trace import Trace
 from ..predictors.checkpoint import Predictors, TargetLayer, refuse_existing, save_predictors
+from ..predictors.direct import STACKS, DirectMLP
+from ..predictors.forms import Form, PredictorForm
 from ..predictors.loading import DTYPES
-from ..predictors.mlp import ResidualMLP, StackedResidualMLPs
 from ..predictors.provenance import command, versions
 from ..predictors.tables import broken, figure_table
 from .calibration import calibrate
@@ -51,11 +52,14 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     if not is_trained_on(settings, source):
         raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
     entries = {entry["layer"]: entry for entry in result["layers"]}
-    memory = settings["settings"]["memory"]
-    trained = _trained(run / result["checkpoint"], {t: entry["width"] for t, entry in entries.items()}, memory, source)
+    widths = {target: entry["width"] for target, entry in entries.items()}
+    form = Form(settings["settings"]["form"] or source.manifest.form)
+    trained = _trained(run / result["checkpoint"], widths, settings["settings"]["memory"], source, form)
     predictors = Predictors(
         model=source.manifest.model.identity(),
-        layers=[_layer(entry, trained[target]) for target, entry in entries.items()],
+        layers=[
+            _layer(entry, trained[target], source.manifest.form is Form.CORRECTING) for target, entry in entries.items()
+        ],
         default_vectors=source.default_vectors(),
         provenance={
             "commands": {"collect": source.manifest.command, "fit": settings["command"], "export": command()},
@@ -75,20 +79,26 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     return folder
 
 
-def _layer(entry: dict[str, Any], mlp: ResidualMLP) -> TargetLayer:
-    """The layer of a run's result, with its trained predictor if that is better than none."""
+def _layer(entry: dict[str, Any], mlp: PredictorForm, followed: bool) -> TargetLayer:
+    """The layer of a run's result, with its trained predictor if that is better than none.
+
+    Where the residual is not `followed`, none is a predictor that guesses the experts used most.
+    """
     # The last kind is the exported speculation.
     kinds = ["training_free"]
     if entry["predictor"]["recall@k"] > entry["training_free"]["recall@k"]:
         kinds += [kind for kind in ("without_memory", "predictor") if kind in entry]
     rates, recall = {kind: entry[kind]["recall@k"] for kind in kinds}, entry[kinds[-1]]["recall"]
-    return TargetLayer(entry["layer"], entry["source"], mlp if "predictor" in kinds else None, rates, recall)
+    none = None if followed or not isinstance(mlp, DirectMLP) else mlp.untrained()
+    return TargetLayer(entry["layer"], entry["source"], mlp if "predictor" in kinds else none, rates, recall)
 
 
-def _trained(checkpoint: Path, widths: dict[int, int], memory: int, trace: Trace) -> dict[int, ResidualMLP]:
-    """The predictors of a checkpoint by target layer, fp32, with these `widths` and this `memory`."""
+def _trained(
+    checkpoint: Path, widths: dict[int, int], memory: int, trace: Trace, form: Form
+) -> dict[int, PredictorForm]:
+    """The predictors of a checkpoint by target layer, fp32, of this `form`, with these `widths` and this `memory`."""
     model = trace.manifest.model
-    stack = StackedResidualMLPs(list(widths.values()), model.hidden_size, model.num_experts, memory)
+    stack = STACKS[form](list(widths.values()), model.hidden_size, model.num_experts, memory, model.top_k)
     state = read_checkpoint(checkpoint)["state_dict"]
     stack.load_state_dict({n.removeprefix("mlps."): tensor for n, tensor in state.items() if n.startswith("mlps.")})
     return {target: stack.layer(number) for number, target in enumerate(widths)}
@@ -126,7 +136,7 @@ def _calibrated(predictors: Predictors, trace: Trace, rows: list[torch.Tensor]) 
 
 
 def _batches(
-    trace: Trace, sources: dict[int, int | None], mlps: dict[int, ResidualMLP], rows: list[torch.Tensor]
+    trace: Trace, sources: dict[int, int | None], mlps: dict[int, PredictorForm], rows: list[torch.Tensor]
 ) -> Iterator[Columns]:
     """The given rows of each shard, with what speculation reads of them."""
     names = trace.columns_for(sources, max((mlp.memory for mlp in mlps.values()), default=0))

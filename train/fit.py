@@ -32,10 +32,11 @@ from ..predictors.provenance import command, versions
 from ..predictors.tables import broken, figure_table
 from .board import Board
 from .data import FitError, TraceData
+from .losses import DEFAULT_LOSS
 from .measures import KINDS
 from .module import MEAN_HIT_RATE, PredictorTraining, mean_of
 from .settings import FitConfig
-from .targets import choose_targets
+from .targets import choose_targets, form_of
 from .trainer import lightning_trainer, quiet
 
 CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
@@ -66,7 +67,9 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     sources = {target.layer: target.source for target in targets}
     data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers, config.memory)
     torch.manual_seed(config.seed)
-    module = PredictorTraining(trace, targets, config.loss, config.learning_rate, config.weight_decay, config.memory)
+    form = form_of(trace, config)
+    learning = config.loss or DEFAULT_LOSS[form], config.learning_rate, config.weight_decay
+    module = PredictorTraining(trace, targets, *learning, config.memory, form)
     settings = config.model_dump(mode="json")
     run = {"settings": settings, "trace": _identity(trace), "command": command(), "versions": versions()}
     best = ModelCheckpoint(config.out / CHECKPOINTS, "best-{epoch}", monitor=MEAN_HIT_RATE, mode="max", save_last=True)
@@ -129,6 +132,7 @@ def read_run(run: Path) -> dict[str, Any]:
         raise FitError(f"{run / CONFIG} is not what fit wrote; train again")
     settings.pop(CHECKSUM, None)
     settings["settings"].setdefault("memory", 0)  # of an older release
+    settings["settings"].setdefault("form", None)
     return settings
 
 
@@ -180,14 +184,16 @@ def _check_folder(config: FitConfig) -> None:
             raise FitError(f"{config.out} exists already; name a new folder, or give --resume to go on with that run")
         return
     before = read_run(config.out)
-    now = config.model_dump(mode="json")
+    trace, now = Trace.open(config.trace), config.model_dump(mode="json")
+    if before["settings"]["loss"] == DEFAULT_LOSS[form_of(trace, config)]:  # older releases wrote the default so
+        now["loss"] = now["loss"] or before["settings"]["loss"]
     for name in FitConfig.model_fields.keys() - WHERE_AND_HOW:
         if before["settings"].get(name) != now[name]:
             raise FitError(
                 f"the run in {config.out} was started with {name} {before['settings'].get(name)}, not {now[name]}; "
                 "resume it with the same settings, or start another"
             )
-    if not is_trained_on(before, Trace.open(config.trace)):
+    if not is_trained_on(before, trace):
         raise FitError(f"the run in {config.out} was started on another trace than {config.trace}; give that one")
 
 

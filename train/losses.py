@@ -1,8 +1,9 @@
 """The losses of training: how far the speculated routing is from the true one.
 
 Each takes the speculated and the true logits `[layers, rows, experts]` and the experts that the router chose `[layers,
-rows, top_k]`, and returns a loss a row, `[layers, rows]`, all fp32. Only `kl` does not read the choice, so only `kl` is
-right for routers that choose by more than their logits (groups, correction biases).
+rows, top_k]`, and returns a loss a row, `[layers, rows]`, all fp32. A correcting predictor's logits are those of the target's
+router, which may choose by more (groups, correction biases). Only `kl` does not read the choice, so only `kl` is right for them
+then. A direct predictor's scores are what experts are chosen by, and for them `choice` is right.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+
+from ..predictors.forms import Form
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -46,6 +49,14 @@ def ranking(speculated: torch.Tensor, true: torch.Tensor, ids: torch.Tensor) -> 
     return (pairs * others).sum((-2, -1)) / (ids.shape[-1] * others.sum((-2, -1)).clamp(min=1))
 
 
+def choice(speculated: torch.Tensor, true: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # noqa: ARG001
+    """Cross-entropy of the speculated distribution over experts with the router's choice, the mean over the chosen, in nats.
+
+    It is the only one that does not read the true logits, so it is right whatever a router returns in their place.
+    """
+    return -speculated.log_softmax(-1).gather(-1, ids).mean(-1)
+
+
 def _unit(true: torch.Tensor) -> torch.Tensor:
     """Four over the spread of the true logits; 0 if they are all equal, since then there is nothing to learn."""
     return (4 / true.std(-1, keepdim=True)).nan_to_num(nan=0.0, posinf=0.0)
@@ -55,4 +66,5 @@ def _chosen(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(logits).scatter_(-1, ids, 1.0)
 
 
-LOSSES: dict[str, Loss] = {"kl": kl, "bce": bce, "ranking": ranking}
+LOSSES: dict[str, Loss] = {"kl": kl, "bce": bce, "ranking": ranking, "choice": choice}
+DEFAULT_LOSS = {Form.CORRECTING: "kl", Form.DIRECT: "choice"}

@@ -17,7 +17,8 @@ from ..predictors.metrics import (
     among,
     probability_of_choice,
 )
-from ..predictors.speculation import Routing, candidates
+from ..predictors.routing import Routing
+from ..predictors.speculation import candidates
 
 Kind = Literal["training_free", "without_memory", "predictor"]
 KINDS: tuple[Kind, ...] = ("training_free", "without_memory", "predictor")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
+from ..data_collection.columns import Column
 from ..data_collection.examples import Batch, make_batch
+from ..data_collection.statistics import SAMPLE_ROWS
 from ..data_collection.trace import Trace
+from ..predictors.direct import STACKS, prior_of
+from ..predictors.forms import Form
 from ..predictors.memory import memory_of
-from ..predictors.mlp import StackedResidualMLPs
 from ..predictors.stacked import StackedSpeculators
 from .data import FitError, Rows
 from .losses import LOSSES
@@ -41,6 +45,7 @@ class PredictorTraining(lightning.LightningModule):
         learning_rate: float,
         weight_decay: float,
         memory: int = 0,
+        form: Form = Form.CORRECTING,
     ):
         """`memory` is how many tokens the predictors remember."""
         super().__init__()
@@ -50,7 +55,9 @@ class PredictorTraining(lightning.LightningModule):
         self.top_k = trace.manifest.model.top_k
         model = trace.manifest.model
         widths = [target.width for target in targets]
-        self.mlps = StackedResidualMLPs(widths, model.hidden_size, model.num_experts, memory)
+        self.mlps = STACKS[form](widths, model.hidden_size, model.num_experts, memory, self.top_k)
+        if form is Form.DIRECT:
+            self.mlps.get_parameter("prior").data = prior_of(_choices_in(trace, self.sources))
         # No submodule: the frozen parts are no parameters of this module and not in its checkpoints.
         self.speculators = trace.stacked(self.sources)
         if memory:
@@ -80,8 +87,8 @@ class PredictorTraining(lightning.LightningModule):
         # Gradients are averaged over processes, so each process multiplies its part by their number.
         return rows.sum() * (self.trainer.world_size if self._trainer is not None else 1) / in_all
 
-    def corrected(self, batch: Batch) -> torch.Tensor:
-        """The quasi-hidden states that the predictors have corrected, `[layers, rows, hidden]`, fp32."""
+    def guessed(self, batch: Batch) -> torch.Tensor:
+        """What the predictors make of a batch, in fp32; see `forms.Stack.forward`."""
         return self.mlps(batch.quasi, batch.normed, batch.mixture, batch.memory).float()
 
     def batch(self, rows: Rows) -> Batch:
@@ -92,21 +99,21 @@ class PredictorTraining(lightning.LightningModule):
         # Only the predictors compute in mixed precision: routers choose in fp32, as at inference.
         with torch.autocast(self.device.type, enabled=False):
             batch = self.batch(rows)
-        states = self.corrected(batch)
+        guessed = self.guessed(batch)
         with torch.autocast(self.device.type, enabled=False):
-            loss = self.loss(batch, self.speculators.logits(states), rows.in_all)
+            loss = self.loss(batch, self.mlps.logits(guessed, self.speculators), rows.in_all)
         self.log("loss/train", loss, prog_bar=True, batch_size=rows.in_all)
         return loss
 
     def validation_step(self, rows: Rows, _: int) -> None:
         with torch.autocast(self.device.type, enabled=False):  # measures what an fp32 export does
             batch = self.batch(rows)
-            corrected = self.speculators.route(self.corrected(batch))
-            loss = self.loss(batch, torch.stack([routing.logits for routing in corrected]), rows.in_all)
+            guessed = self.mlps.routings(self.guessed(batch), self.speculators)
+            loss = self.loss(batch, torch.stack([routing.logits for routing in guessed]), rows.in_all)
             self.measures.update("training_free", self.speculators.route(batch.quasi), batch.ids)
-            self.measures.update("predictor", corrected, batch.ids)
+            self.measures.update("predictor", guessed, batch.ids)
             if batch.memory is not None:
-                alone = self.speculators.route(self.corrected(batch._replace(memory=None)))
+                alone = self.mlps.routings(self.guessed(batch._replace(memory=None)), self.speculators)
                 self.measures.update("without_memory", alone, batch.ids)
         self.log("loss/validation", loss, batch_size=rows.in_all, sync_dist=True)
 
@@ -133,10 +140,23 @@ class PredictorTraining(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(
-            self.mlps.parameters(), self.learning_rate, weight_decay=self.weight_decay, fused=True
+            [p for p in self.mlps.parameters() if p.requires_grad],
+            self.learning_rate,
+            weight_decay=self.weight_decay,
+            fused=True,
         )
         schedule = one_cycle(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _choices_in(trace: Trace, targets: Iterable[int]) -> torch.Tensor:
+    """How often each target chose each expert, `[targets, experts]`, over a sample of the trace."""
+    names = [Column.EXPERT_IDS.of(target) for target in targets]
+    counts = torch.zeros(len(names), trace.manifest.model.num_experts)
+    for columns in trace.sample(SAMPLE_ROWS, names):
+        for number, name in enumerate(names):
+            counts[number] += torch.bincount(columns[name].flatten().long(), minlength=counts.shape[1])
+    return counts
 
 
 @torch.no_grad()

@@ -48,11 +48,14 @@ class FitConfig(Settings):
     """Hidden width of each predictor."""
     memory: Memory = 1
     """How many tokens back a predictor remembers what the target's router decided and how wrong the guess was: 0, 1 or 2."""
+    form: Literal["correcting", "direct"] | None = None
+    """How predictors guess: `correcting` the state that the target's router reads, or `direct` from a router's input to the scores of the
+    next one. By default `correcting` where the model's residual can be followed, since it is better there, and else `direct`."""
     budget: str | None = None
     """Instead of a width: the size of all predictors in bfloat16, like `2MB`, or like `1%` of the model's weights
     without its routed experts. Layers that are hard to guess get more of it."""
-    loss: Literal["kl", "bce", "ranking"] = "kl"
-    """What is minimised: `kl`, `bce` or `ranking`; see `train.losses`."""
+    loss: Literal["kl", "bce", "ranking", "choice"] | None = None
+    """What is minimised: `kl`, `bce`, `ranking` or `choice`; see `train.losses`. By default `kl`, and `choice` for direct predictors."""
     epochs: Count = 5
     """The most times that each row is seen."""
     patience: Count = 3

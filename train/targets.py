@@ -9,8 +9,9 @@ from transformers import AutoConfig
 from ..data_collection.statistics import SAMPLE_ROWS, hit_rates
 from ..data_collection.trace import Trace
 from ..predictors.architecture import farther, skeleton
+from ..predictors.direct import KINDS
 from ..predictors.experts import expert_modules
-from ..predictors.mlp import ResidualMLP
+from ..predictors.forms import Form
 from ..predictors.settings import parse_bytes
 from .data import FitError
 from .settings import FitConfig, Source
@@ -79,8 +80,20 @@ def choose_targets(trace: Trace, config: FitConfig) -> list[Target]:
         sources = below
     widths = dict.fromkeys(sources, config.width)
     if budget is not None:
-        widths = share_out(trace, {target: 1 - rates[target] for target in sources}, budget, config.memory)
+        widths = share_out(
+            trace, {target: 1 - rates[target] for target in sources}, budget, config.memory, form_of(trace, config)
+        )
     return [Target(target, source, widths[target]) for target, source in sources.items()]
+
+
+def form_of(trace: Trace, config: FitConfig) -> Form:
+    """The form of a run's predictors. Raises `FitError` if the trace does not hold what it needs."""
+    recorded = trace.manifest.form
+    if recorded is Form.DIRECT and config.form == "correcting":
+        raise FitError(
+            f"the residual of {trace.manifest.model.name} can't be followed, so there is nothing to correct; leave --form out"
+        )
+    return recorded if config.form is None else Form(config.form)
 
 
 def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, float]:
@@ -93,15 +106,17 @@ def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, floa
     return rates
 
 
-def share_out(trace: Trace, gaps: dict[int, float], budget: str, memory: int) -> dict[int, int]:
-    """The width of each target's predictor that remembers `memory` tokens, so that all take at most `budget` in bfloat16.
+def share_out(
+    trace: Trace, gaps: dict[int, float], budget: str, memory: int, form: Form = Form.CORRECTING
+) -> dict[int, int]:
+    """The width of each target's predictor of a `form` that remembers `memory` tokens, so that all take at most `budget` in bfloat16.
 
     The share of a layer's gap to 1 that its predictor closes grows about with the logarithm of its width
     (docs/predictors.md). So one more unit of width is worth the gap over the width, and the best widths follow the
     gaps.
     """
     model = trace.manifest.model
-    fixed, one = (ResidualMLP.count(model.hidden_size, model.num_experts, width, memory) for width in (0, 1))
+    fixed, one = (KINDS[form].count(model.hidden_size, model.num_experts, width, memory) for width in (0, 1))
     steps = (parameters_in(trace, budget) - fixed * len(gaps)) // (WIDTH_STEP * (one - fixed))
     if steps < len(gaps):
         least = (fixed + WIDTH_STEP * (one - fixed)) * len(gaps) * BYTES_OF_A_PARAMETER

@@ -18,11 +18,13 @@ from transformers import PreTrainedModel
 from ...predictors.architecture import MoELayer, first_tensor
 from ...predictors.checkpoint import Predictors, as_predictors, make_speculators
 from ...predictors.confidence import Confidence
+from ...predictors.direct import DirectMLP
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
 from ...predictors.loading import check_tokens, resolve_device
 from ...predictors.metrics import Calibration
-from ...predictors.speculation import Speculator, flat_routing
+from ...predictors.routing import read_routing
+from ...predictors.speculation import Speculator
 from ..control import RoutingControl
 from ..guess import Guess
 from ..offload import offloaded
@@ -82,6 +84,8 @@ def evaluate(
                 continue
             table[kind] = {"full": full}
             for gating in Gating:
+                if gating is Gating.SPECULATED and any(isinstance(own.mlp, DirectMLP) for own in speculators.values()):
+                    continue  # they guess no weights
                 seen = wide if gating is Gating.RESIDENT else targets
                 _, entropy = _controlled(entropy_of, seen, speculators, Policy.SPECULATIVE, gating)
                 table[kind][f"{Policy.SPECULATIVE}/{gating}"] = entropy
@@ -232,15 +236,17 @@ def _control_hit_rates(layers: list[MoELayer]) -> Iterator[dict[int, tuple[int, 
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stream[:] = [first_tensor((*args, *kwargs.values()))]
 
-        def compare(_: nn.Module, args: tuple[Any, ...], routing: tuple[torch.Tensor, ...]) -> None:
-            x = layer.norm.forward(stream.pop()).reshape(args[0].shape)
-            again = flat_routing(route(x, *layer.router_arguments)).ids
-            found = (flat_routing(routing).ids.unsqueeze(-1) == again.unsqueeze(-2)).any(-1)
+        def compare(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if layer.unfollowed is None:
+                args, kwargs = (layer.norm.forward(stream.pop()).reshape(args[0].shape), *layer.router_arguments), {}
+            again = read_routing(route(*args, **kwargs), layer).ids
+            found = (read_routing(output, layer).ids.unsqueeze(-1) == again.unsqueeze(-2)).any(-1)
             hits, total = counts[layer.index]
             counts[layer.index] = hits + int(found.sum()), total + found.numel()
 
-        stack.callback(layer.entry.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        stack.callback(layer.router.register_forward_hook(compare).remove)
+        if layer.unfollowed is None:
+            stack.callback(layer.entry.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        stack.callback(layer.router.register_forward_hook(compare, with_kwargs=True).remove)
 
     with ExitStack() as stack:
         for layer in layers:

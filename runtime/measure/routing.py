@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ...predictors.architecture import MoELayer, first_tensor
 from ...predictors.errors import UserError
 from ...predictors.override import override_forward
-from ...predictors.speculation import Routing
+from ...predictors.routing import Routing
 from ..guess import Guess, Guesser
 from .reuse import Ids, Numbers, ReuseCurve, ReuseStack
 
