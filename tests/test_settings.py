@@ -62,7 +62,7 @@ def test_a_commands_flags_are_the_fields_of_its_class(name: str) -> None:
     for field, key in kind.keys().items():
         dashed = key.replace("_", "-")
         expected = [field] if key == kind.argument else [f"--{dashed}"]
-        if kind.model_fields[field].annotation is bool:
+        if kind.model_fields[field].annotation in (bool, bool | None):
             expected.append(f"--no-{dashed}")
         assert flags[field] == expected
     assert all(param.default is None for param in params), "what is not given is left to the file"
