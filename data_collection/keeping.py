@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..predictors.reuse import HALF_LIFE
+from ..predictors.reuse import HALF_LIFE, RATES, ReusePredictors
 from .columns import Column, Columns
 from .statistics import long_runs
 from .trace import Piece, Trace
@@ -24,6 +24,7 @@ AT_ONCE = 1 << 24
 
 Worth = Callable[[int], torch.Tensor]
 """From a token's number to what each expert is worth after it, `[sequences, layers, experts]`. It is called for each in turn."""
+Rule = Callable[["Routed"], Worth]
 
 
 class Routed(NamedTuple):
@@ -66,30 +67,51 @@ def frequency(routed: Routed, half_life: float = HALF_LIFE) -> Worth:
 
 def belady(routed: Routed) -> Worth:
     """The expert goes first that is used last, or never again."""
-    tokens = routed.used.shape[1]
-    soonest = torch.full_like(routed.used[:, 0], 2 * tokens, dtype=torch.int32)
+    distances = next_uses(routed)
+    return lambda token: -distances[:, token].float()
+
+
+def next_uses(routed: Routed) -> torch.Tensor:
+    """How many tokens after each one every expert is used next, int32, as `used`; far more than there are if it is not."""
+    distance = torch.full_like(routed.used[:, 0], 2**20, dtype=torch.int32)
     found = []
-    for token in reversed(range(tokens)):
-        found.append(soonest)
-        soonest = torch.where(routed.used[:, token], token, soonest)
+    for token in reversed(range(routed.used.shape[1])):
+        found.append(distance)
+        distance = torch.where(routed.used[:, token], 0, distance) + 1
+    return torch.stack(found[::-1], 1)
 
-    def after(token: int) -> torch.Tensor:
-        return -found[tokens - 1 - token].float()
 
-    return after
+def learned(predictors: ReusePredictors, targets: list[int]) -> Rule:
+    """The expert goes first whose reuse predictor says so. The routers' logits of the `targets` are among the columns."""
+
+    def rule(routed: Routed) -> Worth:
+        sequences, tokens, layers, _ = routed.ids.shape
+        columns = torch.stack([routed.columns[Column.ROUTER_LOGITS.of(target)] for target in targets])
+        logits = columns.unflatten(1, (sequences, tokens))
+        counts = torch.zeros(layers, sequences, routed.used.shape[-1], len(RATES))
+
+        def after(token: int) -> torch.Tensor:
+            counts.mul_(torch.tensor(RATES)).add_(routed.used[:, token].transpose(0, 1).unsqueeze(-1))
+            with torch.no_grad():
+                scores: torch.Tensor = predictors(logits[:, :, token].float(), counts)
+            return scores.transpose(0, 1)
+
+        return after
+
+    return rule
 
 
 def count_hits(routed: Routed, worth: Worth, slots: list[int]) -> torch.Tensor:
     """How many of the used experts had a slot already, int64 `[numbers of slots, layers]`.
 
     `slots` are numbers of slots of one layer, each at least the top k. An expert that is needed takes an empty slot, or the slot
-    of the expert that is worth least after the token before.
+    of the expert that is worth least once the router has decided.
     """
     used = routed.used
     present = torch.zeros(len(slots), *used[:, 0].shape, dtype=torch.bool)
     hits = torch.zeros(len(slots), used.shape[2], dtype=torch.int64)
     for token in range(used.shape[1]):
-        now, value = used[:, token], worth(token - 1) if token else torch.zeros(used[:, 0].shape)
+        now, value = used[:, token], worth(token)
         for number, size in enumerate(slots):
             hits[number] += (now & present[number]).sum((0, 2))
             rank = value.masked_fill(~present[number], -torch.inf).masked_fill(now, torch.inf)
@@ -98,19 +120,23 @@ def count_hits(routed: Routed, worth: Worth, slots: list[int]) -> torch.Tensor:
     return hits
 
 
-def keep_rates(trace: Trace, rules: dict[str, Callable[[Routed], Worth]], most_rows: int = MOST_ROWS) -> dict[str, Any]:
+def keep_rates(
+    trace: Trace, rules: dict[str, Rule], most_rows: int = MOST_ROWS, among: torch.Tensor | None = None
+) -> dict[str, Any]:
     """The hit rates of slots by rule, number of slots and layer, as plain JSON values.
 
     `slots` are `SHARES` of the experts, at least the top k. `hit_rates` has for each of `rules`, by number of slots, a rate for
     each layer of `layers`. `way` has, likewise without layers, how many of the misses that Belady's rule would spare each rule
     spares, against the least recently used; None where there are none to spare. `rows` and `sequences` say what was measured:
-    runs of consecutive tokens, at least half as long as the longest, evenly spaced.
+    runs of consecutive tokens, at least half as long as the longest, evenly spaced, of the sequences `among` which
+    they are to be (see `long_runs`).
     """
     model, layers = trace.manifest.model, list(trace.sources)
     slots = [max(model.top_k, round(share * model.num_experts)) for share in SHARES]
     hits = {name: torch.zeros(len(slots), len(layers), dtype=torch.int64) for name in rules}
     rows = sequences = 0
-    for routed in routed_runs(trace, most_rows):
+    names = tuple(Column.ROUTER_LOGITS.of(target) for target in layers) if "learned" in rules else ()
+    for routed in routed_runs(trace, most_rows, names, among):
         rows, sequences = rows + routed.ids[..., 0, 0].numel(), sequences + len(routed.ids)
         for name, rule in rules.items():
             hits[name] += count_hits(routed, rule(routed), slots)
@@ -132,14 +158,16 @@ def ways(rates: dict[str, torch.Tensor], rate: torch.Tensor) -> list[float | Non
     return [share if more else None for share, more in zip(shares, (most > least).tolist(), strict=True)]
 
 
-RULES: dict[str, Callable[[Routed], Worth]] = {"lru": last_use, "frequency": frequency, "belady": belady}
+RULES: dict[str, Rule] = {"lru": last_use, "frequency": frequency, "belady": belady}
 """Those that need nothing but the trace."""
 
 
-def routed_runs(trace: Trace, most_rows: int, names: tuple[str, ...] = ()) -> Iterator[Routed]:
-    """The runs of `keep_rates`, with those of their columns that are named. Those that come together are cut to the shortest of them."""
+def routed_runs(
+    trace: Trace, most_rows: int, names: tuple[str, ...] = (), among: torch.Tensor | None = None
+) -> Iterator[Routed]:
+    """The runs of `keep_rates`, with those of their columns that are named. Those that come together are cut to the shortest."""
     experts = trace.manifest.model.num_experts
-    runs = sorted(long_runs(trace, most_rows), key=lambda run: len(run[1]))
+    runs = sorted(long_runs(trace, most_rows, among), key=lambda run: len(run[1]))
     while runs:
         length = len(runs[0][1])
         count = max(1, AT_ONCE // (length * len(trace.sources) * experts))

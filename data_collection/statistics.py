@@ -161,17 +161,25 @@ def reuse(trace: Trace, most_rows: int) -> dict[str, Any]:
     return {"slots": slots, "hit_rates": rates, "rows": rows, "sequences": sequences}
 
 
-def long_runs(trace: Trace, most_rows: int) -> Iterator[Piece]:
-    """Runs of consecutive tokens, at least half as long as the longest, evenly spaced, in all about `most_rows` rows."""
-    lengths = [_runs(trace, shard)[1] for shard in range(len(trace.manifest.shards))]
-    half = max(int(found.max()) for found in lengths) / 2
+def long_runs(trace: Trace, most_rows: int, among: torch.Tensor | None = None) -> Iterator[Piece]:
+    """Runs of consecutive tokens, at least half as long as the longest, evenly spaced, in all about `most_rows` rows.
+
+    `among`, bool, says of each sequence by its number whether its runs are meant; by default all are.
+    """
+    lengths = []
+    for shard in range(len(trace.manifest.shards)):
+        order, found = _runs(trace, shard)
+        sequences = trace.places(shard)[0][order[found.cumsum(0) - found]].long()
+        lengths.append(found if among is None else torch.where(among[sequences], found, 0))
+    half = max(1, *(int(found.max()) for found in lengths)) / 2
     step = max(1, round(sum(int(found[found >= half].sum()) for found in lengths) / most_rows))
     passed = 0
     for shard, found in enumerate(lengths):
         chosen = (found >= half).nonzero().flatten()
         first, passed = -passed % step, passed + len(chosen)
         if first < len(chosen):
-            runs = _runs(trace, shard)[0].split(found.tolist())
+            order, every = _runs(trace, shard)
+            runs = order.split(every.tolist())
             yield from ((shard, runs[number]) for number in chosen[first::step].tolist())
 
 

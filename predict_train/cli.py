@@ -78,7 +78,7 @@ def inspect(config: InspectConfig) -> None:
     from .train.inspection import inspect as job
     from .train.inspection import plot, report
 
-    found = job(config.path, config.rows, config.keep)
+    found = job(config.path, config.rows, config.keep, config.predictors)
     report(found, Console())
     _write(found, config.json_file)
     if config.plot is not None:

@@ -17,6 +17,7 @@ from .predictors.errors import UserError
 from .predictors.loading import check_tokens, load_tokenizer, read_model_config, resolve_device
 from .predictors.provenance import command, hardware, versions
 from .running import quantization_asked
+from .runtime.host.cache import Eviction
 from .runtime.load import load_to_host
 from .runtime.measure.accelerated import accelerated
 from .runtime.measure.bench import Round, Way, parse_ways, results
@@ -38,6 +39,11 @@ def bench(config: BenchConfig, console: Console) -> dict[str, Any]:
     sizes = {"layers": len(layers), "num_experts": experts, "top_k": top_k, "candidates": max(m, top_k)}
     kind = config.routing or ("model" if config.random_weights is None else "synthetic")
     routing = None
+    if kind != "model" and config.eviction is Eviction.LEARNED:
+        raise UserError(
+            "eviction learned reads what the model's own routers say, so it can't be measured with another routing; leave out "
+            "routing, or see what plan says"
+        )
     if kind != "model":
         routing = routing_of(kind, config, config.warmup + config.tokens, predictors, sizes)
     packed = config.pack is not None

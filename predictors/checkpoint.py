@@ -29,11 +29,12 @@ from transformers import PreTrainedModel
 
 from .architecture import ExpertLayer, MoELayer, describe_shape, moe_shape, sources
 from .confidence import Confidence
-from .config import CONFIG, MOST_BYTES, PredictorsError, make_config, read_config
+from .config import CONFIG, MOST_BYTES, PredictorsError, ReuseEntry, make_config, read_config
 from .direct import KINDS, DirectMLP
 from .discovery import find_moe_layers
 from .files import checksum, sealed, written_whole
 from .forms import Form, PredictorForm
+from .reuse import Reuse, ReusePredictors
 from .settings import shown
 from .speculation import Speculator, wire
 
@@ -78,6 +79,8 @@ class Predictors:
     """By source layer: `[experts, hidden]`, fp32."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Command, versions and trace."""
+    reuse: Reuse | None = None
+    """Which experts are used again soon; None in exports of older releases, and where it was not trained."""
 
     @property
     def mlps(self) -> dict[int, PredictorForm]:
@@ -167,7 +170,8 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
     folder = Path(folder)
     refuse_existing(folder)
     tensors = {f"default_vectors.{source}": d.contiguous() for source, d in predictors.default_vectors.items()}
-    tensors |= {name: p.detach().contiguous() for name, p in _modules(predictors.mlps).named_parameters()}
+    parts = _modules(predictors.mlps, predictors.reuse)
+    tensors |= {name: p.detach().contiguous() for name, p in parts.named_parameters()}
     if wrong := not_finite(tensors):
         raise PredictorsError(f"{wrong} holds values that are not finite, so nothing is exported; train again")
     weights = save(tensors, metadata={"format": "pt"})
@@ -188,6 +192,7 @@ def save_predictors(folder: str | Path, predictors: Predictors, card: str) -> Pa
         ],
         default_vectors=sorted(predictors.default_vectors),
         provenance=predictors.provenance,
+        **({} if predictors.reuse is None else {"reuse": _entry_of(predictors.reuse)}),
         weights_xxh3=xxhash.xxh3_128_hexdigest(weights),
     )
     try:
@@ -216,10 +221,11 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
             for entry in config.layers
             if entry.width
         }
+        reuse = None if config.reuse is None else _reuse_of(config.reuse, experts)
     shapes: dict[str, tuple[int, ...]] = {
         f"default_vectors.{source}": (experts, hidden) for source in config.default_vectors
     }
-    modules = _modules(mlps)
+    modules = _modules(mlps, reuse)
     shapes |= {name: tuple(p.shape) for name, p in modules.named_parameters()}
     tensors = _read_tensors(folder / WEIGHTS, shapes, config.weights_xxh3)
     modules.load_state_dict({name: tensors[name] for name in modules.state_dict()}, assign=True)
@@ -239,15 +245,28 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
         ],
         default_vectors={source: tensors[f"default_vectors.{source}"] for source in config.default_vectors},
         provenance=config.provenance.model_dump(exclude_unset=True),
+        reuse=reuse,
     )
     if model is not None:
         predictors.check(model, find_moe_layers(model))
     return predictors
 
 
-def _modules(mlps: dict[int, PredictorForm]) -> nn.Module:
-    """The MLPs as one module, whose parameters have the names of the file."""
-    return nn.ModuleDict({"layers": nn.ModuleDict({str(target): mlp for target, mlp in mlps.items()})})
+def _modules(mlps: dict[int, PredictorForm], reuse: Reuse | None) -> nn.Module:
+    """The MLPs and the reuse predictors as one module, whose parameters have the names of the file."""
+    by_layer = nn.ModuleDict({str(target): mlp for target, mlp in mlps.items()})
+    return nn.ModuleDict({"layers": by_layer} | ({} if reuse is None else {"reuse": reuse.predictors}))
+
+
+def _entry_of(reuse: Reuse) -> dict[str, Any]:
+    _, layers, slots, rates = reuse
+    return {"layers": layers, "width": reuse.predictors.width, "slots": slots, "hit_rates": rates}
+
+
+def _reuse_of(entry: ReuseEntry, experts: int) -> Reuse:
+    """With predictors of the right shapes, whatever their values are."""
+    rates = {str(rule): rates for rule, rates in entry.hit_rates.items()}
+    return Reuse(ReusePredictors(len(entry.layers), experts, entry.width), entry.layers, entry.slots, rates)
 
 
 def as_predictors(given: Predictors | str | Path | None) -> Predictors | None:

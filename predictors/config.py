@@ -21,7 +21,7 @@ from .settings import describe, shown
 FORMAT_VERSION = 6
 READABLE = range(2, FORMAT_VERSION + 1)
 """Version 2 had no `source`: every source was the nearest. Version 3 had no checksums, version 4 no memory,
-and version 5 neither confidence nor direct predictors."""
+and version 5 neither confidence nor direct predictors nor reuse predictors."""
 CONFIG = "config.json"
 MOST_BYTES = 4 << 20
 """The limit for config.json and for the weights' header: a hundred times what an export of a large model needs."""
@@ -107,6 +107,22 @@ class LayerEntry(_Entry):
     """How sure the exported speculation is; None where it was not fitted."""
 
 
+class ReuseEntry(_Entry):
+    """The reuse predictors; the fields of `reuse.Reuse`."""
+
+    layers: list[Index] = Field(min_length=1, max_length=4096)
+    width: Count
+    slots: list[Count] = Field(max_length=64)
+    hit_rates: dict[Literal["lru", "frequency", "learned", "belady"], list[Rate]] = {}
+    """By number of slots."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ReuseEntry:
+        if any(len(rates) != len(self.slots) for rates in self.hit_rates.values()):
+            raise ValueError("reuse has not a hit rate for each number of slots")
+        return self
+
+
 class Provenance(_Entry):
     """How the predictors were made."""
 
@@ -124,6 +140,8 @@ class PredictorsConfig(_Entry):
     layers: list[LayerEntry]
     default_vectors: list[Index]
     """The source layers that have default vectors."""
+    reuse: ReuseEntry | None = None
+    """None where nothing says which experts are used again soon."""
     provenance: Provenance = Provenance()
     weights_xxh3: str | None = None
     """Checksum (xxh3_128) of the file of the weights."""
@@ -131,7 +149,11 @@ class PredictorsConfig(_Entry):
     @model_validator(mode="after")
     def _agrees(self) -> PredictorsConfig:
         targets = [entry.layer for entry in self.layers]
-        for name, indices in (("layers", targets), ("default_vectors", self.default_vectors)):
+        for name, indices in (
+            ("layers", targets),
+            ("default_vectors", self.default_vectors),
+            ("reuse", [] if self.reuse is None else self.reuse.layers),
+        ):
             if len(set(indices)) < len(indices):
                 raise ValueError(f"{name} names a layer twice")
             if unknown := set(indices) - set(self.model.moe_layers):

@@ -94,6 +94,9 @@ class Engine(Ahead, ABC):
     def begin_pass(self, tokens: int) -> None:
         """Says that a forward pass over so many tokens begins. The pass before may have broken off (Ctrl-C, an error)."""
 
+    def routed(self, layer: int, logits: torch.Tensor) -> None:  # an engine may not care
+        """Tells what the router of a layer said, `[tokens, experts]`, before the layer is executed."""
+
     @abstractmethod
     def execute(self, layer: int, experts: nn.Module, x: torch.Tensor, decision: Decision) -> torch.Tensor:
         """The weighted sum `[tokens, hidden]` of the experts of `decision`, for `x` `[tokens, hidden]`.

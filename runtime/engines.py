@@ -8,23 +8,29 @@ from collections.abc import Sequence
 import torch
 
 from ..predictors.architecture import ExpertLayer
+from ..predictors.checkpoint import Predictors
 from ..predictors.experts import unmarked
 from .engine import Engine
 from .formats.shipped import ShippedFormat
 from .host.cache import Eviction
 from .host.slots import ExpertSlots
+from .reusing import reuse_scores
 from .settings import OffloadConfig
 from .store import ExpertStore, MemoryStore
 
 
-def make_engine(store: ExpertStore, layers: Sequence[ExpertLayer], config: OffloadConfig) -> tuple[Engine, str | None]:
+def make_engine(
+    store: ExpertStore, layers: Sequence[ExpertLayer], config: OffloadConfig, predictors: Predictors | None
+) -> tuple[Engine, str | None]:
     """The engine for `layers`, and in one sentence why it is not the device's; None if it is.
 
-    `config` gives the number of slots and names the device. Raises `StoreError` where the device has too little memory.
+    `config` gives the number of slots and names the device. Raises `StoreError` where the device has too little memory, and
+    `OffloadError` for an eviction that `predictors` lack.
     """
     assert config.slots is not None
     device = torch.device(config.device)
-    host = ExpertSlots(store, config.slots, device, config.readers, Eviction(config.eviction))
+    reuse = reuse_scores(predictors, layers, config)
+    host = ExpertSlots(store, config.slots, device, config.readers, Eviction(config.eviction), reuse)
     hindrance = hindrance_of(store, layers, config.slots, device)
     if hindrance is not None or not isinstance(store, MemoryStore):
         return host, hindrance

@@ -36,11 +36,13 @@ from .engines import make_engine
 from .errors import OffloadError, let_go
 from .guard import Guard, refuse_unfit, without_gradients
 from .guess import FoldedGuesser, Guesser
+from .host.cache import Eviction
 from .observer import Observer
 from .operations import on_device
 from .passes import Passes
 from .placement import move_rest
 from .policy import Gating, Policy
+from .reusing import tell_routed
 from .room import Slots, slots_of
 from .settings import OffloadConfig
 from .steps import Steps, shape_of
@@ -172,7 +174,7 @@ class ExpertOffload:
         layers = [target.layer for target in targets]
         move_rest(model, [layer.experts for layer in layers], self.device, attached)
         with on_device(self.device):
-            engine, self.why_host = make_engine(store, layers, config)
+            engine, self.why_host = make_engine(store, layers, config, predictors)
         """In one sentence why the engine is not the device's; None if it is."""
         attached.callback(engine.close)
         self._engine = engine
@@ -197,6 +199,8 @@ class ExpertOffload:
         folded = [layer.target.routed for layer in self._control.layers if isinstance(layer.guesser, FoldedGuesser)]
         self._guard = self._passes.guard = Guard(model, layers, folded, self.device, attached)
         self._known = {layer.target.number: layer for layer in self._control.layers}
+        if config.eviction is Eviction.LEARNED:
+            tell_routed(engine, [target.routed for target in targets], self._known, attached)
         self._attached = attached.pop_all()
 
     def __setattr__(self, name: str, value: Any) -> None:

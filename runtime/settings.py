@@ -85,8 +85,9 @@ class Slots(Room):
     """How many MoE layers ahead to guess, 1 or 2; by default what the predictors were trained for, or else 1. With 2 a copy has
     the time of two layers, but a training-free guess is right less often."""
     eviction: Annotated[Eviction, choice("evictions", *Eviction)] = Eviction.LEAST_STALE
-    """Which expert leaves its slot for another: `least_stale` (of the layer that runs again last, the one used last) or `lru` (the
-    least recently used of all) or `frequency` (of the layer as under least_stale, the one used least often lately)."""
+    """Which expert leaves its slot for another: `least_stale` (of the layer that runs again last, the one used last), `lru` (the
+    least recently used of all), `frequency` (of the layer as under least_stale, the one used least often lately) or `learned` (of
+    that layer, the one used again last, as the predictors' reuse predictor says; on a CPU)."""
 
 
 class Offloading(Slots):

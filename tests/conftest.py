@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 import transformers
 from hypothesis import settings
 from packaging.version import Version
+from predict_train.runtime import Eviction
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -32,6 +33,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 settings.register_profile("untimed", deadline=None, max_examples=30)
 settings.load_profile("untimed")
 torch.set_num_threads(1)
+
+
+UNTRAINED = [eviction for eviction in Eviction if eviction is not Eviction.LEARNED]
+"""The evictions that need no reuse predictors."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -117,5 +117,5 @@ def test_scalars_are_grouped(events):
     groups = {tag.split("/")[0] for tag in events.Tags()["scalars"]}
     assert groups == {
         "calibration", "epoch", "exact", "final", "hit_rate", "hit_rate_at_2k", "loss", "recall_by_candidates",
-        "throughput", "training_free", "without_memory",
+        "reuse", "throughput", "training_free", "without_memory",
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import UNTRAINED, build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predict_train.data_collection.catalog import examine, moe_types, tiny_model
@@ -206,7 +206,7 @@ def shared_model() -> PreTrainedModel:
     readers=st.integers(1, 4),
     policy=st.sampled_from(POLICIES),
     batch=st.integers(1, 2),
-    eviction=st.sampled_from(list(Eviction)),
+    eviction=st.sampled_from(UNTRAINED),
     candidates=st.integers(TOP_K, 5),
     horizon=st.integers(1, 2),
 )

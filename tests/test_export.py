@@ -98,9 +98,8 @@ def test_the_model_card_has_front_matter_and_the_figures(exported, fitted):
     assert card.data.base_model is None  # the model is a folder here, and the Hub takes names only
     config = json.loads((exported / "config.json").read_text())
     tensors = load_file(exported / "predictors.safetensors")
-    table = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in card.text.splitlines() if line.startswith("| ")
-    ]
+    lines = card.text.split("## What to keep")[0].splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     assert table[0] == [
         "layer", "source", "width", "bytes", "training-free", "without memory", "predictor", "gap closed", "top 4",
         "ECE",
@@ -116,7 +115,12 @@ def test_the_model_card_has_front_matter_and_the_figures(exported, fitted):
         assert row == [str(entry["layer"]), *expected, f"{entry['predictor']['recall'][-1]:.3f}", f"{error:.4f}"]
     total = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith("layers."))
     assert table[-1][:4] == ["all", "", "", f"{total:,}"]
-    assert f"another {sum(w.nbytes for w in tensors.values()) - total:,} bytes" in card.text
+    vectors, reuse = (
+        sum(w.nbytes for name, w in tensors.items() if name.startswith(part)) for part in ("default_vectors.", "reuse.")
+    )
+    assert total + vectors + reuse == sum(w.nbytes for w in tensors.values())
+    assert f"another {vectors:,} bytes" in card.text
+    assert f"{reuse:,} bytes" in card.text
     provenance = config["provenance"]
     assert provenance["commands"].keys() == {"collect", "fit", "export"}
     assert all(command in card.text for command in provenance["commands"].values())

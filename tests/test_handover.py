@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
+from conftest import UNTRAINED
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.experts import combine, expert_output
@@ -164,7 +165,7 @@ TOO_MANY_TO_GUESS = Pass([[[4, 5]] * MOST_TOKENS] * LAYERS, [None, Guess([[4, 5]
 
 
 @settings(max_examples=35)
-@given(passes(), st.integers(LAYERS * TOP_K, LAYERS * EXPERTS), st.sampled_from(list(Eviction)))
+@given(passes(), st.integers(LAYERS * TOP_K, LAYERS * EXPERTS), st.sampled_from(UNTRAINED))
 @example([PROMPT, TOKEN._replace(layers=1), PROMPT], LAYERS * TOP_K, Eviction.LEAST_STALE)
 @example([PROMPT, TOKEN._replace(layers=1), TOKEN], LAYERS * TOP_K, Eviction.FREQUENCY)
 @example([PROMPT, TOKEN, PROMPT], LAYERS * TOP_K, Eviction.LEAST_STALE)

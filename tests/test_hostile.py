@@ -97,6 +97,14 @@ CONFIGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a version that is a fraction": (put("format_version", 3.0), "format_version: input should be a valid integer"),
     "an unknown field": (put("extra", 1), "extra: extra inputs are not permitted"),
     "an unknown field with a name to fear": (put(f"\x1b[2J\n{LONG}", 1), "extra inputs are not permitted"),
+    "reuse predictors of nothing": (put("reuse", "layers", []), r"reuse\.layers"),
+    "reuse predictors of another layer": (put("reuse", "layers", [0, 1, 2, 9]), "reuse names layer 9"),
+    "reuse predictors of a layer twice": (put("reuse", "layers", [0, 1, 2, 2]), "reuse names a layer twice"),
+    "reuse predictors of another width": (put("reuse", "width", 63), r"reuse\.w1 is F32 of shape"),
+    "reuse predictors as wide as memory": (put("reuse", "width", 1 << 20), r"reuse\.w1 is F32 of shape"),
+    "reuse without a rate": (put("reuse", "hit_rates", "lru", [0.5]), "not a hit rate for each number of slots"),
+    "a rule that there is not": (put("reuse", "hit_rates", "fifo", [0.5] * 3), r"reuse\.hit_rates"),
+    "no reuse predictors, and their tensors": (drop("reuse"), r"holds the tensor .*reuse\.b1"),
     "no model": (drop("model"), "model is missing"),
     "a model that is a list": (put("model", []), "model: input should be a valid dictionary"),
     "a model without a name": (drop("model", "name"), r"model\.name is missing"),
@@ -321,9 +329,19 @@ def assert_holds(folder: Path, config: Any, tensors: dict[str, torch.Tensor]) ->
         assert (layer.hit_rates, layer.recall) == (entry.get("hit_rate", {}), entry.get("recall", []))
         assert (0 if layer.mlp is None else layer.mlp.width) == entry["width"]
     assert loaded.provenance == config.get("provenance", {})
+    assert (loaded.reuse is None) == (config.get("reuse") is None)
+    if loaded.reuse is not None:
+        _, *facts = loaded.reuse
+        assert facts == [
+            config["reuse"].get("layers"),
+            config["reuse"].get("slots"),
+            config["reuse"].get("hit_rates", {}),
+        ]
     found = {f"default_vectors.{source}": vectors for source, vectors in loaded.default_vectors.items()}
     for layer, mlp in loaded.mlps.items():
         found |= {f"layers.{layer}.{name}": parameter for name, parameter in mlp.named_parameters()}
+    if loaded.reuse is not None:
+        found |= {f"reuse.{name}": parameter for name, parameter in loaded.reuse.predictors.named_parameters()}
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor.float()) for name, tensor in tensors.items())
 

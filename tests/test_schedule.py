@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import UNTRAINED, build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther, sources
 from predict_train.predictors.discovery import find_moe_layers
-from predict_train.runtime import Eviction, Gating, Observer, OffloadConfig, Policy, offloaded
+from predict_train.runtime import Gating, Observer, OffloadConfig, Policy, offloaded
 from predict_train.runtime.host import slots as slots_module
 from predict_train.runtime.measure.routing import Statistics, draw_routing, replaying
 from predict_train.runtime.measure.simulation import Costs, simulate
@@ -88,7 +88,7 @@ def model() -> PreTrainedModel:
         slots=st.integers(TOP_K, 20),
         candidates=st.integers(TOP_K, 5),
         horizon=st.integers(1, 2),
-        eviction=st.sampled_from(Eviction),
+        eviction=st.sampled_from(UNTRAINED),
         device=st.just("cpu"),
     ),
     kept=st.floats(0.0, 1.0),

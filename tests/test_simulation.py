@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 import pytest
+from conftest import UNTRAINED
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther
-from predict_train.runtime import Eviction
 from predict_train.runtime.measure import simulation
 from predict_train.runtime.measure.routing import ReplayedRouting, Statistics, draw_routing
 from predict_train.runtime.measure.simulation import Costs, Simulated, nearest
@@ -43,7 +43,7 @@ ways: Any = st.fixed_dictionaries(
         "gating": st.sampled_from(["true", "speculated", "resident"]),
         "slots": st.integers(3, 96),
         "sources": st.sampled_from([None, farther(nearest(range(6)), 2), {**nearest(range(6)), 3: None}]),
-        "eviction": st.sampled_from(list(Eviction)),
+        "eviction": st.sampled_from(UNTRAINED),
         "queue": st.booleans(),
         "readers": st.integers(1, 3),
     }

@@ -2,7 +2,8 @@
 
 Custom Scalars    the first page to look at: loss, hit rates beside their training-free baselines, throughput
 Scalars           hit_rate, training_free, without_memory, hit_rate_at_2k, exact (each by layer, and the mean), calibration,
-                  throughput; of the best epoch: final, and recall_by_candidates, whose step is the number of candidates
+                  throughput; of the best epoch: final, and recall_by_candidates, whose step is the number of candidates;
+                  reuse: the loss of the reuse predictors, and hit rates by what slots keep, whose step is the number of slots
 Images            hit rate by layer, recall by candidates, missed experts, calibration, for each validation
 HParams           the settings with the final measures
 Text              the settings and the run's provenance
@@ -161,8 +162,7 @@ class Board(Callback):
         kinds = [kind for kind in KINDS if all(kind in result for result in results.values())]
         if "without_memory" in kinds:
             final["final/without_memory"] = mean_of(results, "without_memory")
-        # A separate file, because Lightning closes the logger's file when training ends.
-        with SummaryWriter(self.logger.log_dir) as writer:
+        with self.own_writer() as writer:
             for kind in kinds:
                 curves = zip(*(result[kind]["recall"] for result in results.values()), strict=True)
                 for number, layers in enumerate(curves, top_k):
@@ -172,6 +172,10 @@ class Board(Callback):
                 writer.file_writer.add_summary(summary)
             for name, value in final.items():
                 writer.add_scalar(name, value)
+
+    def own_writer(self) -> SummaryWriter:
+        """A writer to another file of the run: Lightning closes the logger's when training ends."""
+        return SummaryWriter(self.logger.log_dir)
 
 
 def weakest(results: Results, kind: Kind) -> float:

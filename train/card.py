@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from ..predictors.checkpoint import Predictors, TargetLayer
 from ..predictors.config import FORMAT_VERSION
 from ..predictors.metrics import gap_closed
+from ..predictors.reuse import Reuse
 
 
 class Rounding(NamedTuple):
@@ -127,6 +128,20 @@ def _markdown(headers: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (headers, ["---"] * len(headers), *rows)]
 
 
+def _what_to_keep(reuse: Reuse) -> list[str]:
+    rows = [[rule, *(f"{rate:.3f}" for rate in rates)] for rule, rates in reuse.hit_rates.items()]
+    return [
+        "## What to keep",
+        "",
+        f"The reuse predictors ({sum(p.nbytes for p in reuse.predictors.parameters()):,} bytes) say which experts are used again",
+        "soon, for eviction=learned. How often slots of a layer hit on validation sequences, by what they keep; each sequence begins",
+        "with empty slots, and belady knows the future:",
+        "",
+        *_markdown(["eviction", *(f"{slots} slots" for slots in reuse.slots)], rows),
+        "",
+    ]
+
+
 def model_card(predictors: Predictors, entries: dict[int, Any], rounding: Rounding | None = None) -> str:
     """README.md of an export; the arguments are those of `layer_table`."""
     name, provenance = predictors.model["name"], predictors.provenance
@@ -170,6 +185,7 @@ def model_card(predictors: Predictors, entries: dict[int, Any], rounding: Roundi
         "",
         *(f"- {sentence}" for sentence in remarks(predictors, rounding)),
         "",
+        *([] if predictors.reuse is None else _what_to_keep(predictors.reuse)),
         "## How it was made",
         "",
         "```",

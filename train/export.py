@@ -13,20 +13,23 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from ..data_collection.columns import SEQUENCE, Columns
 from ..data_collection.statistics import CHUNK_ROWS, hit_rates
 from ..data_collection.trace import Trace
 from ..predictors.checkpoint import Predictors, TargetLayer, refuse_existing, save_predictors
 from ..predictors.direct import STACKS, DirectMLP
+from ..predictors.files import checksum
 from ..predictors.forms import Form, PredictorForm
 from ..predictors.loading import DTYPES
 from ..predictors.provenance import command, versions
+from ..predictors.reuse import Reuse, ReusePredictors
 from ..predictors.tables import broken, figure_table
 from .calibration import calibrate
 from .card import Rounding, layer_table, model_card, remarks
 from .data import FitError, held_out_sequences
-from .fit import RESULT, is_trained_on, read_checkpoint, read_result, read_run
+from .fit import RESULT, REUSE, is_trained_on, read_checkpoint, read_result, read_run
 from .settings import ExportConfig
 
 ROUNDING_ROWS = 20_000
@@ -67,6 +70,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
             "trace": {name: settings["trace"][name] for name in ("corpus", "split", "tokens")},
             "settings": {name: value for name, value in settings["settings"].items() if name not in ("trace", "out")},
         },
+        reuse=_reuse(run, result, source),
     )
     kept, rounding = _cast(predictors, dtype), None
     rows = _validation_rows(source, settings["settings"]["validation"], settings["settings"]["seed"])
@@ -77,6 +81,21 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     folder = save_predictors(config.out, kept, model_card(kept, entries, rounding))
     _report(folder, kept, entries, rounding, console or Console())
     return folder
+
+
+def _reuse(run: Path, result: dict[str, Any], trace: Trace) -> Reuse | None:
+    """The reuse predictors of a run, if it has some. Raises `FitError` if their file is not what `fit` wrote."""
+    if "reuse" not in result:
+        return None
+    facts = result["reuse"]
+    try:
+        if checksum(run / REUSE) != facts["xxh3"]:
+            raise FitError(f"{run / REUSE} is not what fit wrote; train again")
+        predictors = ReusePredictors(len(facts["layers"]), trace.manifest.model.num_experts, facts["width"])
+        predictors.load_state_dict(load_file(run / REUSE))
+    except OSError as error:
+        raise FitError(f"{run / REUSE} is missing or broken; train again") from error
+    return Reuse(predictors.requires_grad_(False), facts["layers"], facts["slots"], facts["hit_rates"])
 
 
 def _layer(entry: dict[str, Any], mlp: PredictorForm, followed: bool) -> TargetLayer:

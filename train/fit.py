@@ -3,6 +3,7 @@
 config.json      the settings and the trace
 checkpoints/     `best-*.ckpt`, the epoch with the highest mean validation hit rate, and `last.ckpt` to resume from
 events.out.*     TensorBoard logs
+reuse.safetensors  the reuse predictors, if there are some
 result.json      hit rates of the best epoch, by layer, beside the training-free ones; written last
 """
 
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
+from safetensors.torch import save
 
 from ..data_collection.memory import keep_freed_memory
 from ..data_collection.trace import Trace
@@ -31,17 +34,19 @@ from ..predictors.metrics import gap_closed
 from ..predictors.provenance import command, versions
 from ..predictors.tables import broken, figure_table
 from .board import Board
-from .data import FitError, TraceData
+from .data import FitError, TraceData, held_out_sequences
 from .losses import DEFAULT_LOSS
 from .measures import KINDS
 from .module import MEAN_HIT_RATE, PredictorTraining, mean_of
+from .reuse import train_reuse
 from .settings import FitConfig
 from .targets import choose_targets, form_of
 from .trainer import lightning_trainer, quiet
 
-CONFIG, RESULT, CHECKPOINTS = "config.json", "result.json", "checkpoints"
+CONFIG, RESULT, CHECKPOINTS, REUSE = "config.json", "result.json", "checkpoints", "reuse.safetensors"
 ENTRIES = {CONFIG: {"settings", "trace", "command", "versions"}, RESULT: {"checkpoint", "layers", "mean", "epochs"}}
-"""What these files hold beside their checksum, which those of older releases lack."""
+"""What these files hold beside their checksum, which those of older releases lack, and what there is only of some runs."""
+OPTIONAL = {CHECKSUM, "reuse"}
 WHERE_AND_HOW = {"trace", "out", "resume", "device", "workers", "devices", "num_nodes", "strategy"}
 """Settings that may change when a run is resumed; the others decide what is learned."""
 
@@ -106,6 +111,8 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
             "epochs": trainer.current_epoch,
         }
         board.finish(results, trace.manifest.model.top_k, module.mlps.count())
+        if config.reuse:
+            result |= _reuse(config, trace, board, console)
         _write(config.out / RESULT, result)
     _report(result["layers"], console)
     console.print(
@@ -114,6 +121,36 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
         highlight=False,
     )
     return config.out
+
+
+def _reuse(config: FitConfig, trace: Trace, board: Board, console: Console) -> dict[str, Any]:
+    """Trains the reuse predictors of a trace, and writes them into the run. Returns what is said of them in its result."""
+    started = time.perf_counter()
+    is_held_out = held_out_sequences(trace.manifest.sequences, config.validation, config.seed)
+    with board.own_writer() as writer:
+        found = train_reuse(
+            trace, is_held_out, config.seed, lambda loss, step: writer.add_scalar("reuse/loss", loss, step)
+        )
+        if found is None:
+            console.print("no reuse predictors: the trace has too few consecutive tokens", highlight=False)
+            return {}
+        predictors, kept = found
+        means = {rule: [sum(rate) / len(rate) for rate in rates] for rule, rates in kept["hit_rates"].items()}
+        for rule, rates in means.items():
+            for slots, rate in zip(kept["slots"], rates, strict=True):
+                writer.add_scalar(f"reuse/hit_rate_by_slots/{rule}", rate, slots)
+    weights = save({name: p.contiguous() for name, p in predictors.state_dict().items()})
+    with written_whole(config.out / REUSE) as aside:
+        aside.write_bytes(weights)
+    ways = [None if way is None else f"{way:.0%}" for way in kept["way"]["learned"]]
+    told = ", ".join(f"{way} at {slots} slots" for way, slots in zip(ways, kept["slots"], strict=True) if way)
+    console.print(
+        f"reuse predictors, {time.perf_counter() - started:,.0f} s; of the misses that Belady's rule spares they spare "
+        f"{told or 'none, since no number of slots leaves a choice'}",
+        highlight=False,
+    )
+    facts = {"layers": kept["layers"], "slots": kept["slots"], "hit_rates": means, "rows": kept["rows"]}
+    return {"reuse": facts | {"width": predictors.width, "xxh3": xxhash.xxh3_128_hexdigest(weights)}}
 
 
 def is_first() -> bool:
@@ -131,8 +168,8 @@ def read_run(run: Path) -> dict[str, Any]:
     if is_changed(settings) or settings.keys() - {CHECKSUM} != ENTRIES[CONFIG]:
         raise FitError(f"{run / CONFIG} is not what fit wrote; train again")
     settings.pop(CHECKSUM, None)
-    settings["settings"].setdefault("memory", 0)  # of an older release
-    settings["settings"].setdefault("form", None)
+    # Of an older release.
+    settings["settings"] = {"memory": 0, "form": None, "reuse": False} | settings["settings"]
     return settings
 
 
@@ -143,7 +180,7 @@ def read_result(run: Path) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        if is_changed(result) or result.keys() - {CHECKSUM} != ENTRIES[RESULT]:
+        if is_changed(result) or result.keys() - OPTIONAL != ENTRIES[RESULT]:
             raise ValueError("it is not what fit wrote")
         str(result["checkpoint"]), result["mean"]
         for entry in result["layers"]:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
-from ..data_collection.keeping import MOST_ROWS, RULES, keep_rates
+from ..data_collection.keeping import MOST_ROWS, RULES, keep_rates, learned
 from ..data_collection.statistics import SAMPLE_ROWS, trace_statistics
 from ..data_collection.trace import Trace
 from ..predictors.architecture import describe_shape
@@ -24,6 +24,7 @@ from ..predictors.config import read_config
 from ..predictors.errors import UserError
 from ..predictors.metrics import gap_closed
 from ..predictors.tables import broken, figure_table
+from .reuse import reuse_of
 
 SIZES = ("k", "k+2", "2k")
 
@@ -32,16 +33,18 @@ class InspectError(UserError):
     """A folder that can't be inspected, or a figure that can't be written; the message says why."""
 
 
-def inspect(path: Path, sample_rows: int | None = None, keep: bool = False) -> dict[str, Any]:
+def inspect(
+    path: Path, sample_rows: int | None = None, keep: bool = False, predictors: str | None = None
+) -> dict[str, Any]:
     """The content of the folder `path` as plain JSON values; `kind` is `trace`, `run` or `predictors`.
 
     `sample_rows` bounds the rows that a trace's training-free hit rates are measured on. With `keep`, what slots should keep is
-    measured too (see `keep_rates`). Raises a `UserError` if the folder is none of the three, if one of its files is not what was
+    measured too (see `keep_rates`); with `predictors`, also what their reuse predictors keep. Raises a `UserError` if the folder is none of the three, if one of its files is not what was
     written, or if what slots keep is asked of something else than a trace.
     """
     kind = _kind(path)
     if kind == "trace":
-        return _trace(path, sample_rows, keep)
+        return _trace(path, sample_rows, keep, predictors)
     if keep:
         raise InspectError(f"{path} is no trace, so it says nothing about slots; give a trace, or leave out keep")
     return _run(path) if kind == "run" else _predictors(path)
@@ -73,14 +76,15 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def _trace(path: Path, sample_rows: int | None, keep: bool) -> dict[str, Any]:
+def _trace(path: Path, sample_rows: int | None, keep: bool, predictors: str | None) -> dict[str, Any]:
     trace = Trace.open(path)
     trace.verify()
     provenance = trace.manifest.model_dump(mode="json", exclude={"layers", "shards"})
     found = trace_statistics(trace, sample_rows or SAMPLE_ROWS)
     files = {"bytes": _size(path), "shards": len(trace.manifest.shards)}
     if keep:
-        found["keep"] = keep_rates(trace, RULES, min(sample_rows or MOST_ROWS, MOST_ROWS))
+        rules = RULES if predictors is None else RULES | {"learned": learned(*reuse_of(trace, predictors))}
+        found["keep"] = keep_rates(trace, rules, min(sample_rows or MOST_ROWS, MOST_ROWS))
     return {"kind": "trace", "path": str(path), **files, "provenance": provenance, **found}
 
 
@@ -136,6 +140,11 @@ def _predictors(path: Path) -> dict[str, Any]:
         "default_vectors": sorted(predictors.default_vectors),
         "provenance": predictors.provenance,
         "layers": layers,
+        **(
+            {}
+            if predictors.reuse is None
+            else {"reuse": {"slots": predictors.reuse.slots, "hit_rates": predictors.reuse.hit_rates}}
+        ),
     }
 
 
@@ -318,6 +327,13 @@ def _report_predictors(found: dict[str, Any], console: Console) -> None:
         caption="top: of the speculation, with so many candidates; without a predictor it is training-free"
         + ("; ECE: expected calibration error of the candidates' probabilities" if sure else ""),
     )
+    if reuse := found.get("reuse"):
+        rows = [[rule, *map(_rate, rates)] for rule, rates in reuse["hit_rates"].items()]
+        title, caption = (
+            "hit rate of slots by what they keep",
+            "mean over layers, on validation sequences; belady knows the future",
+        )
+        _print(console, ("eviction", *(f"{slots} slots" for slots in reuse["slots"])), rows, title, caption)
 
 
 def plot(found: dict[str, Any], file: Path) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..predictors.settings import (
     Count,
@@ -14,6 +14,7 @@ from ..predictors.settings import (
     Layers,
     LocalPath,
     Memory,
+    Name,
     Picture,
     Seed,
     Settings,
@@ -66,6 +67,8 @@ class FitConfig(Settings):
     """The highest of a one-cycle schedule."""
     weight_decay: float = Field(0.01, ge=0)
     """Of AdamW."""
+    reuse: bool = True
+    """Train reuse predictors too, which say what slots should keep (eviction `learned`); of all layers of the trace."""
     validation: float = Field(0.1, gt=0, lt=1)
     """Share of the sequences that is kept for validation."""
     seed: Seed = 0
@@ -123,3 +126,11 @@ class InspectConfig(Figures):
     """Of a trace: how many rows training-free hit rates are measured on; by default 32,768."""
     keep: bool = False
     """Of a trace: measure too how often slots hit by the rule that says who keeps them, up to Belady's, which knows the future."""
+    predictors: Name | None = None
+    """With `keep`: the predictors whose reuse predictors are measured too."""
+
+    @model_validator(mode="after")
+    def _keep_is_asked(self) -> Self:
+        if self.predictors is not None and not self.keep:
+            raise ValueError("predictors are for what slots keep; give keep too")
+        return self

@@ -21,6 +21,8 @@ class Eviction(StrEnum):
     equal share of the slots come first. Else the slots would stay full of the last layers' experts after a prompt."""
     FREQUENCY = "frequency"
     """The one that was used least often lately, by a decayed count, of the same layer as under `least_stale`."""
+    LEARNED = "learned"
+    """The one that is used again last, as reuse predictors say (`predictors.reuse`), of the same layer as under `least_stale`."""
 
 
 class SlotCache:
@@ -33,7 +35,8 @@ class SlotCache:
         eviction: Eviction = Eviction.LEAST_STALE,
         worth: Callable[[Key], float] = lambda _: 0.0,
     ):
-        """Under an eviction that keeps what was used most often, `worth` says how often. Of equals the least recent use leaves."""
+        """`worth` says how much it is worth to keep an expert, where the eviction goes by that. Of equals the least recently used one
+        leaves."""
         self.slots, self.eviction, self._worth = slots, eviction, worth
         self.layer = 0
         """The layer that computes now. The owner of the cache sets it."""
@@ -111,7 +114,7 @@ class SlotCache:
             return next(filter(may_leave, self._slot_of), None)
         for experts in self._layers_in_order():
             leaving = filter(may_leave, experts)
-            if self.eviction is Eviction.FREQUENCY:
+            if self.eviction in (Eviction.FREQUENCY, Eviction.LEARNED):
                 # Of equals it is the first one, which is the least recently used.
                 victim = min(leaving, key=self._worth, default=None)
             else:

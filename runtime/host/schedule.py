@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Protocol
 
@@ -54,6 +54,7 @@ class Schedule:
         self.observer: Observer | None = None
         self.counts = [DecayedCounts() for _ in range(layers)] if eviction is Eviction.FREQUENCY else None
         """Of each layer, if they decide who leaves a slot."""
+        self._scores: dict[int, Sequence[float]] = {}
         self._copies, self._shape = copies, (slots, layers, eviction)
         self._cache = SlotCache(*self._shape, self._worth)
         self._guesses: dict[int, list[int]] = {}
@@ -90,6 +91,10 @@ class Schedule:
     def guess(self, layer: int) -> list[int] | None:
         """The guess that was announced for a layer, until the layer is entered."""
         return self._guesses.get(layer)
+
+    def rate(self, layer: int, scores: Sequence[float]) -> None:
+        """Says how soon each expert of a layer is used again: the higher its score, the sooner. It holds until it is said again."""
+        self._scores[layer] = scores
 
     def announce(self, layer: int, guess: list[int]) -> None:
         """Queues the candidates of a later layer, the best first. `begin_copies` begins those for which there is room."""
@@ -178,7 +183,9 @@ class Schedule:
 
     def _worth(self, key: Key) -> float:
         layer, expert = key
-        return 0.0 if self.counts is None else self.counts[layer][expert]
+        if self.counts is not None:
+            return self.counts[layer][expert]
+        return self._scores[layer][expert] if layer in self._scores else 0.0
 
     def _release(self, layer: int, guess: list[int], needed: Collection[int]) -> None:
         """Unpins what was guessed for a layer. A wrong guess is cancelled if its copy has not begun."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...predictors.experts import OnOutputs, group_by_expert, weighted_sum
-from ...predictors.reuse import decayed_uses
+from ...predictors.reuse import ReuseScores, decayed_uses
 from ..engine import Counters, Decision, Engine
 from ..formats import PAGE
 from ..observer import Observer
@@ -89,7 +89,16 @@ class Mailbox:
 class ExpertSlots(Engine):
     """The `Engine` of the host for one model. All layers share the `slots`."""
 
-    def __init__(self, store: ExpertStore, slots: int, device: torch.device, readers: int, eviction: Eviction):
+    def __init__(
+        self,
+        store: ExpertStore,
+        slots: int,
+        device: torch.device,
+        readers: int,
+        eviction: Eviction,
+        reuse: list[ReuseScores] | None = None,
+    ):
+        """`reuse` are those of each layer, if they decide who leaves a slot."""
         self._format = store.format
         layers, self._num_experts = store.extent
         # Written once, since the system provides memory at its first use, which would else fall into a token.
@@ -99,6 +108,9 @@ class ExpertSlots(Engine):
         self.transfers = make_transfers(store, memory, readers)
         self._schedule = Schedule(self.transfers, slots, layers, eviction)
         self._mailbox = Mailbox(device)
+        self._reuse = reuse
+        self._logits: dict[int, torch.Tensor] = {}
+        """By layer: what its router said of the last token, until the layer is executed."""
         self._watching: dict[int, OnOutputs] = {}
         self._tokens = 0
         self._stalled_before = 0.0
@@ -190,6 +202,9 @@ class ExpertSlots(Engine):
         jobs = self._jobs(x, ids, None if guess is None else guess[: ids.shape[-1]])
         identities = [expert for expert in jobs if expert >= self._num_experts]
         returned = [jobs.pop(expert) for expert in identities]  # they are in no slot
+        if self._reuse is not None and (logits := self._logits.pop(layer, None)) is not None:
+            self._reuse[layer].use(ids if decision.tokens is None else ids.view(1, -1))
+            schedule.rate(layer, self._reuse[layer].after(logits.numpy()))
         uses = None
         if len(x) > 1 and decision.tokens is None and schedule.counts is not None:
             decayed = decayed_uses(ids, max([self._num_experts - 1, *identities]) + 1)
@@ -217,6 +232,10 @@ class ExpertSlots(Engine):
         result = weighted_sum(experts, outputs, ids, decision.weights, x.dtype)
         self._broke_off = False
         return result
+
+    def routed(self, layer: int, logits: torch.Tensor) -> None:
+        if self._reuse is not None:
+            self._logits[layer] = logits[-1].float().cpu()
 
     def _open_mail(self) -> None:
         for layer, guess in self._mailbox.take():

@@ -10,8 +10,10 @@ import torch
 
 from ...predictors.checkpoint import Predictors, as_predictors
 from ...predictors.memory import memory_of, remembered
+from ...predictors.reuse import ReusePredictors, ReuseScores
 from ...predictors.speculation import Speculator, candidates
 from ..targets import sources_read
+from .reuse import Numbers
 from .routing import ReplayedRouting, RoutingError
 
 
@@ -46,10 +48,27 @@ def replay(
                 left = memory_of(trace.router_logits(columns, target), free)
                 speculation = speculator(*read, remembered(left, follows, mlp.memory))
         guesses.append(candidates(speculation, m))
+    reuse = None if predictors is None else predictors.reuse
+    scores = None
+    if reuse is not None and reuse.layers == list(trace.sources):
+        logits = [trace.router_logits(columns, target).numpy() for target in trace.sources]
+        scores = _scores(reuse.predictors, trace.expert_ids(columns), logits)
     source_of = {"routing": "trace", "path": str(trace.path), "steps": len(rows), "model": trace.manifest.model.name}
     return ReplayedRouting(
-        np.asarray(trace.expert_ids(columns)), np.asarray(torch.stack(guesses, 1), dtype=np.int64), source_of
+        np.asarray(trace.expert_ids(columns)), np.asarray(torch.stack(guesses, 1), dtype=np.int64), source_of, scores
     )
+
+
+def _scores(predictors: ReusePredictors, ids: torch.Tensor, logits: list[Any]) -> Numbers:
+    """What reuse predictors say after each token, `[tokens, layers, experts]`, from `ids` `[tokens, layers, top_k]`."""
+    found = []
+    for layer, own in enumerate(logits):
+        reuse, after = ReuseScores(predictors, layer), []
+        for chosen, said in zip(ids[:, layer : layer + 1], own, strict=True):
+            reuse.use(chosen)
+            after.append(reuse.after(said))
+        found.append(after)
+    return np.asarray(found).swapaxes(0, 1)
 
 
 def _longest_run(trace: Any, shard: int) -> tuple[int, int]:

@@ -67,6 +67,8 @@ class ReplayedRouting:
     """`[steps, layers, m]` with `m >= top_k`: the speculated experts, the best guess first."""
     source: dict[str, Any]
     """Where the routing comes from, as plain JSON values."""
+    scores: Numbers | None = None
+    """`[steps, layers, experts]`: what reuse predictors say after each step, if there are some."""
 
     @property
     def steps(self) -> int:

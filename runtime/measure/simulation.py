@@ -17,12 +17,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..host.cache import Key
+from ..host.cache import Eviction, Key
 from ..host.schedule import Schedule
 from ..observer import Observer
 from ..policy import Gating, Policy
-from ..settings import OffloadConfig
-from .routing import ReplayedRouting
+from ..settings import OffloadConfig, Slots
+from .reuse import Numbers
+from .routing import ReplayedRouting, RoutingError
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def simulate(
     copies are made in the order in which they are asked for and can't be taken back, as on a CUDA stream; else the readers
     make them. `observer` is told which copies begin.
 
-    Raises `ValueError` for a routing of too few steps, or too few slots.
+    Raises `ValueError` for a routing of too few steps, or too few slots, and `RoutingError` for eviction `learned` with a routing
+    that has no scores.
     """
     steps, layers, top_k = routing.ids.shape
     if steps <= warmup or (config.slots or 0) < top_k:
@@ -101,14 +103,27 @@ def simulate(
     wide = run.policy is Policy.SPECULATIVE and run.gating is Gating.RESIDENT
     m = config.candidates if isinstance(config.candidates, int) else top_k + 2 * wide
     ids, guesses = routing.ids.tolist(), routing.candidates[:, :, :m].tolist()
-    for step in range(warmup):
-        run.token(ids[step], guesses[step])
+    scores = scores_of(routing, config)
     before = run.totals()
-    for step in range(warmup, steps):
-        run.token(ids[step], guesses[step])
+    for step in range(steps):
+        if step == warmup:
+            before = run.totals()
+        run.token(ids[step], guesses[step], None if scores is None else scores[step].tolist())
     counted = [after - begun for begun, after in zip(before, run.totals(), strict=True)]
     seconds, computing, stalled, copying, copies, cancelled, hits, misses = (x / (steps - warmup) for x in counted)
     return Simulated(seconds, computing, stalled, copying, copies, cancelled, hits / (hits + misses))
+
+
+def scores_of(routing: ReplayedRouting, config: Slots) -> Numbers | None:
+    """The scores of a routing, if the eviction goes by them. Raises `RoutingError` where it does and there are none."""
+    if config.eviction is not Eviction.LEARNED:
+        return None
+    if routing.scores is None:
+        raise RoutingError(
+            "eviction learned needs the routing of a trace, and predictors that were trained with fit --reuse; give both, or "
+            "eviction=frequency"
+        )
+    return routing.scores
 
 
 def nearest(places: Sequence[int]) -> dict[int, int | None]:
@@ -233,8 +248,8 @@ class _Run:
             seconds += self.costs.beside * copying / self.costs.copy
         self.clock.compute(seconds)
 
-    def token(self, ids: list[list[int]], guesses: list[list[int]]) -> None:
-        """One decode step. `ids` and `guesses` are lists by layer."""
+    def token(self, ids: list[list[int]], guesses: list[list[int]], scores: list[list[float]] | None) -> None:
+        """One decode step. `ids`, `guesses` and `scores` are lists by layer."""
         speculates = self.policy is not Policy.ON_DEMAND
         self.schedule.begin_pass()
         for layer, targets in enumerate(self.targets):
@@ -245,6 +260,8 @@ class _Run:
             executed = self.choose(layer, ids[layer], guesses[layer])
             if speculates:
                 self.compute(self.costs.speculation * len(targets))
+            if scores is not None:
+                self.schedule.rate(layer, scores[layer])
             order = self.schedule.enter(layer, executed)
             if speculates:
                 self.announce(targets, guesses)
