@@ -51,20 +51,20 @@ def replay(
     reuse = None if predictors is None else predictors.reuse
     scores = None
     if reuse is not None and reuse.layers == list(trace.sources):
-        logits = [trace.router_logits(columns, target).numpy() for target in trace.sources]
-        scores = _scores(reuse.predictors, trace.expert_ids(columns), logits)
+        logits = [trace.router_logits(columns, target) for target in trace.sources]
+        scores = scores_after(reuse.predictors, trace.expert_ids(columns), logits)
     source_of = {"routing": "trace", "path": str(trace.path), "steps": len(rows), "model": trace.manifest.model.name}
     return ReplayedRouting(
         np.asarray(trace.expert_ids(columns)), np.asarray(torch.stack(guesses, 1), dtype=np.int64), source_of, scores
     )
 
 
-def _scores(predictors: ReusePredictors, ids: torch.Tensor, logits: list[Any]) -> Numbers:
+def scores_after(predictors: ReusePredictors, ids: torch.Tensor, logits: list[torch.Tensor]) -> Numbers:
     """What reuse predictors say after each token, `[tokens, layers, experts]`, from `ids` `[tokens, layers, top_k]`."""
     found = []
     for layer, own in enumerate(logits):
         reuse, after = ReuseScores(predictors, layer), []
-        for chosen, said in zip(ids[:, layer : layer + 1], own, strict=True):
+        for chosen, said in zip(ids[:, layer : layer + 1], own.numpy(), strict=True):
             reuse.use(chosen)
             after.append(reuse.after(said))
         found.append(after)
