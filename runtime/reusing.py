@@ -11,7 +11,7 @@ import torch
 from ..predictors.architecture import ExpertLayer, MoELayer
 from ..predictors.checkpoint import Predictors
 from ..predictors.reuse import Reuse, ReuseScores
-from ..predictors.speculation import flat_routing
+from ..predictors.routing import flat_routing
 from .control import LayerControl
 from .engine import Engine
 from .errors import OffloadError

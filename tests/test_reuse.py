@@ -153,18 +153,19 @@ def test_exact_policies_are_exact_and_the_scores_decide(
 ) -> None:
     model = build_model(architecture)
     expected, predictors, said = logits_of(model), with_reuse(model), []
+    ran, by_use = Copies(), Copies()
     own = Schedule.rate
     monkeypatch.setattr(Schedule, "rate", lambda *given: (said.append(given[1:]), own(*given)))
-    with offloaded(model, predictors, policy=policy, slots=12, device="cpu", eviction="learned") as offload:
+    ways: dict[str, Any] = {"policy": policy, "slots": 12, "device": "cpu"}
+    with offloaded(model, predictors, eviction="learned", **ways) as offload, offload.observed(ran):
         assert torch.equal(logits_of(model), expected)
-        copies = offload.counters.copies
     layers = len(find_moe_layers(model))
     assert [layer for layer, _ in said] == list(range(layers)) * 21, "each pass tells each layer once"
     assert all(np.isfinite(scores).all() for _, scores in said)
     assert len({tuple(scores) for _, scores in said}) == len(said)
-    with offloaded(model, policy=policy, slots=12, device="cpu") as offload:
+    with offloaded(model, **ways) as offload, offload.observed(by_use):
         logits_of(model)
-        assert offload.counters.copies != copies, "the order of use would have kept the same"
+    assert ran.begun != by_use.begun, "the order of use would have kept the same"
 
 
 def test_a_model_and_its_simulation_begin_the_same_copies(monkeypatch: pytest.MonkeyPatch) -> None:
