@@ -1,6 +1,7 @@
-"""Policy `auto`: it tries whether prefetching is faster, and prefetches only then.
+"""Policy `auto` on a GPU: it tries whether prefetching is faster, and prefetches only then. On a CPU each copy has a price instead:
+`runtime.host.price`.
 
-This depends on the link, on how long a layer computes, on how many guesses are right and on what the slots hold already.
+Which is faster depends on the link, on how long a layer computes, on how many guesses are right and on what the slots hold already.
 The time of a token includes all of that. `on_demand` and `prefetch` give the same tokens, so the first tokens are run under
 both of them in turn.
 """
@@ -8,6 +9,7 @@ both of them in turn.
 from __future__ import annotations
 
 import statistics
+from typing import Protocol
 
 AUTO = "auto"
 BLOCK = 4
@@ -18,6 +20,20 @@ TRIED_AGAIN_AFTER = 2048
 """Tokens until the next trial, since the text and with it the routing may have changed."""
 CLOSE, CLOSE_TRIED_AGAIN_AFTER = 0.1, 256
 """Where the times differ by less than this share, the choice may be chance. Then the next trial comes so many tokens later."""
+
+
+class Choice(Protocol):
+    """Says under policy `auto` whether the next pass guesses."""
+
+    @property
+    def prefetches(self) -> bool: ...
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it reads how long passes take."""
+
+    def took(self, seconds: float) -> None:
+        """Notes how long the forward pass over a decoded token took."""
 
 
 class Trial:
@@ -32,6 +48,10 @@ class Trial:
     @property
     def is_over(self) -> bool:
         return self._token >= BLOCK * BLOCKS
+
+    @property
+    def is_timed(self) -> bool:
+        return not self.is_over
 
     def took(self, seconds: float) -> None:
         """Notes how long the forward pass over a decoded token took."""

@@ -327,7 +327,7 @@ class RoutingControl:
                 guess = self._made(target, reading, self.memory.read(number))
                 # For a target without a source no layer computes before it. So its copies begin at once.
                 self._pass.guesses[number] = guess
-                self._engine.announce(number, guess.candidates, now=reading.source is None)
+                self._engine.announce(number, guess.candidates, reading.source is None, guess.margins)
                 if self.observer is not None:
                     self.observer.guessed(number, begun, time.perf_counter())
 

@@ -10,6 +10,7 @@ import torch
 from ..predictors.architecture import ExpertLayer
 from ..predictors.checkpoint import Predictors
 from ..predictors.experts import unmarked
+from .automatic import AUTO
 from .engine import Engine
 from .formats.shipped import ShippedFormat
 from .host.cache import Eviction
@@ -29,8 +30,11 @@ def make_engine(
     """
     assert config.slots is not None
     device = torch.device(config.device)
-    reuse = reuse_scores(predictors, layers, config)
-    host = ExpertSlots(store, config.slots, device, config.readers, Eviction(config.eviction), reuse)
+    reuse, confidences = reuse_scores(predictors, layers, config), None
+    # On a CUDA device the host does not see when something is computed or copied, so nothing could be priced.
+    if config.policy == AUTO and device.type == "cpu":
+        confidences = [None if predictors is None else predictors.of(layer.index).confidence for layer in layers]
+    host = ExpertSlots(store, config.slots, device, config.readers, Eviction(config.eviction), reuse, confidences)
     hindrance = hindrance_of(store, layers, config.slots, device)
     if hindrance is not None or not isinstance(store, MemoryStore):
         return host, hindrance

@@ -116,12 +116,12 @@ class ModelGuesser:
 def make_guesser(speculator: Speculator, target: Target, weighs: bool, sure: bool = False) -> Guesser:
     """The fastest possible guesser of a target.
 
-    `weighs` says that the weights of the guess will be executed, and `sure` that the candidates' margins are asked for. These are
-    None where the router chooses all experts.
+    `weighs` says that the weights of the guess will be executed, and `sure` that the candidates' margins are asked for, if it is known
+    what they mean.
     """
     if weighs and isinstance(speculator.mlp, DirectMLP):
         raise OffloadError("direct predictors guess experts and not their weights; give gating true or resident")
-    sure = sure and target.layer.top_k < target.layer.num_experts
+    sure = sure and target.confidence is not None and target.layer.top_k < target.layer.num_experts
     folded = FoldedSpeculator.of(speculator, target.routed, to_scale=weighs, values=sure)
     if folded is None:
         return ModelGuesser(speculator, target.candidates, sure)

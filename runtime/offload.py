@@ -37,6 +37,7 @@ from .errors import OffloadError, let_go
 from .guard import Guard, refuse_unfit, without_gradients
 from .guess import FoldedGuesser, Guesser
 from .host.cache import Eviction
+from .host.slots import ExpertSlots
 from .observer import Observer
 from .operations import on_device
 from .passes import Passes
@@ -184,8 +185,9 @@ class ExpertOffload:
             attached.callback(self._graphs.clear)
             if getattr(model, "_can_compile_fullgraph", False):
                 self._generate_statically(attached)
-        trial = Trial() if config.policy == AUTO else None
-        self._passes = Passes(self._turn, self.device, engine, targets, trial, config.speculated_tokens)
+        prices = engine.prices if isinstance(engine, ExpertSlots) else None
+        choice = None if config.policy != AUTO else Trial() if prices is None else prices
+        self._passes = Passes(self._turn, self.device, engine, targets, choice, config.speculated_tokens)
         attached.callback(operations.unregister, self._passes.handle)
         self._take_turns(attached)
         for target in targets:
@@ -193,7 +195,9 @@ class ExpertOffload:
         sources = {target.layer.index: target.source for target in targets}
         routed = [] if self.policy is Policy.ON_DEMAND else [target.routed for target in targets]
         speculators = make_speculators(model, predictors, routed, sources) if routed else {}
-        self._control = RoutingControl(targets, speculators, self.policy, self.gating, config.speculated_tokens, engine)
+        self._control = RoutingControl(
+            targets, speculators, self.policy, self.gating, config.speculated_tokens, engine, sure=prices is not None
+        )
         attached.callback(self._control.detach)
         self._control.handle, self._passes.control = self._passes.handle, self._control
         folded = [layer.target.routed for layer in self._control.layers if isinstance(layer.guesser, FoldedGuesser)]
@@ -334,7 +338,7 @@ class ExpertOffload:
         return forward
 
     def _timed(self, forward: Callable[[], Any]) -> Any:
-        """A forward pass. Under policy `auto`, the times of decoded tokens decide how the next ones are executed."""
+        """A forward pass, whose time policy `auto` may read."""
         begun = self._passes.start()
         output = forward()
         self._passes.end(begun)

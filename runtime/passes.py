@@ -14,7 +14,7 @@ import torch
 
 from ..predictors.routing import Routing
 from . import operations
-from .automatic import Trial
+from .automatic import Choice
 from .control import RoutingControl
 from .engine import Decision, Engine
 from .guard import Guard
@@ -31,11 +31,11 @@ class Passes:
         device: torch.device,
         engine: Engine,
         targets: list[Target],
-        trial: Trial | None,
+        choice: Choice | None,
         most_tokens: int,
     ):
-        """`turn` is the lock of the offload. Passes over up to `most_tokens` tokens count for the `trial` of policy `auto`."""
-        self.turn, self.device, self.trial = turn, device, trial
+        """`turn` is the lock of the offload. Passes over up to `most_tokens` tokens count for the `choice` of policy `auto`."""
+        self.turn, self.device, self.choice = turn, device, choice
         self.handle = operations.register(self)
         """By this number, compiled graphs know the offload."""
         self.control: RoutingControl
@@ -58,20 +58,20 @@ class Passes:
         return output
 
     def start(self) -> float:
-        """Has the trial decide how a pass is executed. Returns the time."""
-        if self.trial is not None:
-            self.control.is_on = self.trial.prefetches
+        """Has policy `auto` decide whether a pass guesses. Returns the time."""
+        if self.choice is not None:
+            self.control.is_on = self.choice.prefetches
         self.tokens = 0
         return time.perf_counter()
 
     def end(self, begun: float) -> None:
-        """Tells the trial how long a pass has taken."""
-        if self.trial is None:
+        """Tells policy `auto` how long a pass has taken."""
+        if self.choice is None:
             return
-        if self.device.type == "cuda" and not self.trial.is_over:
+        if self.device.type == "cuda" and self.choice.is_timed:
             torch.cuda.synchronize(self.device)
         if 0 < self.tokens <= self._most_tokens:
-            self.trial.took(time.perf_counter() - begun)
+            self.choice.took(time.perf_counter() - begun)
 
     def begin(self, x: torch.Tensor) -> None:
         self._begun = self.start()

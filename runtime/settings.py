@@ -106,8 +106,9 @@ class OffloadConfig(Offloading):
     """The settings of `offload_experts`."""
 
     policy: PolicyName = Policy.PREFETCH
-    """`on_demand` and `prefetch` are exact. So is `auto`, which tries both in turn on the first decoded tokens and then uses the
-    faster one. `speculative` executes the guessed experts, which changes tokens."""
+    """`on_demand` and `prefetch` are exact. So is `auto`: on a CPU it copies a guess ahead only where that is expected to save time,
+    and on a GPU it tries both in turn on the first decoded tokens and then uses the faster one. `speculative` executes the guessed
+    experts, which changes tokens."""
     gating: Annotated[Gating, choice("gatings", *Gating)] = Gating.TRUE
     """Where the experts' weights come from under `speculative`: `speculated` (from the guess, as in the paper), `true` (from the
     router, for the guessed experts) or `resident` (from the router, which chooses among the experts on the device)."""

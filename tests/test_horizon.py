@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_every_layer_is_announced_once_and_the_nearer_first(
     ]
 
     class Seeing(Ahead):
-        def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:  # noqa: ARG002
+        def announce(self, layer: int, candidates: torch.Tensor, *_: Any) -> None:  # noqa: ARG002
             announced.append(layers[layer].index)
 
     speculators = make_speculators(model, None, layers, sources(layers, horizon))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_speculation_on_the_running_model_is_that_of_the_recording(model: PreTra
     seen: dict[int, torch.Tensor] = {}
 
     class Seeing(Ahead):
-        def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:  # noqa: ARG002
+        def announce(self, layer: int, candidates: torch.Tensor, *_: Any) -> None:
             seen[layers[layer].index] = candidates
 
     control = RoutingControl(targets_of(layers), speculators, Policy.PREFETCH, Gating.TRUE, engine=Seeing())

@@ -230,13 +230,13 @@ def test_the_mailbox_uses_its_memory_again_and_frees_it(
     mailbox = Mailbox(CUDA)
     for count in (300, 1, 20, 300):  # 9600 bytes: three pages
         for layer in range(3):
-            mailbox.put(layer, torch.arange(count * 4, dtype=torch.int32).view(count, 4))
+            mailbox.put(layer, torch.arange(count * 4, dtype=torch.int32).view(count, 4), None)
         guess = list(range(0, count * 4, 4)) + list(range(1, count * 4, 4))
         found = list(mailbox.take())
-        assert [layer for layer, _ in found] == [0, 1, 2]
-        assert all(mine[: 2 * count] == guess for _, mine in found)
+        assert [layer for layer, _, _ in found] == [0, 1, 2]
+        assert all(mine[: 2 * count] == guess for _, mine, _ in found)
     assert pages.made == 3
-    mailbox.put(0, torch.tensor([[5]]))
+    mailbox.put(0, torch.tensor([[5]]), None)
     mailbox.clear()
     assert list(mailbox.take()) == []
     assert cudart.bytes == (3 * 12288 if limit else 0)

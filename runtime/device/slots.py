@@ -190,9 +190,9 @@ class DeviceSlots(Engine):
         with self._guesses:
             yield
 
-    def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:
+    def announce(self, layer: int, candidates: torch.Tensor, now: bool, margins: torch.Tensor | None = None) -> None:
         if not self._decides:
-            self._host.announce(layer, candidates, now)
+            self._host.announce(layer, candidates, now, margins)
             return
         tables = self._layers[layer]
         best = candidates[:, : tables.slots // len(candidates)]  # of every token

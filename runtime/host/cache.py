@@ -40,6 +40,8 @@ class SlotCache:
         self.slots, self.eviction, self._worth = slots, eviction, worth
         self.layer = 0
         """The layer that computes now. The owner of the cache sets it."""
+        self.evicted: Key | None = None
+        """The expert that left its slot for the one that was admitted last."""
         self._free = list(range(slots))[::-1]
         self._share = slots / layers
         self._slot_of: OrderedDict[Key, int] = OrderedDict()  # least recently used first
@@ -51,6 +53,11 @@ class SlotCache:
 
     def __len__(self) -> int:
         return len(self._slot_of)
+
+    @property
+    def has_free(self) -> bool:
+        """Whether there is a slot that holds no expert."""
+        return bool(self._free)
 
     def slot(self, key: Key) -> int:
         """The slot of an expert that has one."""
@@ -89,13 +96,14 @@ class SlotCache:
 
         It takes no slot that is `busy`. Returns None where all others are pinned.
         """
+        self.evicted = None
         if self._free:
             slot = self._free.pop()
         else:
             victim = self._victim(lambda other: other not in self._pinned and not busy(self._slot_of[other]))
             if victim is None:
                 return None
-            slot = self._slot_of.pop(victim)
+            slot, self.evicted = self._slot_of.pop(victim), victim
             del self._by_layer[victim[0]][victim]
         self._slot_of[key] = slot
         self._by_layer[key[0]][key] = None

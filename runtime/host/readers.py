@@ -20,6 +20,8 @@ from ..observer import Observer
 from .cache import Key
 
 POLL_SECONDS = 1.0
+NEWEST = 0.02
+"""The weight of the last copy in the mean."""
 
 
 class Copy:
@@ -75,6 +77,10 @@ class Readers:
 
     def __init__(self, count: int, copy: Callable[[Copy], None]):
         self.observer: Observer | None = None
+        self.seconds: float | None = None
+        """A running mean of what one copy takes. Where several are made beside each other, each counts from the end of the one before.
+        Readers may overwrite each other's value, which does no harm."""
+        self._last_end = 0.0
         self._copy = copy
         self._urgent: deque[Copy] = deque()
         self._others: deque[Copy] = deque()
@@ -122,8 +128,11 @@ class Readers:
     def _timed(self, copy: Copy) -> None:
         begun = time.perf_counter()
         self._copy(copy)
+        end = time.perf_counter()
+        taken, self._last_end = end - max(begun, self._last_end), end
+        self.seconds = taken if self.seconds is None else self.seconds + NEWEST * (taken - self.seconds)
         if (observer := self.observer) is not None:
-            observer.copy_over(copy.key, begun, time.perf_counter())
+            observer.copy_over(copy.key, begun, end)
 
     def _next(self) -> Copy | None:
         for queue in (self._urgent, self._others):

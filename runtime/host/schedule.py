@@ -1,4 +1,4 @@
-"""Which copies begin, in which order, and which experts make room for them. It has no tensors and no clock.
+"""Which copies begin, in which order, and which experts make room for them. It has no tensors, and no clock but that of its prices.
 
 The runtime drives it with real copies (`runtime.host.slots`), the simulation with a clock (`runtime.measure.simulation`). For
 each layer of a forward pass, both call
@@ -21,6 +21,7 @@ from ..engine import Counters
 from ..observer import Observer
 from .cache import Eviction, Key, SlotCache
 from .counts import DecayedCounts
+from .price import Prices
 
 
 class Copies(Protocol):
@@ -48,14 +49,16 @@ class Copies(Protocol):
 class Schedule:
     """The schedule of one model's copies. Layers are counted from 0 among the MoE layers."""
 
-    def __init__(self, copies: Copies, slots: int, layers: int, eviction: Eviction):
+    def __init__(self, copies: Copies, slots: int, layers: int, eviction: Eviction, prices: Prices | None = None):
+        """With `prices`, a copy of a candidate begins only if it is worth it."""
         self.counters = Counters()
         """Its hits, misses, copies and cancelled copies are counted here."""
         self.observer: Observer | None = None
         self.counts = [DecayedCounts() for _ in range(layers)] if eviction is Eviction.FREQUENCY else None
         """Of each layer, if they decide who leaves a slot."""
         self._scores: dict[int, Sequence[float]] = {}
-        self._copies, self._shape = copies, (slots, layers, eviction)
+        self._prices, self._copies, self._shape = prices, copies, (slots, layers, eviction)
+        self._under_way: dict[int, int] = {}  # by slot the layer of copies that were begun; some may be over
         self._cache = SlotCache(*self._shape, self._worth)
         self._guesses: dict[int, list[int]] = {}
         self._demands: deque[Key] = deque()  # needed by the current layer, and without a slot yet
@@ -67,6 +70,7 @@ class Schedule:
         It is called after a forward pass that broke off, since what it knows may be wrong then.
         """
         self._copies.abandon()
+        self._under_way.clear()
         self._cache = SlotCache(*self._shape, self._worth)
         self._cache.fill(resident)
 
@@ -77,8 +81,10 @@ class Schedule:
             self._copies.wait(slot)
         return sorted(found, key=lambda pair: self._worth(pair[0]))  # of equals the least recently used first
 
-    def begin_pass(self) -> None:
-        """Says that a forward pass begins. What the pass before has asked for is dropped."""
+    def begin_pass(self, tokens: int = 1) -> None:
+        """Says that a forward pass over so many tokens begins. What the pass before has asked for is dropped."""
+        if self._prices is not None:
+            self._prices.begin_pass(tokens)
         self._cache.unpin_all()
         self._guesses.clear()
         self._demands.clear()
@@ -96,9 +102,15 @@ class Schedule:
         """Says how soon each expert of a layer is used again: the higher its score, the sooner. It holds until it is said again."""
         self._scores[layer] = scores
 
-    def announce(self, layer: int, guess: list[int]) -> None:
-        """Queues the candidates of a later layer, the best first. `begin_copies` begins those for which there is room."""
+    def announce(self, layer: int, guess: list[int], chances: Mapping[int, float] | None = None) -> None:
+        """Queues the candidates of a later layer, the best first. `begin_copies` begins those for which there is room.
+
+        For `chances` see `Prices.announce`.
+        """
         self._guesses[layer] = guess
+        if self._prices is not None:
+            absent = {expert for expert in guess if (layer, expert) not in self._cache}
+            self._prices.announce(layer, guess, chances, absent)
         keys = [(layer, expert) for expert in guess]
         # Those of a nearer layer go first, even where those of a farther layer were known before. The sort is stable.
         self._prefetches = deque(sorted([*self._prefetches, *keys], key=itemgetter(0)))
@@ -128,6 +140,8 @@ class Schedule:
             slot = self._cache.slot(key)
             self._copies.hurry(slot)
             (in_flight if self._copies.copying(slot) else present).append(expert)
+        if self._prices is not None:
+            self._prices.enter(layer, experts, len(missing))
         self.counters.hits += len(present) + len(in_flight)
         self.counters.misses += len(missing)
         self._demands = deque((layer, expert) for expert in missing)
@@ -141,10 +155,8 @@ class Schedule:
             self.begin_copies(wait=True)
         slot = self._cache.slot(key)
         try:
-            if self.observer is not None and self._copies.copying(slot):
-                begun = time.perf_counter()
-                self._copies.wait(slot)
-                self.observer.waited(key, begun, time.perf_counter())
+            if (self.observer is not None or self._prices is not None) and self._copies.copying(slot):
+                self._wait(key, slot)
             else:
                 self._copies.wait(slot)
         except BaseException:
@@ -155,6 +167,8 @@ class Schedule:
     def left(self, layer: int, expert: int) -> None:
         """Says that the expert has been executed. Its slot may be used for another one now."""
         self._cache.unpin((layer, expert))
+        if self._prices is not None:
+            self._prices.left()
         self.begin_copies()
 
     def begin_copies(self, wait: bool = False) -> None:
@@ -167,7 +181,7 @@ class Schedule:
                 key = queue[0]
                 if key in self._cache:
                     self._cache.pin(key)
-                else:
+                elif urgent or self._is_worth(key):
                     slot = self._cache.admit(key) if wait else self._cache.admit(key, self._copies.copying)
                     if slot is None and wait:  # guesses for later layers hold all slots
                         self._cache.unpin_all()
@@ -175,11 +189,31 @@ class Schedule:
                     if slot is None:
                         return
                     self._copies.start(slot, key, urgent)
+                    self._under_way[slot] = key[0]
+                    if self._prices is not None:
+                        self._prices.copied(key, self._cache.evicted)
                     wait = False
                     self.counters.copies += 1
                     if self.observer is not None:
                         self.observer.copy_begun(key, slot)
                 queue.popleft()
+
+    def _wait(self, key: Key, slot: int) -> None:
+        begun = time.perf_counter()
+        before = None if self._prices is None else self._prices.clock()
+        self._copies.wait(slot)
+        if self._prices is not None and before is not None:
+            self._prices.stalled(self._prices.clock() - before)
+        if self.observer is not None:
+            self.observer.waited(key, begun, time.perf_counter())
+
+    def _is_worth(self, key: Key) -> bool:
+        """Whether a candidate that is not on the device should be copied."""
+        if self._prices is None:
+            return True
+        self._under_way = {slot: layer for slot, layer in self._under_way.items() if self._copies.copying(slot)}
+        needed = sum(layer <= self._cache.layer for layer in self._under_way.values()) + len(self._demands)
+        return self._prices.is_worth(*key, len(self._under_way), needed, evicts=not self._cache.has_free)
 
     def _worth(self, key: Key) -> float:
         layer, expert = key

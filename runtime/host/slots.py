@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ...predictors.confidence import Confidence
 from ...predictors.experts import OnOutputs, group_by_expert, weighted_sum
 from ...predictors.reuse import ReuseScores, decayed_uses
 from ..engine import Counters, Decision, Engine
@@ -18,6 +21,7 @@ from ..observer import Observer
 from ..registered import Registration, register
 from ..store import ExpertStore, empty_blocks
 from .cache import Eviction, Key
+from .price import Prices
 from .schedule import Schedule
 from .transfer import make_transfers
 
@@ -45,13 +49,13 @@ class Mailbox:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._messages: deque[tuple[int, torch.Tensor, Envelope | None]] = deque()
+        self._messages: deque[tuple[int, torch.Tensor, torch.Tensor | None, Envelope | None]] = deque()
         self._spare: list[Envelope] = []
 
-    def put(self, number: int, candidates: torch.Tensor) -> None:
-        """Takes the candidates `[tokens, m]` of layer `number`."""
+    def put(self, number: int, candidates: torch.Tensor, margins: torch.Tensor | None) -> None:
+        """Takes the candidates `[tokens, m]` of layer `number`. From a CUDA device no `margins` are taken."""
         if self._device.type != "cuda":
-            self._messages.append((number, candidates, None))
+            self._messages.append((number, candidates, margins, None))
             return
         count = candidates.numel()
         envelope = self._spare.pop() if self._spare else None
@@ -60,21 +64,24 @@ class Mailbox:
         host = envelope.memory[:count].view(candidates.shape)
         host.copy_(candidates.to(torch.int64), non_blocking=True)
         envelope.copied.record(torch.cuda.current_stream(candidates.device))
-        self._messages.append((number, host, envelope))
+        self._messages.append((number, host, None, envelope))
 
-    def take(self) -> Iterator[tuple[int, list[int]]]:
+    def take(self) -> Iterator[tuple[int, list[int], Iterator[tuple[int, float]] | None]]:
         """The layers with their distinct candidates, in the order of `put`. It waits until each has arrived.
+
+        With them come each token's candidates with their margins, if these are known.
 
         The best guess of every token comes before the second one of any token.
         """
         while self._messages:
-            number, host, envelope = self._messages.popleft()
+            number, host, margins, envelope = self._messages.popleft()
             if envelope is not None:
                 envelope.copied.synchronize()
             guess = list(dict.fromkeys(host.T.flatten().tolist()))
             if envelope is not None:
                 self._spare.append(envelope)
-            yield number, guess
+            known = None if margins is None else zip(host.flatten().tolist(), margins.flatten().tolist(), strict=True)
+            yield number, guess, known
 
     def clear(self) -> None:
         """Drops all messages. Their envelopes are free when the copies into them are over."""
@@ -97,8 +104,10 @@ class ExpertSlots(Engine):
         readers: int,
         eviction: Eviction,
         reuse: list[ReuseScores] | None = None,
+        confidences: list[Confidence | None] | None = None,
     ):
-        """`reuse` are those of each layer, if they decide who leaves a slot."""
+        """`reuse` are those of each layer, if they decide who leaves a slot. With `confidences`, how sure the speculation of each layer
+        is, guesses are priced."""
         self._format = store.format
         layers, self._num_experts = store.extent
         # Written once, since the system provides memory at its first use, which would else fall into a token.
@@ -106,7 +115,11 @@ class ExpertSlots(Engine):
         self.memory = memory
         self._tensors = [self._format.views(slot) for slot in memory]
         self.transfers = make_transfers(store, memory, readers)
-        self._schedule = Schedule(self.transfers, slots, layers, eviction)
+        self._confidences = confidences
+        self.prices: Prices | None = None
+        if confidences is not None:
+            self.prices = Prices(layers, slots, time.perf_counter, self.transfers.copy_seconds)
+        self._schedule = Schedule(self.transfers, slots, layers, eviction, self.prices)
         self._mailbox = Mailbox(device)
         self._reuse = reuse
         self._logits: dict[int, torch.Tensor] = {}
@@ -149,11 +162,11 @@ class ExpertSlots(Engine):
         self._tokens = 0
         self._schedule.counters = Counters()
 
-    def begin_pass(self, tokens: int) -> None:  # noqa: ARG002
+    def begin_pass(self, tokens: int) -> None:
         if self._broke_off:
             self._schedule.restart()
         self._broke_off = False
-        self._schedule.begin_pass()
+        self._schedule.begin_pass(tokens)
         self._mailbox.clear()
 
     def absent(self, layer: int) -> torch.Tensor:
@@ -183,8 +196,15 @@ class ExpertSlots(Engine):
             for layer, own in zip(self._schedule.counts, counts.tolist(), strict=True):
                 layer.set(own)
 
-    def announce(self, layer: int, candidates: torch.Tensor, now: bool) -> None:
-        self._mailbox.put(layer, candidates)
+    @contextmanager
+    def guessing(self, *inputs: Any) -> Iterator[None]:  # noqa: ARG002
+        begun = time.perf_counter()
+        yield
+        if self.prices is not None:
+            self.prices.guessed(time.perf_counter() - begun)
+
+    def announce(self, layer: int, candidates: torch.Tensor, now: bool, margins: torch.Tensor | None = None) -> None:
+        self._mailbox.put(layer, candidates, margins)
         if now:
             self._broke_off = True
             self._open_mail()
@@ -238,9 +258,20 @@ class ExpertSlots(Engine):
             self._logits[layer] = logits[-1].float().cpu()
 
     def _open_mail(self) -> None:
-        for layer, guess in self._mailbox.take():
-            self._schedule.announce(layer, [expert for expert in guess if expert < self._num_experts])
+        for layer, guess, margins in self._mailbox.take():
+            known = [expert for expert in guess if expert < self._num_experts]
+            self._schedule.announce(layer, known, self._chances(layer, margins))
         self._schedule.begin_copies()
+
+    def _chances(self, layer: int, margins: Iterable[tuple[int, float]] | None) -> dict[int, float] | None:
+        """The probabilities that any token needs a candidate, from each token's candidates with their margins."""
+        confidence = None if self._confidences is None else self._confidences[layer]
+        if confidence is None or margins is None:
+            return None
+        wrong: dict[int, float] = {}
+        for expert, margin in margins:
+            wrong[expert] = wrong.get(expert, 1.0) * (1 - confidence.probability(margin))
+        return {expert: 1 - chance for expert, chance in wrong.items()}
 
     def _jobs(
         self, x: torch.Tensor, ids: torch.Tensor, known: list[int] | None

@@ -38,6 +38,9 @@ class Transfers(Copies, Protocol):
     def stalled_seconds(self) -> float:
         """Seconds that the computation has waited for copies so far."""
 
+    def copy_seconds(self) -> float | None:
+        """What one copy takes, as measured lately, or None if it was not."""
+
     def close(self) -> None:
         """Ends all copies, and the threads that make them. Nothing here holds the memory of the slots then."""
 
@@ -115,6 +118,9 @@ class ThreadTransfers:
     def stalled_seconds(self) -> float:
         return self._stalled
 
+    def copy_seconds(self) -> float | None:
+        return self._readers.seconds
+
     def close(self) -> None:
         self._close()
         self._memory.clear()
@@ -191,6 +197,9 @@ class CudaTransfers:
     def stalled_seconds(self) -> float:
         self._settle(synchronize=True)
         return self._stalled
+
+    def copy_seconds(self) -> float | None:
+        return None
 
     def close(self) -> None:
         self.stream.synchronize()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...predictors.checkpoint import Predictors, as_predictors
+from ...predictors.confidence import margins
 from ...predictors.memory import memory_of, remembered
 from ...predictors.reuse import ReusePredictors, ReuseScores
 from ...predictors.speculation import Speculator, candidates
@@ -38,7 +39,8 @@ def replay(
     )
     rows = torch.arange(start, start + min(steps, length))
     columns = trace.read(shard, rows)
-    guesses, follows = [], torch.arange(len(rows)) > 0
+    guesses, chances, follows = [], [], torch.arange(len(rows)) > 0
+    top_k, is_sure = trace.manifest.model.top_k, True
     for target, wiring in trace.wirings(sources).items():
         mlp = None if predictors is None else predictors.of(target).mlp
         speculator, read = Speculator(wiring, mlp), trace.speculator_input(columns, target, sources[target])
@@ -47,7 +49,13 @@ def replay(
             if mlp is not None and free is not None:
                 left = memory_of(trace.router_logits(columns, target), free)
                 speculation = speculator(*read, remembered(left, follows, mlp.memory))
-        guesses.append(candidates(speculation, m))
+        found = candidates(speculation, max(m, min(top_k + 1, speculation.logits.shape[-1])))
+        guesses.append(found[:, :m])
+        confidence = None if predictors is None else predictors.of(target).confidence
+        if confidence is None or found.shape[-1] <= top_k:
+            is_sure = False
+        else:
+            chances.append(confidence.probabilities(margins(speculation.logits, found, top_k))[:, :m])
     reuse = None if predictors is None else predictors.reuse
     scores = None
     if reuse is not None and reuse.layers == list(trace.sources):
@@ -55,7 +63,11 @@ def replay(
         scores = scores_after(reuse.predictors, trace.expert_ids(columns), logits)
     source_of = {"routing": "trace", "path": str(trace.path), "steps": len(rows), "model": trace.manifest.model.name}
     return ReplayedRouting(
-        np.asarray(trace.expert_ids(columns)), np.asarray(torch.stack(guesses, 1), dtype=np.int64), source_of, scores
+        np.asarray(trace.expert_ids(columns)),
+        np.asarray(torch.stack(guesses, 1), dtype=np.int64),
+        source_of,
+        scores,
+        np.asarray(torch.stack(chances, 1), dtype=np.float64) if is_sure else None,
     )
 
 

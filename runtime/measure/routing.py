@@ -69,6 +69,8 @@ class ReplayedRouting:
     """Where the routing comes from, as plain JSON values."""
     scores: Numbers | None = None
     """`[steps, layers, experts]`: what reuse predictors say after each step, if there are some."""
+    chances: Numbers | None = None
+    """The probabilities of the candidates, in their shape; None if they are not known."""
 
     @property
     def steps(self) -> int:

@@ -17,9 +17,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..automatic import AUTO, Choice, Trial
 from ..host.cache import Eviction, Key
+from ..host.price import Prices
 from ..host.schedule import Schedule
 from ..observer import Observer
+from ..offload import policy_of
 from ..policy import Gating, Policy
 from ..settings import OffloadConfig, Slots
 from .reuse import Numbers
@@ -104,11 +107,12 @@ def simulate(
     m = config.candidates if isinstance(config.candidates, int) else top_k + 2 * wide
     ids, guesses = routing.ids.tolist(), routing.candidates[:, :, :m].tolist()
     scores = scores_of(routing, config)
+    chances = _by_expert(guesses, None if routing.chances is None else routing.chances[:, :, :m].tolist())
     before = run.totals()
     for step in range(steps):
         if step == warmup:
             before = run.totals()
-        run.token(ids[step], guesses[step], None if scores is None else scores[step].tolist())
+        run.token(ids[step], guesses[step], None if scores is None else scores[step].tolist(), chances[step])
     counted = [after - begun for begun, after in zip(before, run.totals(), strict=True)]
     seconds, computing, stalled, copying, copies, cancelled, hits, misses = (x / (steps - warmup) for x in counted)
     return Simulated(seconds, computing, stalled, copying, copies, cancelled, hits / (hits + misses))
@@ -124,6 +128,16 @@ def scores_of(routing: ReplayedRouting, config: Slots) -> Numbers | None:
             "eviction=frequency"
         )
     return routing.scores
+
+
+def _by_expert(
+    guesses: list[list[list[int]]], chances: list[list[list[float]]] | None
+) -> list[list[dict[int, float]]] | list[None]:
+    """The candidates' probabilities by step, layer and expert; None for each step where they are not known."""
+    if chances is None:
+        return [None] * len(guesses)
+    steps = zip(guesses, chances, strict=True)
+    return [[dict(zip(*layer, strict=True)) for layer in zip(*step, strict=True)] for step in steps]
 
 
 def nearest(places: Sequence[int]) -> dict[int, int | None]:
@@ -231,10 +245,15 @@ class _Run:
         layers = len(sources)
         self.targets = [[target for target, source in sources.items() if source == layer] for layer in range(layers)]
         self.without_source = {target for target, source in sources.items() if source is None}
-        self.costs, self.policy, self.gating = costs, Policy(config.policy), Gating(config.gating)
+        self.costs, self.policy, self.gating = costs, policy_of(config), Gating(config.gating)
         self.clock = _Clock()
         self.link = _Link(self.clock, costs.copy, queue, config.readers)
-        self.schedule = Schedule(self.link, config.slots, layers, config.eviction)
+        # A stream's copies are not priced in the runtime either.
+        is_auto, self.prices = config.policy == AUTO, None
+        if is_auto and not queue:
+            self.prices = Prices(layers, config.slots, lambda: self.clock.now, lambda: costs.copy)
+        self.choice: Choice | None = self.prices or (Trial() if is_auto else None)
+        self.schedule = Schedule(self.link, config.slots, layers, config.eviction, self.prices)
 
     def totals(self) -> tuple[float, ...]:
         clock, counters = self.clock, self.schedule.counters
@@ -248,32 +267,47 @@ class _Run:
             seconds += self.costs.beside * copying / self.costs.copy
         self.clock.compute(seconds)
 
-    def token(self, ids: list[list[int]], guesses: list[list[int]], scores: list[list[float]] | None) -> None:
-        """One decode step. `ids`, `guesses` and `scores` are lists by layer."""
-        speculates = self.policy is not Policy.ON_DEMAND
+    def token(
+        self,
+        ids: list[list[int]],
+        guesses: list[list[int]],
+        scores: list[list[float]] | None,
+        chances: list[dict[int, float]] | None,
+    ) -> None:
+        """One decode step. `ids`, `guesses` and `scores` are lists by layer, and so are the candidates' probabilities, by expert."""
+        speculates = self.policy is not Policy.ON_DEMAND and (self.choice is None or self.choice.prefetches)
+        begun = self.clock.now
         self.schedule.begin_pass()
         for layer, targets in enumerate(self.targets):
             if speculates and layer in self.without_source:  # its copies overlap its own attention only
-                self.compute(self.costs.speculation)
-                self.announce([layer], guesses)
+                self.guess(1)
+                self.announce([layer], guesses, chances)
             self.compute(self.costs.layer)
             executed = self.choose(layer, ids[layer], guesses[layer])
             if speculates:
-                self.compute(self.costs.speculation * len(targets))
+                self.guess(len(targets))
             if scores is not None:
                 self.schedule.rate(layer, scores[layer])
             order = self.schedule.enter(layer, executed)
             if speculates:
-                self.announce(targets, guesses)
+                self.announce(targets, guesses, chances)
             for expert in order:
                 self.schedule.slot(layer, expert)
                 self.compute(self.costs.expert)
                 self.schedule.left(layer, expert)
         self.compute(self.costs.rest)
+        if self.choice is not None:
+            self.choice.took(self.clock.now - begun)
 
-    def announce(self, targets: list[int], guesses: list[list[int]]) -> None:
+    def guess(self, targets: int) -> None:
+        seconds = self.costs.speculation * targets
+        self.compute(seconds)
+        if self.prices is not None:
+            self.prices.guessed(seconds)
+
+    def announce(self, targets: list[int], guesses: list[list[int]], chances: list[dict[int, float]] | None) -> None:
         for target in targets:
-            self.schedule.announce(target, guesses[target])
+            self.schedule.announce(target, guesses[target], None if chances is None else chances[target])
         self.schedule.begin_copies()
 
     def choose(self, layer: int, ids: list[int], guess: list[int]) -> list[int]:

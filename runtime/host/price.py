@@ -1,0 +1,250 @@
+"""What a guess is worth: which copies of candidates are begun under policy `auto`.
+
+The copy of a candidate for layer `t` begins if it is expected to save more than it is expected to cost, both in seconds in which the
+computation waits:
+
+    p x saved  >  (1 - p) x (late x W_t + (R + Q) x stall)  +  sum over the layers j that run before t of late_j x W_j
+
+    p        the probability that t's router chooses the candidate
+    saved    how much of the copy is made by the time the router decides, when the copy of what is missing would begin: nothing if the
+             copies before it keep the link busy until then, and at most what would be waited for, since the experts that are there
+             are computed meanwhile
+    late     how much of the copy is left then. If the guess is wrong, what t is missing has to wait so long
+    late_j   the same at the entry of a layer j in between, as there is one for a guess two layers ahead: what j is missing waits,
+             whether the guess is right or not
+    W_j      how likely it is that layer j is missing something
+    R        how many more copies a wrong one brings about, since another expert leaves its slot for it; 0 while slots are free
+    Q        how many copies wait for the link, on average: busy / (1 - busy) for a link that is busy so much of the time (M/M/1)
+    stall    how long one copy is waited for, on average over all copies
+
+`R` follows from the last `g` experts that left their slots. If a share of all copies is of one of these, `g` slots more would have
+spared that share. An expert that nobody needs has a slot for as long as it takes to make a copy into each of the `slots`, and so
+costs `share x slots / g` copies.
+
+What the copies of a token save must pay for its guesses, too. Else only a few tokens now and then are guessed, to see whether that has
+changed. All times and shares are running means of what is measured, by a clock that the caller gives: the runtime's or a
+simulation's. While they are not known, all candidates are copied, as under policy `prefetch`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from .cache import Key
+from .running import Mean, Share
+
+RIGHT_AT_FIRST = 0.8
+"""The share of right guesses that is assumed before there were any."""
+GONE = 8
+"""Of so many slots one expert that left is remembered."""
+BUSIEST = 0.95
+AT_FIRST = 32
+"""So many tokens are guessed in any case, since little is known before."""
+TRIED, TRIED_EVERY = 4, 128
+"""Where guesses do not pay, so many tokens of so many are guessed nevertheless."""
+MOST_TOKENS = 64
+"""Nothing is measured in a pass over more tokens: it is a prompt."""
+
+
+class LayerTimes:
+    """What is measured of one layer, in passes over one number of tokens. Seconds are of computation, without its waits."""
+
+    def __init__(self) -> None:
+        self.before = Mean()
+        """Seconds from the last expert of the layer before to the entry of this one."""
+        self.executing = Mean()
+        """Seconds from its entry to its last expert."""
+        self.stalled = Mean()
+        """Seconds of waits in between."""
+        self.missing = Mean(0.5, 2.0)
+        """How often it was missing something."""
+        self.exposed = Mean(1.0, 1.0)
+        """The part of the copy of something missing that was waited for."""
+        self.right: dict[int, Share] = {}
+        """By the place in a guess: how often a candidate was right that was not on the device."""
+
+
+class LinkUse:
+    """What is measured of the link and the slots of all layers."""
+
+    def __init__(self, slots: int, now: float):
+        self.busy = Mean(0.5, 8.0)
+        """The share of the time in which the link is busy."""
+        self.stall = Mean()
+        """Seconds that one copy is waited for."""
+        self._slots, self._remembered = slots, max(1, slots // GONE)
+        self._gone: OrderedDict[Key, None] = OrderedDict()
+        self._back = Mean(0.1, 10.0)  # the share of copies of experts that had just left
+        self._begun, self._copies, self._waited = now, 0, 0.0
+
+    def copied(self, key: Key, evicted: Key | None) -> None:
+        self._copies += 1
+        self._back.add(float(key in self._gone))
+        self._gone.pop(key, None)
+        if evicted is not None:
+            self._gone[evicted] = None
+            if len(self._gone) > self._remembered:
+                self._gone.popitem(last=False)
+
+    def waited(self, seconds: float) -> None:
+        self._waited += seconds
+
+    def end_pass(self, now: float, copy: float, is_counted: bool) -> None:
+        """`copy` is what one copy takes."""
+        if is_counted and now > self._begun:
+            self.busy.add(min(1.0, self._copies * copy / (now - self._begun)))
+            if self._copies:
+                self.stall.add(self._waited / self._copies)
+        self._begun, self._copies, self._waited = now, 0, 0.0
+
+    @property
+    def again(self) -> float:
+        """How many more copies a wrong one brings about."""
+        return float(self._back) * self._slots / self._remembered
+
+    @property
+    def queue(self) -> float:
+        """How many copies wait for the link."""
+        busy = min(BUSIEST, float(self.busy))
+        return busy / (1 - busy)
+
+
+class Prices:
+    """Prices the guesses of one schedule. Layers are counted from 0 among the MoE layers. It is an `automatic.Choice`."""
+
+    is_timed = False
+    """It has a clock of its own."""
+
+    def __init__(self, layers: int, slots: int, clock: Callable[[], float], copy_seconds: Callable[[], float | None]):
+        """`clock` returns the time in seconds. `copy_seconds` returns how long one copy takes, or None if that is not known."""
+        self.clock = clock
+        self._copy_seconds, self._layers = copy_seconds, layers
+        self._by_tokens: dict[int, list[LayerTimes]] = {}
+        self._times = self._of(1)
+        self._right: dict[int, Share] = {}  # as of one layer, but of all
+        self._is_counted = False
+        self._chances: list[Mapping[int, float]] = [{} for _ in range(layers)]  # of the current guesses, by expert
+        self._places: list[dict[int, int]] = [{} for _ in range(layers)]
+        self._layer, self._missed = -1, 0  # before the first one
+        self._entered = self._left = clock()
+        self._stalled = 0.0
+        self.link = LinkUse(slots, self._entered)
+        self._gain = self._cost = 0.0
+        self._gains, self._costs = Mean(), Mean()  # of a pass in which something is guessed
+        self._passes = self._guessed = 0
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether the next pass should guess."""
+        pays = self._guessed < AT_FIRST or float(self._gains) > float(self._costs)
+        return pays or self._passes % TRIED_EVERY < TRIED
+
+    def took(self, seconds: float) -> None:
+        pass
+
+    def begin_pass(self, tokens: int) -> None:
+        now = self.clock()
+        self.link.end_pass(now, self._copy_seconds() or 0.0, self._is_counted)
+        if self._cost and self._is_counted:
+            self._gains.add(self._gain)
+            self._costs.add(self._cost)
+            self._guessed += 1
+        self._gain = self._cost = 0.0
+        self._passes += 1
+        self._is_counted = 0 < tokens <= MOST_TOKENS
+        if self._is_counted:
+            self._times = self._of(tokens)
+        self._layer, self._stalled, self._missed = -1, 0.0, 0
+        self._entered = self._left = now
+
+    def guessed(self, seconds: float) -> None:
+        """Says that a guess has taken so much computation."""
+        self._cost += seconds
+
+    def announce(
+        self, layer: int, guess: Sequence[int], chances: Mapping[int, float] | None, absent: Collection[int]
+    ) -> None:
+        """Takes a guess, the best candidate first. `absent` are the candidates that are not on the device.
+
+        `chances` are the probabilities of the candidates. Where they are not known, it is the share of the candidates at the same
+        place of a guess that were right so far, of those that were absent.
+        """
+        places = {expert: place for place, expert in enumerate(guess) if expert in absent} if chances is None else {}
+        if chances is None:
+            chances = {expert: self._share_right(layer, place) for expert, place in places.items()}
+        self._chances[layer], self._places[layer] = chances, places
+
+    def copied(self, key: Key, evicted: Key | None) -> None:
+        """Says that the copy of an expert has begun, and which expert leaves its slot for it."""
+        self.link.copied(key, evicted)
+
+    def enter(self, layer: int, needed: Collection[int], missing: int) -> None:
+        """Says that a layer is to execute the experts `needed`, and how many of these are not even on their way to the device."""
+        now = self.clock()
+        if self._is_counted and layer == self._layer + 1:
+            own, before, copy = self._times[layer], self._times[layer - 1], self._copy_seconds()
+            own.before.add(now - self._left)
+            own.missing.add(float(missing > 0))
+            if layer:
+                before.executing.add(self._left - self._entered - self._stalled)
+                before.stalled.add(self._stalled)
+            if self._missed and copy:
+                before.exposed.add(min(1.0, self._stalled / (self._missed * copy)))
+            for expert, place in self._places[layer].items():
+                for right in (own.right, self._right):
+                    right.setdefault(place, Share()).add(expert in needed)
+        self._chances[layer], self._places[layer] = {}, {}
+        self._layer, self._stalled, self._missed = layer, 0.0, missing
+        self._entered = self._left = now
+
+    def stalled(self, seconds: float) -> None:
+        """Says that the computation has waited for a copy."""
+        self._stalled += seconds
+        self.link.waited(seconds)
+
+    def left(self) -> None:
+        """Says that an expert of the layer that was entered last has been executed."""
+        self._left = self.clock()
+
+    def is_worth(self, layer: int, expert: int, ahead: int, needed: int, evicts: bool) -> bool:
+        """Whether the copy of an absent candidate should begin now.
+
+        `ahead` copies are to be made before it, and the layer that was entered last waits for `needed` of these. `evicts` says
+        that another expert would leave its slot.
+        """
+        copy, chance, own = self._copy_seconds(), self._chances[layer].get(expert), self._times[layer]
+        if copy is None or chance is None or own.before.value is None:
+            return True
+        begin, price = ahead * copy, 0.0
+        if self._layer < 0:
+            until = self._entered - self.clock()
+        else:
+            done = self.clock() - self._entered - self._stalled
+            until = max(float(self._times[self._layer].executing) - done, needed * copy, 0.0)
+        for between in self._times[self._layer + 1 : layer]:
+            until += float(between.before)
+            price += late(begin, copy, until) * float(between.missing)
+            until += float(between.executing) + float(between.stalled)
+            if begin >= until:  # what that layer is missing is copied before it
+                begin += float(between.stalled)
+        until += float(own.before)
+        stall = copy if self.link.stall.value is None else min(copy, self.link.stall.value)
+        wrong = late(begin, copy, until) * float(own.missing) + (self.link.again * evicts + self.link.queue) * stall
+        gain = chance * min(float(own.exposed) * copy, until - begin) - (1 - chance) * wrong - price
+        self._gain += max(0.0, gain)
+        return gain > 0
+
+    def _share_right(self, layer: int, place: int) -> float:
+        """Of a layer's candidates at this place. As long as there were few of them, it is much like that of all layers."""
+        own, every = self._times[layer].right.get(place), self._right.get(place)
+        share = RIGHT_AT_FIRST if every is None else every.given(RIGHT_AT_FIRST)
+        return share if own is None else own.given(share)
+
+    def _of(self, tokens: int) -> list[LayerTimes]:
+        return self._by_tokens.setdefault(tokens, [LayerTimes() for _ in range(self._layers)])
+
+
+def late(begin: float, copy: float, until: float) -> float:
+    """How much of a copy is left at the time `until`, if it begins before that."""
+    return min(copy, max(0.0, begin + copy - until)) if begin < until else 0.0

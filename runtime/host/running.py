@@ -1,0 +1,38 @@
+"""Running means and shares: what was measured lately counts most."""
+
+from __future__ import annotations
+
+NEWEST = 0.05
+"""The least weight of a new value in a running mean."""
+KNOWN = 4.0
+"""So many cases is worth what is known of a share beforehand."""
+
+
+class Mean:
+    """A running mean of what is added, `value`; None while there is nothing."""
+
+    def __init__(self, value: float | None = None, weight: float = 0.0):
+        """It may begin with a value that is worth `weight` others."""
+        self.value, self._weight = value, weight
+
+    def add(self, value: float) -> None:
+        self._weight += 1.0
+        self.value = value if self.value is None else self.value + (value - self.value) * max(NEWEST, 1 / self._weight)
+
+    def __float__(self) -> float:
+        return self.value or 0.0
+
+
+class Share:
+    """How often something was the case, lately."""
+
+    def __init__(self) -> None:
+        self._cases = self._seen = 0.0
+
+    def add(self, case: bool) -> None:
+        self._cases = (1 - NEWEST / 2) * self._cases + case
+        self._seen = (1 - NEWEST / 2) * self._seen + 1.0
+
+    def given(self, before: float) -> float:
+        """The share, if it was `before` in `KNOWN` cases that were not added."""
+        return (self._cases + KNOWN * before) / (self._seen + KNOWN)
