@@ -217,7 +217,7 @@ def _verdict(
     planned: Model, case: Case, form: Form, asked: Form, rows: list[dict[str, Any]], forms: tuple[Form, ...]
 ) -> Verdict:
     """What to do with a model, from the `rows` of its case."""
-    exact = [row for row in rows if row["policy"] != Policy.SPECULATIVE]
+    exact = [row for row in rows if row["policy"] in (Policy.ON_DEMAND, Policy.PREFETCH)]
     best = min(exact, key=lambda row: row["time_per_output_token_ms"])
     policy = Policy(best["policy"])
     own = planned.milliseconds(case.machine, form, policy)

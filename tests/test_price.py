@@ -137,14 +137,14 @@ def test_what_is_not_known_is_learned_by_the_place_in_a_guess() -> None:
 
 def test_what_wrong_copies_cost_follows_from_what_comes_back_and_from_how_busy_the_link_is() -> None:
     def link(back: int, copies: int) -> LinkUse:
-        use = LinkUse(SLOTS, 0.0)
+        use = LinkUse(SLOTS)
         for token in range(1, 200):
             for number in range(copies):
                 # An expert that has just left, or one that never had a slot.
                 left = (0, (token - 1) * copies + number)
                 use.copied(left if number < back else (1, token * copies + number), (0, token * copies + number))
             use.waited(0.5 * copies)
-            use.end_pass(float(token), 0.1, is_counted=True)
+            use.end_pass(1.0, 0.1, guessing=0.0)
         return use
 
     assert link(0, 2).again < 0.01 < 1 < link(1, 1).again
@@ -152,6 +152,29 @@ def test_what_wrong_copies_cost_follows_from_what_comes_back_and_from_how_busy_t
     assert link(0, 8).queue == pytest.approx(4, abs=0.1)
     assert link(0, 20).queue == pytest.approx(19, abs=0.1)
     assert link(0, 8).stall.value == pytest.approx(0.5)
+
+
+@given(st.floats(0, 1), st.floats(0.1, 10), st.integers(0, 100))
+def test_how_much_copies_slow_the_computation_beside_them_is_measured(slower: float, alone: float, seed: int) -> None:
+    use, drawn, copy, guessing = LinkUse(SLOTS), random.Random(seed), 0.2, 0.03
+    for token in range(100):
+        copies, waited = drawn.randint(0, 9), drawn.random()
+        for number in range(copies):
+            use.copied((token, number), None)
+        use.waited(waited)
+        beside = max(0.0, copies * copy - waited)
+        use.end_pass(alone + slower * beside + waited + guessing, copy, guessing)
+    assert use.beside == pytest.approx(slower, abs=1e-6)
+
+
+def test_a_copy_that_slows_the_computation_as_long_as_it_takes_saves_nothing() -> None:
+    ran = Ran(copy=0.5, stalled=0.5)
+    assert ran.is_worth(1.0)
+    for copies in range(20):
+        for number in range(copies):
+            ran.prices.link.copied((number, copies), None)
+        ran.prices.link.end_pass(8 + 0.6 * copies, 0.5, 0.0)
+    assert not ran.is_worth(1.0)
 
 
 def test_guesses_that_do_not_pay_are_made_now_and_then_only() -> None:

@@ -3,7 +3,7 @@
 The copy of a candidate for layer `t` begins if it is expected to save more than it is expected to cost, both in seconds in which the
 computation waits:
 
-    p x saved  >  (1 - p) x (late x W_t + (R + Q) x stall)  +  sum over the layers j that run before t of late_j x W_j
+    p x (1 - B) x saved  >  (1 - p) x (late x W_t + (R + Q) x stall + B x copy)  +  sum over layers j before t of late_j x W_j
 
     p        the probability that t's router chooses the candidate
     saved    how much of the copy is made by the time the router decides, when the copy of what is missing would begin: nothing if the
@@ -16,6 +16,7 @@ computation waits:
     R        how many more copies a wrong one brings about, since another expert leaves its slot for it; 0 while slots are free
     Q        how many copies wait for the link, on average: busy / (1 - busy) for a link that is busy so much of the time (M/M/1)
     stall    how long one copy is waited for, on average over all copies
+    B        how much longer the computation beside a copy takes, per second of copying: much where both use the same memory
 
 `R` follows from the last `g` experts that left their slots. If a share of all copies is of one of these, `g` slots more would have
 spared that share. An expert that nobody needs has a slot for as long as it takes to make a copy into each of the `slots`, and so
@@ -32,7 +33,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from .cache import Key
-from .running import Mean, Share
+from .running import Mean, Share, Slope
 
 RIGHT_AT_FIRST = 0.8
 """The share of right guesses that is assumed before there were any."""
@@ -68,7 +69,7 @@ class LayerTimes:
 class LinkUse:
     """What is measured of the link and the slots of all layers."""
 
-    def __init__(self, slots: int, now: float):
+    def __init__(self, slots: int):
         self.busy = Mean(0.5, 8.0)
         """The share of the time in which the link is busy."""
         self.stall = Mean()
@@ -76,7 +77,8 @@ class LinkUse:
         self._slots, self._remembered = slots, max(1, slots // GONE)
         self._gone: OrderedDict[Key, None] = OrderedDict()
         self._back = Mean(0.1, 10.0)  # the share of copies of experts that had just left
-        self._begun, self._copies, self._waited = now, 0, 0.0
+        self._slope = Slope()  # of the computation over the copying beside it
+        self.begin_pass()
 
     def copied(self, key: Key, evicted: Key | None) -> None:
         self._copies += 1
@@ -90,13 +92,24 @@ class LinkUse:
     def waited(self, seconds: float) -> None:
         self._waited += seconds
 
-    def end_pass(self, now: float, copy: float, is_counted: bool) -> None:
-        """`copy` is what one copy takes."""
-        if is_counted and now > self._begun:
-            self.busy.add(min(1.0, self._copies * copy / (now - self._begun)))
-            if self._copies:
-                self.stall.add(self._waited / self._copies)
-        self._begun, self._copies, self._waited = now, 0, 0.0
+    def end_pass(self, seconds: float, copy: float, guessing: float) -> None:
+        """A pass took so many seconds, `guessing` of them for its guesses. `copy` is what one copy takes."""
+        copying = self._copies * copy
+        if seconds > 0:
+            self.busy.add(min(1.0, copying / seconds))
+            self._slope.add(max(0.0, copying - self._waited), seconds - self._waited - guessing)
+        if self._copies:
+            self.stall.add(self._waited / self._copies)
+        self.begin_pass()
+
+    def begin_pass(self) -> None:
+        """Forgets what has not been counted by `end_pass`."""
+        self._copies, self._waited = 0, 0.0
+
+    @property
+    def beside(self) -> float:
+        """How much longer the computation beside a copy takes, per second of copying."""
+        return min(1.0, max(0.0, self._slope.value))
 
     @property
     def again(self) -> float:
@@ -127,9 +140,9 @@ class Prices:
         self._chances: list[Mapping[int, float]] = [{} for _ in range(layers)]  # of the current guesses, by expert
         self._places: list[dict[int, int]] = [{} for _ in range(layers)]
         self._layer, self._missed = -1, 0  # before the first one
-        self._entered = self._left = clock()
+        self._begun = self._entered = self._left = clock()
         self._stalled = 0.0
-        self.link = LinkUse(slots, self._entered)
+        self.link = LinkUse(slots)
         self._gain = self._cost = 0.0
         self._gains, self._costs = Mean(), Mean()  # of a pass in which something is guessed
         self._passes = self._guessed = 0
@@ -144,8 +157,11 @@ class Prices:
         pass
 
     def begin_pass(self, tokens: int) -> None:
-        now = self.clock()
-        self.link.end_pass(now, self._copy_seconds() or 0.0, self._is_counted)
+        copy = self._copy_seconds()
+        if self._is_counted and copy and self._layer == self._layers - 1:
+            self.link.end_pass(self._left - self._begun, copy, self._cost)
+        else:
+            self.link.begin_pass()
         if self._cost and self._is_counted:
             self._gains.add(self._gain)
             self._costs.add(self._cost)
@@ -156,7 +172,7 @@ class Prices:
         if self._is_counted:
             self._times = self._of(tokens)
         self._layer, self._stalled, self._missed = -1, 0.0, 0
-        self._entered = self._left = now
+        self._begun = self._entered = self._left = self.clock()
 
     def guessed(self, seconds: float) -> None:
         """Says that a guess has taken so much computation."""
@@ -230,8 +246,10 @@ class Prices:
                 begin += float(between.stalled)
         until += float(own.before)
         stall = copy if self.link.stall.value is None else min(copy, self.link.stall.value)
-        wrong = late(begin, copy, until) * float(own.missing) + (self.link.again * evicts + self.link.queue) * stall
-        gain = chance * min(float(own.exposed) * copy, until - begin) - (1 - chance) * wrong - price
+        beside, others = self.link.beside, (self.link.again * evicts + self.link.queue) * stall
+        wrong = late(begin, copy, until) * float(own.missing) + others + beside * copy
+        saved = (1 - beside) * min(float(own.exposed) * copy, until - begin)
+        gain = chance * saved - (1 - chance) * wrong - price
         self._gain += max(0.0, gain)
         return gain > 0
 

@@ -36,3 +36,21 @@ class Share:
     def given(self, before: float) -> float:
         """The share, if it was `before` in `KNOWN` cases that were not added."""
         return (self._cases + KNOWN * before) / (self._seen + KNOWN)
+
+
+class Slope:
+    """How much `y` grows with `x`, lately: least squares."""
+
+    def __init__(self) -> None:
+        self._x, self._y, self._xx, self._xy = Mean(), Mean(), Mean(), Mean()
+
+    def add(self, x: float, y: float) -> None:
+        for mean, value in ((self._x, x), (self._y, y), (self._xx, x * x), (self._xy, x * y)):
+            mean.add(value)
+
+    @property
+    def value(self) -> float:
+        """The slope; 0 while `x` is always the same."""
+        x, y = float(self._x), float(self._y)
+        spread = float(self._xx) - x * x
+        return (float(self._xy) - x * y) / spread if spread > 1e-6 * x * x else 0.0

@@ -14,6 +14,7 @@ from ...predictors.architecture import UnsupportedModelError, skeleton
 from ...predictors.checkpoint import Predictors
 from ...predictors.errors import UserError
 from ...predictors.experts import count_of, expert_modules, marks_of
+from ..automatic import AUTO
 from ..formats import laid_out
 from ..formats.full import FullFormat
 from ..formats.registry import QUANTIZED
@@ -222,6 +223,8 @@ def plan(
 ) -> list[dict[str, Any]]:
     """One row of plain values for each policy of `policies` and gating: how long a token takes, and what limits it.
 
+    On a CPU there is one for `auto`, too, if all policies are asked for: there it prices its copies.
+
     `config` gives the slots, candidates and eviction. The first half of the steps of `routing` fill the slots and do not count.
     Raises `PlanError` for a routing of another model.
     """
@@ -231,9 +234,11 @@ def plan(
             f"the routing has {layers} layers, top {top_k}, and this model {shape.layers}, top {shape.top_k}; give a trace of "
             "this model"
         )
-    ways: list[tuple[Policy, Gating | None]] = [(Policy.ON_DEMAND, None), (Policy.PREFETCH, None)]
+    ways: list[tuple[str, Gating | None]] = [(Policy.ON_DEMAND, None), (Policy.PREFETCH, None)]
     ways += [(Policy.SPECULATIVE, gating) for gating in (Gating.TRUE, Gating.RESIDENT)]
     ways = [way for way in ways if way[0] in policies]
+    if not is_cuda and {*Policy} <= {*policies}:  # on a GPU it is one of the others, whichever is faster there
+        ways.insert(2, (AUTO, None))
     rows: list[dict[str, Any]] = []
     on_demand: float | None = None
     known = config.values_of(OffloadConfig)
