@@ -138,15 +138,14 @@ def evaluate(config: EvaluateConfig) -> None:
     from .data_collection.refusals import Refusals
     from .predictors.loading import load_tokenizer
     from .predictors.provenance import command, versions
-    from .running import batches_of, load_to_evaluate, load_unquantized, quantization_asked
-    from .runtime.measure.evaluate import cross_entropy
+    from .running import batches_of, load_to_evaluate, quantization_asked, unquantized_cross_entropy
     from .runtime.measure.evaluate import evaluate as job
     from .runtime.measure.report import print_hit_rates, print_losses, print_quantization
 
     tokenizer, refusals = load_tokenizer(config.model), Refusals()
     batches = batches_of(tokenizer, config, refusals.add)
     quantize = quantization_asked(config)
-    before = None if quantize is None else cross_entropy(load_unquantized(config), batches, progress=True)
+    before = None if quantize is None else unquantized_cross_entropy(config, batches)
     result = job(load_to_evaluate(config), batches, config.predictors, config, progress=True)
     result |= {"quantized": quantize, "unquantized_cross_entropy": before}
     result |= {"model": config.model, "predictors": config.predictors, "versions": versions(), "command": command()}

@@ -88,7 +88,7 @@ class Model:
             is_cuda=machine.is_cuda,
             decides=machine.is_cuda
             and place is not Place.FILE
-            and not isinstance(form, Shipped)
+            and form is not Shipped.GGUF
             and slots >= shape.layers * shape.top_k,
         )
         return Case(shape, machine, hardware, fitting, slots, place)

@@ -9,10 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data_collection.corpus import read_documents, sequences
 from .data_collection.refusals import Refuse
 from .predictors.loading import load_model, resolve_device, resolve_dtype
-from .runtime.load import check_quantized, load_to_host
+from .runtime.load import check_quantized, load_offloaded, load_to_host
+from .runtime.measure.evaluate import cross_entropy
 from .runtime.offload import ExpertOffload
 from .runtime.pack import given
 from .runtime.packfile import Header, read_header
+from .runtime.policy import Policy
+from .runtime.quantization import Quantization
 from .runtime.settings import Loading, Room
 from .runtime.shipped import form_and_options, widening
 from .settings import EvaluateConfig
@@ -56,12 +59,28 @@ def quantization_asked(config: Loading) -> str | None:
 
 
 def load_unquantized(config: EvaluateConfig) -> PreTrainedModel:
-    """The model of the checkpoint on its device, in the dtype in which `load_to_evaluate` loads it."""
+    """The model of the checkpoint on its device, in the dtype in which `load_to_evaluate` loads it.
+
+    Its experts pass through slots where they are to be quantised: whole, it may not fit where the quantised model does. What is
+    shipped quantised is widened whole.
+    """
     device = resolve_device(config.device)
     dtype = dtype_of(config, device)
     if dtype == "auto" and (header := header_of(config)) is not None:
         dtype = header.format().full.dtype
+    if quantization_asked(config) in list(Quantization):
+        return load_offloaded(config.model, dtype=dtype, device=str(device), policy=Policy.ON_DEMAND)
     return load_model(config.model, device, dtype, **widening(config.model, config.gguf))
+
+
+def unquantized_cross_entropy(config: EvaluateConfig, batches: list[torch.Tensor]) -> float:
+    """The cross-entropy of the model of the checkpoint, as it was before it was quantised; for the rest see `cross_entropy`."""
+    model = load_unquantized(config)
+    try:
+        return cross_entropy(model, batches, progress=True)
+    finally:
+        if (offload := vars(model).get("expert_offload")) is not None:
+            offload.detach()  # its slots are freed
 
 
 def load_to_evaluate(config: EvaluateConfig) -> PreTrainedModel:

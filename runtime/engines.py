@@ -12,7 +12,7 @@ from ..predictors.checkpoint import Predictors
 from ..predictors.experts import unmarked
 from .automatic import AUTO
 from .engine import Engine
-from .formats.shipped import ShippedFormat
+from .formats.gguf import GgufFormat
 from .host.cache import Eviction
 from .host.slots import ExpertSlots
 from .reusing import reuse_scores
@@ -63,8 +63,8 @@ def hindrance_of(store: ExpertStore, layers: Sequence[ExpertLayer], slots: int, 
         return "the host decides what is copied, since the device has no kernels for this model's experts"
     if next(layers[0].experts.parameters()).dtype != layers[0].dtype:
         return "the host decides what is copied, since the experts are in another dtype than the rest of the model"
-    if isinstance(store.format, ShippedFormat):
-        return "the host decides what is copied, since the device has no kernels for the form in which the experts are shipped"
+    if isinstance(store.format, GgufFormat):
+        return "the host decides what is copied, since the device has no kernels for GGUF's types"
     if importlib.util.find_spec("triton") is None:
         return "the host decides what is copied, since Triton is not installed; pip install triton"
     return None

@@ -22,7 +22,7 @@ from predict_train.runtime.device.quantized import QuantizedArithmetic
 from predict_train.runtime.formats.full import FullFormat
 from predict_train.runtime.formats.quantized import QuantizedFormat
 from predict_train.runtime.formats.registry import QUANTIZED
-from predict_train.runtime.quantization import Quantization
+from predict_train.runtime.quantization import Quantization, Shipped
 from test_device import DEVICE
 from test_exactness import supported_model
 from torch import nn
@@ -30,6 +30,7 @@ from triton.runtime import interpreter
 
 CASES = int(os.environ.get("KERNEL_CASES", 40 if torch.cuda.is_available() else 60))
 """200 take 13 s in the interpreter. Fewer on a GPU, whose kernels are compiled for nearly every case."""
+KERNELS = [*Quantization, Shipped.FP8, Shipped.MXFP4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -253,7 +254,7 @@ def quantized_layers(draw: st.DrawFn) -> Layer:
 
 
 def in_quantized_places(
-    experts: nn.Module, quantize: Quantization, ids: torch.Tensor, extra: int
+    experts: nn.Module, quantize: Quantization | Shipped, ids: torch.Tensor, extra: int
 ) -> tuple[QuantizedFormat, torch.Tensor, torch.Tensor]:
     """As `in_places`, with other weights: such that quantised ones are numbers whose sums are exact. `experts` gets them."""
     form = QUANTIZED[quantize].of(FullFormat.of(experts), bool(experts.is_transposed))
@@ -265,6 +266,12 @@ def in_quantized_places(
     for name, view in form.views(blocks).items():
         if name.endswith("_bias"):
             view.copy_(experts.get_parameter(name).detach())
+        elif quantize is Shipped.MXFP4:  # all numbers, and scales of 1 and 2
+            view.copy_(
+                torch.randint(127, 129, view.shape) if name.endswith("_scales") else torch.randint(256, view.shape)
+            )
+        elif view.dtype == torch.float8_e4m3fn:
+            view.copy_(torch.randint(-24, 25, view.shape) / 8)
         elif name.endswith("_scales"):
             view.copy_((torch.randint(-1, 2, view.shape) if is_int4 else torch.ones(view.shape)) / 16)
         else:
@@ -276,10 +283,10 @@ def in_quantized_places(
     return form, memory.to(DEVICE), table.to(DEVICE, torch.int32)
 
 
-@settings(max_examples=CASES // 4)  # they are larger, and so slower
+@settings(max_examples=CASES // 8)  # they are larger, and so slower
 @given(
     layer=quantized_layers(),
-    quantize=st.sampled_from(Quantization),
+    quantize=st.sampled_from(KERNELS),
     tokens=st.integers(1, 3),
     k=st.integers(1, 3),
     extra=st.integers(0, 2),
@@ -289,7 +296,7 @@ def in_quantized_places(
 )
 def test_quantized_experts_compute_what_torch_computes_of_widened_ones(
     layer: Layer,
-    quantize: Quantization,
+    quantize: Quantization | Shipped,
     tokens: int,
     k: int,
     extra: int,
@@ -298,6 +305,8 @@ def test_quantized_experts_compute_what_torch_computes_of_widened_ones(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
+    if quantize is Shipped.FP8:  # in blocks of 128 by 128
+        layer = layer._replace(hidden=min(256, layer.hidden), inner=min(256, layer.inner))
     experts = Experts(*layer)
     ids = torch.randint(layer.count, (tokens, k))
     x = integers(tokens, layer.hidden + 1).to(layer.dtype)[:, 1:]

@@ -27,6 +27,8 @@ from predict_train.train.fit import read_run
 from predict_train.train.inspection import inspect
 from predict_train.train.settings import ExportConfig
 from rich.console import Console
+from test_gguf import MIXED, made
+from test_gguf import write as write_gguf
 from test_shipped import write_mxfp4
 from transformers import PreTrainedModel
 
@@ -112,9 +114,20 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pack_reader(model: Path) -> Read:
+@pytest.fixture(scope="module")
+def in_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs") / "in_gguf"
+    folder.mkdir()
+    write_gguf(made("qwen3_moe"), folder.with_name("model"), MIXED)
+    pack(folder.with_name("model"), folder / "experts", gguf="model.gguf")
+    return folder
+
+
+def pack_reader(model: Path, **settings: Any) -> Read:
     def read(folder: Path) -> dict[str, Any]:
-        loaded: PreTrainedModel = load_offloaded(model, device="cpu", policy="on_demand", pack=folder / "experts")
+        loaded: PreTrainedModel = load_offloaded(
+            model, device="cpu", policy="on_demand", pack=folder / "experts", **settings
+        )
         logits = loaded(torch.arange(1, 40)[None]).logits
         loaded.expert_offload.detach()
         load_experts(loaded)
@@ -132,14 +145,15 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], change: str) ->
         assert torch.equal(tensors[name], tensor), (change, name)
 
 
-@pytest.mark.parametrize("kind", ["exported", "collected", "fitted", "packed", "quantized", "shipped"])
+@pytest.mark.parametrize("kind", ["exported", "collected", "fitted", "packed", "quantized", "shipped", "in_gguf"])
 def test_no_change_goes_by_in_silence(
     kind: str, request: pytest.FixtureRequest, tiny_moe_folder: Path, tmp_path: Path
 ) -> None:
     original: Path = request.getfixturevalue(kind)
     readers: dict[str, Read] = {"exported": read_export, "collected": read_trace, "fitted": read_run_of_fit}
-    model = original.with_name("gpt_oss") if kind == "shipped" else tiny_moe_folder
-    read = readers.get(kind) or pack_reader(model)
+    others = {"shipped": pack_reader(original.with_name("gpt_oss"))}
+    others["in_gguf"] = pack_reader(original.with_name("model"), gguf="model.gguf")
+    read = readers.get(kind) or others.get(kind) or pack_reader(tiny_moe_folder)
     folder = shutil.copytree(original, tmp_path / "copy")
     expected = read(folder)
     # A model card is for people, and TensorBoard's logs and the last checkpoint are not exported.

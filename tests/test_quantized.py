@@ -20,6 +20,7 @@ from predict_train.runtime.formats.quantized import COMPUTED
 from predict_train.runtime.formats.registry import QUANTIZED, format_of
 from predict_train.runtime.gatherer import Gathered
 from predict_train.runtime.load import load_to_host
+from predict_train.runtime.measure.evaluate import cross_entropy
 from predict_train.runtime.pack import pack
 from predict_train.runtime.packfile import read_header
 from predict_train.runtime.quantization import Quantization
@@ -220,6 +221,18 @@ def test_what_quantising_loses_is_told_before_the_packed_file_is_made(
     assert running.load_unquantized(EvaluateConfig(**config)).dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"quantised to int8, and int4 is asked for"):
         running.quantization_asked(EvaluateConfig(quantize="int4", **config))
+
+
+def test_what_a_model_loses_is_told_though_it_would_not_fit_unquantised(tmp_path: Path) -> None:
+    """The unquantised experts pass through slots, and the figure is that of the whole model, bit for bit."""
+    folder = checkpoint("qwen3_moe", tmp_path / "model")
+    config = EvaluateConfig(model=str(folder), quantize="int8", device="cpu")
+    before = running.load_unquantized(config)
+    assert before.expert_offload.slots < 32, "of 32 experts"
+    before.expert_offload.detach()
+    batches = [torch.randint(1, 256, (2, 40), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert running.unquantized_cross_entropy(config, batches) == cross_entropy(whole, batches)
 
 
 def test_a_quantised_pack_is_smaller_and_the_same_each_time(tmp_path: Path) -> None:

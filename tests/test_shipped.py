@@ -12,14 +12,16 @@ import torch
 from conftest import build_model
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.runtime import load_experts, load_offloaded
+from predict_train.runtime import load_experts, load_offloaded, offloaded
 from predict_train.runtime.formats.fp8 import Fp8Format
+from predict_train.runtime.load import load_to_host
 from predict_train.runtime.measure.settings import PlanConfig
 from predict_train.runtime.pack import pack
 from predict_train.runtime.packfile import read_header
 from predict_train.runtime.settings import Loading
 from resident import load_resident
 from safetensors.torch import load_file, save_file
+from test_device import logits_of
 from test_quantized import logits
 from transformers import AutoModelForCausalLM
 
@@ -111,6 +113,26 @@ def test_exact_policies_give_the_logits_of_the_widened_model(kind: str, dtype: s
     weights = [p for p in find_moe_layers(widened)[0].experts.parameters() if p.ndim == 3]
     number = sum(p[0].numel() for p in weights)
     assert read_header(pack).block_bytes < 1.2 * number + 4096
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SHIPPED)
+def test_on_a_gpu_exact_policies_give_the_logits_of_all_experts_resident(kind: str, tmp_path: Path) -> None:
+    """By the device's engine. In float32 they are close to a CPU's."""
+    _, write = SHIPPED[kind]
+    folder = write(tmp_path / "model")
+    expected = logits_of(load_resident(folder, Loading(dtype="float32"), torch.device("cpu")), None)
+    for dtype in ("bfloat16", "float32"):
+        found: list[torch.Tensor] = []
+        for policy, share in (("on_demand", 1.0), ("on_demand", 0.5), ("prefetch", 0.5)):
+            model = load_to_host(folder, Loading(dtype=dtype))
+            slots = int(share * sum(layer.num_experts for layer in find_moe_layers(model)))
+            with offloaded(model, policy=policy, slots=slots, device="cuda") as offload:
+                assert offload.why_host is None
+                found.append(logits_of(model, None))
+            assert torch.equal(found[0], found[-1]), (dtype, policy, share)
+        if dtype == "float32":
+            torch.testing.assert_close(found[0].cpu(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
 
 
 def test_what_cannot_be_kept_is_refused_in_a_sentence(tmp_path: Path) -> None:

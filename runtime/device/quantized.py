@@ -8,17 +8,26 @@ import torch
 import triton
 from torch import nn
 
+from ..formats.fp8 import Fp8Format
 from ..formats.int4 import GROUP, TILE, Int4Format
+from ..formats.int8 import Int8Format
+from ..formats.mxfp4 import GROUP as MX_GROUP
+from ..formats.mxfp4 import Mxfp4Format
 from ..formats.quantized import COMPUTED, SCALES, QuantizedFormat
 from .arithmetic import ExpertArithmetic, gates_by_silu
 from .quantized_kernels import int4_linear, int8_linear, weighted_sum
+from .shipped_kernels import fp8_linear, mxfp4_linear
 
 ROWS, COLUMNS = 16, 512
 """Of a weight of eight bits: outputs and inputs that a program multiplies at once."""
 GROUPS, PART, WARPS = 4, 8, 2
 """Of a weight of four bits: groups of inputs and rows of half a tile that a program multiplies at once, and its warps."""
+MX_ROWS, MX_GROUPS = 32, 4
+"""Of a weight in MXFP4: outputs and groups of inputs that a program multiplies at once."""
 SUMMED = 1024
 """Numbers of a token that a program sums."""
+NUMBERS = {Int8Format: COMPUTED, Int4Format: torch.int32, Fp8Format: torch.float32, Mxfp4Format: torch.uint8}
+"""The formats that have a kernel, and as what it reads their scales: an int4 scale and its zero are one word."""
 
 
 class QuantizedArithmetic(ExpertArithmetic):
@@ -59,14 +68,24 @@ class QuantizedArithmetic(ExpertArithmetic):
         weight, scales, bias = (form.places.get(name + end) for end in ("", SCALES, "_bias"))
         assert weight is not None
         assert scales is not None
-        is_int4 = isinstance(form, Int4Format)
-        numbers = self._memory.view(torch.int32 if is_int4 else COMPUTED)
+        numbers = self._memory.view(NUMBERS[type(form)])
         arguments = (
-            x, self._memory.view(weight.dtype), numbers, self._biases, table, output,
+            x, self._memory.view(torch.int8 if isinstance(form, Int8Format) else torch.uint8), numbers, self._biases, table, output,
             form.bytes, weight.offset, scales.offset // numbers.itemsize, -1 if bias is None else bias.offset // bias.dtype.itemsize,
             k, table.shape[1], rows // len(x),
         )  # fmt: skip
-        if is_int4:
+        if isinstance(form, Fp8Format):
+            (all_outputs, _), (high, wide) = form.extent_of(name), scales.shape
+            fp8_linear[rows, triton.cdiv(outputs, ROWS)](
+                *arguments, IN=inputs, OUT=outputs, GATED=gated, ROWS=ROWS, COLUMNS=min(COLUMNS, triton.next_power_of_2(inputs)),
+                HIGH=all_outputs // high, WIDE=inputs // wide,
+            )  # fmt: skip
+        elif isinstance(form, Mxfp4Format):
+            mxfp4_linear[rows, triton.cdiv(outputs, MX_ROWS)](
+                *arguments, IN=inputs, OUT=outputs, GATED=gated, GROUP=MX_GROUP, ROWS=MX_ROWS,
+                GROUPS=min(MX_GROUPS, triton.next_power_of_2(inputs // MX_GROUP)),
+            )  # fmt: skip
+        elif isinstance(form, Int4Format):
             int4_linear[rows, outputs // (2 * PART)](
                 *arguments, IN=inputs, OUT=outputs, GATED=gated, GROUP=GROUP, TILE=TILE, PART=PART,
                 GROUPS=min(GROUPS, triton.next_power_of_2(inputs // GROUP)), num_warps=WARPS,
