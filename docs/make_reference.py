@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("predictors", "data_collection", "train", "runtime", "predict_train")
-CAUGHT = {"OverflowingExpertError", "RefusedError", "FullDiskError"}
+CAUGHT = {"OverflowingExpertError", "RefusedError"}
 """Errors that are caught, and said in other words, before a user meets them. So are Python's own, but for those that settings raise."""
 
 

@@ -101,6 +101,8 @@ def read_header(file: Path, config: PretrainedConfig) -> GgufHeader:
     if header.data_start + end > os.path.getsize(file):
         raise StoreError(f"{file} is cut short; get it again")
     found = experts_of(header).found
+    if flat := [info.name for info in found.values() if len(info.shape) != 3]:
+        raise StoreError(f"{file} has {flat[0]} in another shape than [experts, outputs, inputs]; give another one")
     layers = {number for number, _ in found}
     lacking = {(number, kind) for number in layers for kinds in PARTS.values() for kind in kinds} - found.keys()
     if lacking or not layers:

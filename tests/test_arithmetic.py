@@ -283,7 +283,7 @@ def in_quantized_places(
     return form, memory.to(DEVICE), table.to(DEVICE, torch.int32)
 
 
-@settings(max_examples=CASES // 8)  # they are larger, and so slower
+@settings(max_examples=CASES // 4)  # they are larger, and so slower
 @given(
     layer=quantized_layers(),
     quantize=st.sampled_from(KERNELS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from predict_train.runtime.settings import Loading
 from resident import load_resident
 from test_quantized import logits
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from predict_train import runtime
 
 Kind = gguf.GGMLQuantizationType
 SIZES: dict[str, Any] = {
@@ -186,7 +189,7 @@ def test_scales_that_are_not_finite_are_seen() -> None:
         assert arranged(Kind[name], raw, (8, 256)) is None, name
 
 
-def test_what_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And leaves no file behind."""
     model = made("qwen3_moe")
     file = write(model, tmp_path / "model")
@@ -203,6 +206,17 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(tmp_path: Path) -> None:
     for length in (10, 100, 1000, len(whole) // 2, len(whole) - 1000):
         file.write_bytes(whole[:length])
         refused("cut short")
+    file.write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda: False)
+        refused(r"need the package gguf, which is not installed; pip install 'predict-train\[gguf\]'")
+    with monkeypatch.context() as patch:  # as in an older release
+        patch.setitem(sys.modules, "transformers.quantizers.quantizer_gguf", None)
+        patch.delitem(sys.modules, "predict_train.runtime.gguf")
+        patch.delattr(runtime, "gguf")
+        refused(r"transformers .* can't keep the experts of a GGUF file as they are; install 5\.23 or later")
+    write(model, tmp_path / "model", edit=lambda t: t.update({"blk.0.ffn_up_exps.weight": np.ones((256, 256))}))
+    refused(r"has blk\.0\.ffn_up_exps\.weight in another shape than \[experts, outputs, inputs\]")
     write(model, tmp_path / "model", architecture="llama")
     refused("is a model of architecture llama, and only qwen2moe, qwen3moe, .* are read")
     write(model, tmp_path / "model", architecture="qwen2moe")
