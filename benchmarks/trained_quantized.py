@@ -90,7 +90,7 @@ def main() -> None:
         "settings": settings,
         "hardware": hardware(),
         "versions": versions(),
-        "command": command(),
+        "command": command().replace(str(given.scratch), "SCRATCH"),
     }
     given.json.write_text(json.dumps(result, indent=2) + "\n")
 
