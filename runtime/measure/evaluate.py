@@ -82,17 +82,19 @@ def evaluate(
             rates[kind] = _hit_rates(entropy_of, targets, speculators)
             if kind == "predictor" and not trained:
                 continue
-            table[kind] = {"full": full}
+            table[kind] = {}
             for gating in Gating:
                 if gating is Gating.SPECULATED and any(isinstance(own.mlp, DirectMLP) for own in speculators.values()):
                     continue  # they guess no weights
                 seen = wide if gating is Gating.RESIDENT else targets
                 _, entropy = _controlled(entropy_of, seen, speculators, Policy.SPECULATIVE, gating)
                 table[kind][f"{Policy.SPECULATIVE}/{gating}"] = entropy
-    for kind, entropies in table.items():
+    for kind, speculated in table.items():
+        entropies = {"full": full}
         for policy in (Policy.ON_DEMAND, Policy.PREFETCH):
             with offloaded(model, given[kind], **settings | {"policy": policy}):
                 entropies[policy] = entropy_of()
+        table[kind] = entropies | speculated
     errors = rates["predictor"][2]
     bar.close()
     return {
