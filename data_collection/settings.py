@@ -86,7 +86,7 @@ class CollectConfig(Settings):
         A whole model is not quantised here, so a subclass says of one that is.
         """
         own = self.model_dump(mode="json", include=set(CollectConfig.model_fields) - {"out", "resume"})
-        return own | {"corpus": self.corpora, "quantize": None}
+        return own | {"corpus": self.corpora, "quantize": None, "gguf": None}
 
 
 class ModelsConfig(Settings):

@@ -100,7 +100,12 @@ def identities_of(experts: nn.Module) -> int:
 
 def count_of(experts: nn.Module) -> int:
     """How many experts of the module have weights."""
-    return len(experts.get_parameter("down_proj"))
+    weights = dict(experts.named_parameters(recurse=False)).get("down_proj")
+    if weights is None:
+        raise UnsupportedModelError(
+            f"{type(experts).__name__} has no parameter down_proj, so its experts can't be run one by one"
+        )
+    return len(weights)
 
 
 def expert_parameters(experts: nn.Module) -> list[str]:

@@ -49,6 +49,12 @@ def refuse_unfit(model: nn.Module) -> None:
     if (name := next((name for name in away if not name.startswith(theirs)), None)) is not None:
         raise OffloadError(f"{name} is not in memory, as with accelerate's hooks; load the model without device_map")
     for name, experts in expert_modules(model).items():
+        around = type(model.get_submodule(name.rpartition(".")[0]))
+        own_package = type(experts).__module__.split(".")[0]
+        if own_package != "torch" and around.__module__.split(".")[0] not in ("torch", own_package):
+            raise OffloadError(
+                f"{around.__name__} is put around the experts {name}, and would not be called; merge it into them or remove it"
+            )
         own = vars(experts).get("forward")
         if isinstance(own, Replacement):
             raise OffloadError(f"the model's experts are offloaded already; {DETACH}")

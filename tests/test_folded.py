@@ -199,6 +199,8 @@ def test_in_bfloat16_the_same_experts_are_found() -> None:
 def test_a_plain_router_weights_what_it_must_choose_as_it_does(model_type: str) -> None:
     """Of what it chose itself the weights are its own, and of other experts those that its restricted choice gives."""
     layer = last_layer(model_type)
+    if layer.unfollowed:
+        pytest.skip("direct predictors guess it")
     states = torch.randn(64, layer.hidden_size, generator=torch.Generator().manual_seed(7))
     router = Router.of(layer)
     plain = PlainRouter.of(router, layer.num_experts, states)

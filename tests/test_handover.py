@@ -67,7 +67,7 @@ class Machine:
         # The parameters are moved into the store.
         self.plain = [{name: p.detach().clone() for name, p in module.named_parameters()} for module in modules]
         self.modules, device = modules, torch.device(DEVICE)
-        layers: Any = [SimpleNamespace(experts=module, num_experts=EXPERTS) for module in modules]
+        layers: Any = [SimpleNamespace(experts=module, num_experts=EXPERTS, stored=EXPERTS) for module in modules]
         self.store = HostStore(layers, device)
         self.host = ExpertSlots(self.store, slots, device, 1, eviction)
         self.engine = DeviceSlots(self.host, self.store, list(modules), MOST_TOKENS)

@@ -272,6 +272,7 @@ def test_sigterm_answers_what_is_there_and_ends(
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet) as process, ExitStack() as last:
         last.callback(process.kill)
         assert process.stderr is not None
+        assert "experts are on the device at a time" in process.stderr.readline()
         line = process.stderr.readline()
         found = re.search(r"127\.0\.0\.1:(\d+)/v1", line)
         assert found, line

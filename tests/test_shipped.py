@@ -25,7 +25,7 @@ from test_device import logits_of
 from test_quantized import logits
 from transformers import AutoModelForCausalLM
 
-from predict_train.measuring import plan
+from predict_train.planning import plan
 
 BLOCK = 128
 FP8 = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic", "fmt": "e4m3"}

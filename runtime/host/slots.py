@@ -119,7 +119,11 @@ class ExpertSlots(Engine):
         self.prices: Prices | None = None
         if confidences is not None:
             self.prices = Prices(layers, slots, time.perf_counter, self.transfers.copy_seconds)
-        self._schedule = Schedule(self.transfers, slots, layers, eviction, self.prices)
+        try:
+            self._schedule = Schedule(self.transfers, slots, layers, eviction, self.prices)
+        except BaseException:  # what refers to each other would keep the slots
+            self.transfers.close()
+            raise
         self._mailbox = Mailbox(device)
         self._reuse = reuse
         self._logits: dict[int, torch.Tensor] = {}
