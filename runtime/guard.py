@@ -22,6 +22,8 @@ from ..predictors.experts import expert_modules
 from ..predictors.override import Replacement, refuse_copy
 from .errors import OffloadError
 
+PACKAGES = {"torch", "transformers", "transformers_modules"}
+"""Modules of others around experts change what they give, as adapters do. The last one is where transformers puts a model's own code."""
 DETACH = "detach it first: model.expert_offload.detach()"
 
 
@@ -50,8 +52,8 @@ def refuse_unfit(model: nn.Module) -> None:
         raise OffloadError(f"{name} is not in memory, as with accelerate's hooks; load the model without device_map")
     for name, experts in expert_modules(model).items():
         around = type(model.get_submodule(name.rpartition(".")[0]))
-        own_package = type(experts).__module__.split(".")[0]
-        if own_package != "torch" and around.__module__.split(".")[0] not in ("torch", own_package):
+        packages = {kind.__module__.split(".")[0] for kind in (type(model), type(experts))}
+        if around.__module__.split(".")[0] not in packages | PACKAGES:
             raise OffloadError(
                 f"{around.__name__} is put around the experts {name}, and would not be called; merge it into them or remove it"
             )
