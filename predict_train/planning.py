@@ -60,6 +60,8 @@ class Model:
         self.config, self.pretrained, self.dtype, self.predictors = config, pretrained, dtype, predictors
         self._shapes: dict[Form, planning.Shape] = {}
         self._cached: int | None = None
+        self._routings: dict[int, ReplayedRouting] = {}
+        """By the tokens that count. The same in every form and on every machine."""
 
     def shape(self, form: Form) -> planning.Shape:
         """Raises what `read_shape` raises."""
@@ -110,10 +112,14 @@ class Model:
         return planning.plan(costs, routing, shape, settled, case.machine.is_cuda, sources, policies)
 
     def routing(self, case: Case, tokens: int) -> ReplayedRouting:
+        """The routing of twice so many tokens: the first half fills the slots."""
         config, shape = self.config, case.shape
+        if tokens in self._routings:
+            return self._routings[tokens]
         m = max(config.candidates or min(shape.top_k + 2, shape.num_experts), shape.top_k)
         sizes = {name: getattr(shape, name) for name in ("layers", "num_experts", "top_k")} | {"candidates": m}
-        return routing_of(config.routing, config, 2 * tokens, self.predictors, sizes)
+        self._routings[tokens] = routing_of(config.routing, config, 2 * tokens, self.predictors, sizes)
+        return self._routings[tokens]
 
     def milliseconds(self, machine: Machine, form: Form, policy: Policy) -> float | None:
         """About what a token takes. None where the model does not fit."""
@@ -232,7 +238,8 @@ def _verdict(
         if time is not None:
             helped[name] = time / own
     kept = planned.kept(case.machine, case.shape.dtype)
-    return Verdict.of(case.shape, case.place, case.slots, kept, best, rows).with_others(
+    return replace(
+        Verdict.of(case.shape, case.place, case.slots, kept, best, rows),
         form=name_of(form),
         asked=name_of(asked),
         others={name: time / own for name, time in others.items() if time is not None},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -76,10 +76,6 @@ class Verdict:
         return cls(
             place, slots, total, best["policy"], own, best["bound"], speculated / own, in_host + PROCESS, on_device
         )
-
-    def with_others(self, **others: Any) -> Verdict:
-        """With the fields that compare it."""
-        return replace(self, **others)
 
     def words(self, is_cuda: bool) -> list[str]:
         """Sentences."""
