@@ -47,7 +47,9 @@ SUMS = {"exact": experts.combine, "batched": batched}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=120, help=f"of turns of {TURN} tokens")
-    parser.add_argument("--scratch", type=Path, help="where the packed file is written and kept [a temporary folder, removed]")
+    parser.add_argument(
+        "--scratch", type=Path, help="where the packed file is written and kept [a temporary folder, removed]"
+    )
     parser.add_argument("--json", type=Path, default=RESULTS / "exact_sum.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as attached:

@@ -28,13 +28,13 @@ from typing import Any
 import httpx
 import openai
 import psutil
-from predict_train import load_offloaded
 from predict_train.predictors.loading import load_tokenizer
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.runtime.generate import generate
 from predict_train.runtime.settings import Sampling
 
 from benchmarks.runtime import RESULTS, ROOT
+from predict_train import load_offloaded
 
 MODEL, PREDICTORS = ROOT / "checkpoints" / "tiny-moe", ROOT / "checkpoints" / "tiny-moe-predictors"
 CLIENTS, QUEUE, MOST_BYTES, CONTEXT = 8, 3, 1 << 16, 2048

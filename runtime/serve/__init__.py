@@ -1,1 +1,1 @@
-"""A server with OpenAI's interface for one offloaded model. It needs FastAPI, uvicorn and prometheus_client."""
+"""A server with OpenAI's interface for one offloaded model. It needs Starlette, uvicorn and prometheus_client."""
