@@ -17,7 +17,7 @@ from .runtime.load import load_offloaded
 from .runtime.pack import pack
 from .runtime.policy import Policy
 from .runtime.quantization import Quantization
-from .runtime.room import free_memory, reserve_of
+from .runtime.room import for_batches
 from .runtime.settings import LoadConfig
 from .settings import CollectingConfig
 
@@ -67,8 +67,8 @@ def load_in_slots(config: CollectConfig, device: torch.device) -> Source:
     assert isinstance(config, CollectingConfig)
     spare_memory()
     settings = config.values_of(LoadConfig) | {"dtype": dtype_of(config, device), "device": str(device)}
-    kept = reserve_of(config, free_memory(device)) + _recording_bytes(config, device)
-    settings |= {"policy": Policy.ON_DEMAND, "context": config.batch_tokens, "reserve": kept}
+    settings |= for_batches(config, device, config.batch_tokens, _recording_bytes(config, device))
+    settings |= {"policy": Policy.ON_DEMAND}
     model = load_offloaded(config.model, config=LoadConfig(**settings))
     tell_slots(model, config)
     return Source(model, vars(model)["expert_offload"].outputs_watched)

@@ -94,6 +94,16 @@ def reserve_of(config: Room, free: int) -> int:
     return min(MOST_RESERVE, free // RESERVED_SHARE) if config.reserve is None else config.reserve
 
 
+def for_batches(config: Room, device: torch.device, tokens: int, size: int) -> dict[str, int]:
+    """The settings of `Room` for passes over batches of up to `tokens` tokens, which take `size` bytes of `device` beside the
+    default reserve. A reserve that is given is taken as it is."""
+    reserve = config.reserve
+    return {
+        "context": tokens,
+        "reserve": reserve_of(config, free_memory(device)) + size if reserve is None else reserve,
+    }
+
+
 def gib(size: float) -> str:
     """A number of bytes in GiB, in words."""
     return f"{size / 2**30:.2f} GiB"

@@ -29,7 +29,7 @@ from ..control import RoutingControl
 from ..guess import Guess
 from ..offload import offloaded
 from ..policy import Gating, Policy
-from ..room import free_memory, reserve_of
+from ..room import for_batches
 from ..settings import OffloadConfig
 from ..targets import Target, targets_of
 from .settings import Evaluating
@@ -72,7 +72,7 @@ def evaluate(
     if not is_away(model):
         settings["device"] = model.device
     else:
-        settings |= _room_for(batches, model, config)
+        settings |= for_batches(config, resolve_device(config.device), *_batch_bytes(batches, model))
     rates: dict[str, Any] = {}
     table: dict[str, dict[str, float]] = {}
     with plainly_run(model, settings):
@@ -114,12 +114,11 @@ def evaluate(
     }
 
 
-def _room_for(batches: list[torch.Tensor], model: PreTrainedModel, config: Evaluating) -> dict[str, int]:
-    """The settings of `Room` that leave memory for the largest batch: its logits (also in fp32, twice) and its hidden states."""
+def _batch_bytes(batches: list[torch.Tensor], model: PreTrainedModel) -> tuple[int, int]:
+    """The tokens of the largest batch, and the bytes of its logits (also in fp32, twice) and its hidden states."""
     text, most = model.config.get_text_config(), max(batch.numel() for batch in batches)
     token = text.vocab_size * (model.dtype.itemsize + 8) + 64 * text.hidden_size * model.dtype.itemsize
-    kept = reserve_of(config, free_memory(resolve_device(config.device))) + most * token
-    return {"context": most, "reserve": kept if config.reserve is None else config.reserve}
+    return most, most * token
 
 
 def is_away(model: PreTrainedModel) -> bool:
