@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ class Import(NamedTuple):
     """What it imports: a module of ours, or a module or a name of a library's."""
     line: int
     lazy: bool
-    """Whether it happens inside a function, when that is called."""
+    """Whether it happens inside a function, when that is called, or only where types are checked."""
 
     def __str__(self) -> str:
         return f"{MODULES[self.module].relative_to(ROOT)}:{self.line} imports {self.target}"
@@ -88,6 +89,7 @@ def _imports(node: ast.AST, module: str, lazy: bool) -> Iterator[tuple[str, int,
             name = f"{origin}.{alias.name}"
             yield origin if origin in MODULES and name not in MODULES else name, node.lineno, lazy
     lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    lazy = lazy or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     for child in ast.iter_child_nodes(node):
         yield from _imports(child, module, lazy)
 
@@ -208,52 +210,19 @@ def test_what_is_imported_loads_no_training_library(modules, unwanted):
     assert others <= {f"{PACKAGE}.data_collection.settings", f"{PACKAGE}.train.settings"}
 
 
-def test_every_module_can_be_imported_by_itself(tmp_path):
-    """In a process each, that has the libraries already and nothing of ours."""
-    libraries = {
-        found.target
-        for found in of_room(*BELOW, PACKAGE)
-        if not found.lazy and found.target.split(".")[0] not in (PACKAGE, *sys.stdlib_module_names)
-    }
-    modules = [module for module in MODULES if not module.endswith(".__main__")]  # that one runs
-    script = (
-        "import importlib, json, os, pkgutil, sys\n"
-        "modules, libraries = map(json.loads, sys.argv[1:3])\n"
-        "for name in libraries: pkgutil.resolve_name(name)\n"
-        "sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[3]\n"  # what one process compiles, the next reads
-        "def ends(name):\n"
-        "    child = os.fork()\n"
-        "    if not child:\n"
-        "        importlib.import_module(name)\n"
-        "        os._exit(0)\n"
-        "    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
-        f"assert not [name for name in sys.modules if name.startswith('{PACKAGE}')]\n"
-        "print(json.dumps({name: ends(name) for name in modules}))"
-    )
-    ends = json.loads(
-        python(script, json.dumps(modules), json.dumps(sorted(libraries)), str(tmp_path)).splitlines()[-1]
-    )
-    assert ends == dict.fromkeys(modules, 0)
+def outer_of(module: str) -> Iterator[str]:
+    """The packages that a module is in, which are imported before it."""
+    while module := module.rpartition(".")[0]:
+        yield module
 
 
-def test_the_architecture_page_names_what_there_is():
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    wrong, named = [], re.findall(r"`((?:\w+/)+\w+\.py)(?::([\w.]+))?`", text)
-    assert len(named) > 50
-    for file, name in named:
-        scope: list[ast.stmt] = ast.parse((ROOT / file).read_text()).body if (ROOT / file).is_file() else []
-        found = bool(scope)
-        for part in name.split(".") if name else []:
-            inner = [node for node in scope if part in names_in(node)]
-            found, scope = bool(inner), [child for node in inner for child in getattr(node, "body", [])]
-        if not found:
-            wrong.append(f"{file}:{name}")
-    assert wrong == []
-
-
-def names_in(node: ast.stmt) -> list[str]:
-    """What a statement defines."""
-    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+def test_each_module_can_be_imported_first():
+    """No module needs itself to be there already. `TopologicalSorter` raises where one does."""
+    needs: dict[str, set[str]] = {module: set() for module in MODULES}
+    for found in of_room(*BELOW, PACKAGE):
+        target = found.target if found.target in MODULES else found.target.rpartition(".")[0]
+        if not found.lazy and target in MODULES:
+            # Its own packages have begun by then, so it does not wait for what they import unless it says so.
+            needs[found.module] |= {target, *outer_of(target)} - ({*outer_of(found.module)} - {target})
+    assert set(TopologicalSorter(needs).static_order()) == set(MODULES)
+    assert sum(map(len, needs.values())) > len(MODULES)
