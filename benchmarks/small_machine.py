@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.runtime import CONFIG, FREES, RESULTS, ROOT, drop_from_memory, memory_group
 
 LAYERS, LIMIT = 20, 2_000_000_000
-TOKENS, BATCH = 4096, 512
+TOKENS, BATCH = 1024, 512
 
 
 def make(folder: Path) -> None:
