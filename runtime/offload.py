@@ -169,7 +169,6 @@ class ExpertOffload:
         self.device, self.slots = torch.empty(0, device=config.device).device, config.slots
         self._model, self._targets = model, targets
         self._turn = threading.RLock()
-        self._depth = 0
         self._steps = Steps()
         self._is_attached = True
         layers = [target.layer for target in targets]
@@ -284,7 +283,7 @@ class ExpertOffload:
         `load_offloaded`. Raises `OffloadError` in a forward pass.
         """
         with self._turn:
-            if self._depth:
+            if self._passes.is_running:
                 raise OffloadError("the model can't be detached in a forward pass; detach it when the pass is over")
             if self._is_attached:
                 self._is_attached = False
@@ -323,17 +322,17 @@ class ExpertOffload:
                 return original(*args, **kwargs)
             with self._turn, on_device(self.device):
                 # A part of the pass that has its turn, or a pass that waited until the model was detached.
-                if self._depth or not self._is_attached:
+                if self._passes.is_running or not self._is_attached:
                     return original(*args, **kwargs)
                 try:
-                    self._depth = 1
+                    self._passes.is_running = True
                     self._control.is_exact = not self._steps.is_step(args, kwargs)
                     return self._timed(functools.partial(self._remembered, original, args, kwargs))
                 except BaseException as error:
                     let_go(error)
                     raise
                 finally:
-                    self._depth = 0
+                    self._passes.is_running = False
 
         return forward
 

@@ -41,6 +41,8 @@ class Passes:
         self.control: RoutingControl
         self.guard: Guard
         self.observer: Observer | None = None
+        self.is_running = False
+        """Whether a pass has its turn. Here no code runs where it is set, so that Ctrl-C can't come before it has been."""
         self.tokens = 0
         """Of the current pass, as far as its first layer has executed them."""
         self._engine, self._targets, self._most_tokens = engine, targets, most_tokens

@@ -271,7 +271,7 @@ def in_quantized_places(
                 torch.randint(127, 129, view.shape) if name.endswith("_scales") else torch.randint(256, view.shape)
             )
         elif view.dtype == torch.float8_e4m3fn:
-            view.copy_(torch.randint(-24, 25, view.shape) / 8)
+            view.copy_(torch.randint(-6, 7, view.shape) / 2)
         elif name.endswith("_scales"):
             view.copy_((torch.randint(-1, 2, view.shape) if is_int4 else torch.ones(view.shape)) / 16)
         else:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,8 +23,12 @@ from predict_train.runtime.store import Bytes, HostStore
 from test_offload import greedy, prompt
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from predict_train import runtime
+
 pytestmark = pytest.mark.timeout(60)
 IDS = prompt(1, 6)
+PASS = [str(Path(runtime.__file__).with_name(name)) for name in ("offload.py", "passes.py", "memory.py")]
+"""Where a pass begins and ends."""
 
 
 @pytest.fixture
@@ -174,6 +179,43 @@ def test_ctrl_c_at_any_moment(tiny_moe: PreTrainedModel, policy: str, expected: 
     tiny_moe.expert_offload.detach()
     after = tiny_moe.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@contextmanager
+def interrupted_at(call: int) -> Iterator[list[str]]:
+    """Ctrl-C where a function in `PASS` begins: the one that is called after so many others. Yields what was called."""
+    called: list[str] = []
+
+    def trace(frame: FrameType, _: str, __: object) -> None:
+        if frame.f_code.co_filename in PASS:
+            called.append(frame.f_code.co_qualname)
+            if len(called) > call:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield called
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(former)
+
+
+def test_ctrl_c_in_any_function(tiny_moe: PreTrainedModel, expected: torch.Tensor) -> None:
+    called, names = 0, set()
+    while True:
+        offload_experts(tiny_moe, policy="prefetch", slots=3, device="cpu")
+        with interrupted_at(called) as names_called:
+            tiny_moe(IDS)
+        names |= set(names_called[called:])
+        assert torch.equal(greedy(tiny_moe, IDS), expected), names_called[-1]
+        tiny_moe.expert_offload.detach()
+        if len(names_called) <= called:
+            break
+        called += 1
+    assert {"ExpertOffload._in_turn.<locals>.forward", "Passes.end"} <= names, "it was a pass that was interrupted"
 
 
 def test_an_error_in_the_middle_of_a_layer(tiny_moe: PreTrainedModel, expected: torch.Tensor) -> None:
