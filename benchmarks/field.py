@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from predict_train.runtime.measure.plan import Shape, read_shape
+from predict_train.runtime.measure.plan import Counted, Shape, read_shape
 from predict_train.runtime.quantization import Quantization
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -34,8 +34,8 @@ RESERVE = 2 * 2**30
 def shapes_of(name: str) -> list[Shape]:
     """The shape of a model with its experts in bfloat16, int8 and int4."""
     model_type, changes = FIELD[name]
-    config = CONFIG_MAPPING[model_type](**changes)
-    return [read_shape(config, torch.bfloat16, form) for form in FORMS]
+    counted = Counted.of(CONFIG_MAPPING[model_type](**changes))
+    return [read_shape(counted, torch.bfloat16, form) for form in FORMS]
 
 
 def fits(shape: Shape, gibibytes: int) -> str:

@@ -58,6 +58,7 @@ class Model:
         self, config: PlanConfig, pretrained: PretrainedConfig, dtype: torch.dtype | None, predictors: Predictors | None
     ):
         self.config, self.pretrained, self.dtype, self.predictors = config, pretrained, dtype, predictors
+        self._counted: planning.Counted | None = None
         self._shapes: dict[Form, planning.Shape] = {}
         self._cached: int | None = None
         self._routings: dict[int, ReplayedRouting] = {}
@@ -69,7 +70,8 @@ class Model:
             rooms = None
             if form is Shipped.GGUF and self.config.gguf is not None:
                 rooms = rooms_of(self.config.model, self.pretrained, self.config.gguf)
-            self._shapes[form] = planning.read_shape(self.pretrained, self.dtype, form, rooms)
+            self._counted = self._counted or planning.Counted.of(self.pretrained)
+            self._shapes[form] = planning.read_shape(self._counted, self.dtype, form, rooms)
         return self._shapes[form]
 
     def case(self, machine: Machine, form: Form) -> Case:

@@ -73,7 +73,7 @@ def test_the_papers_case(tmp_path: Path) -> None:
     gains 5 to 14 %. That of the paper does not compute an expert while the next one is copied, ours does."""
     out = tmp_path / "plan.json"
     plan(QWEN, "--device-memory", "48GB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s", "--slots", 24,
-         "--json", out)  # fmt: skip
+         "--tokens", 24, "--json", out)  # fmt: skip
     found = rows(out)
     assert 0.80 < found["on_demand/None"]["copies_share"] < 0.92
     assert 0.05 < found["speculative/true"]["gain_over_on_demand"] < 0.14

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ...predictors.architecture import UnsupportedModelError, skeleton
 from ...predictors.checkpoint import Predictors
@@ -86,8 +86,37 @@ class Hardware:
     """Whether it is a GPU that decides what is copied; see `runtime.device`."""
 
 
+class Counted(NamedTuple):
+    """A model without memory whose experts have been counted. One is enough for its shapes in all forms."""
+
+    config: PretrainedConfig
+    model: PreTrainedModel
+    top_ks: dict[str, int]
+    """By the names of its experts modules."""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Self:
+        """Raises `UnsupportedModelError` for a model whose experts are not stacked in one module."""
+        model = skeleton(config).eval()
+        top_ks: dict[str, int] = {}
+        if expert_modules(model):
+            try:
+                with torch.no_grad():
+                    top_ks, _ = ghost_pass(model, 8)
+            except (RuntimeError, NotImplementedError) as error:
+                raise UnsupportedModelError(
+                    f"the experts of {config.model_type} can't be counted, since what it computes depends on values "
+                    f"({str(error).splitlines()[0]}); bench can still measure it"
+                ) from error
+        if not top_ks:
+            raise UnsupportedModelError(
+                f"{config.model_type} is not a mixture-of-experts model whose experts are stacked in one module; only such can be planned"
+            )
+        return cls(config, model, top_ks)
+
+
 def read_shape(
-    config: PretrainedConfig,
+    config: PretrainedConfig | Counted,
     dtype: torch.dtype | None = None,
     quantize: Quantization | Shipped | None = None,
     rooms: Mapping[str, int] | None = None,
@@ -95,27 +124,12 @@ def read_shape(
     """The shape of a mixture-of-experts model, from its config. It needs no memory for the weights.
 
     `dtype` is by default the config's own, or else bfloat16. `quantize` is the form of the experts alone; for `rooms` see
-    `QuantizedFormat.of`. Raises
-    `UnsupportedModelError` for a model whose experts are not stacked in one module, and `StoreError` where they can't be
-    quantised so.
+    `QuantizedFormat.of`. Raises what `Counted.of` raises, and `StoreError` where the experts can't be quantised so.
     """
-    model = skeleton(config).eval()
-    dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
+    given, model, top_ks = config if isinstance(config, Counted) else Counted.of(config)
+    text = given.get_text_config()
+    dtype = dtype or getattr(text, "dtype", None) or torch.bfloat16
     modules = expert_modules(model)
-    top_ks: dict[str, int] = {}
-    if modules:
-        try:
-            with torch.no_grad():
-                top_ks, _ = ghost_pass(model, 8)
-        except (RuntimeError, NotImplementedError) as error:
-            raise UnsupportedModelError(
-                f"the experts of {config.model_type} can't be counted, since what it computes depends on values "
-                f"({str(error).splitlines()[0]}); bench can still measure it"
-            ) from error
-    if not top_ks:
-        raise UnsupportedModelError(
-            f"{config.model_type} is not a mixture-of-experts model whose experts are stacked in one module; only such can be planned"
-        )
     name = next(iter(top_ks))
     count = count_of(modules[name])
     sizes = {n: p.numel() * dtype.itemsize for n, p in model.named_parameters()}
@@ -127,7 +141,6 @@ def read_shape(
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
     looked_up = 0 if tied else embedding.numel() * dtype.itemsize
-    hidden = config.get_text_config().hidden_size
     expert_bytes = experts // (len(top_ks) * count)
     if quantize is not None:
         module = modules[name]
@@ -143,7 +156,7 @@ def read_shape(
         layer_bytes=layers // len(top_ks),
         rest_bytes=resident - layers - looked_up,
         resident_bytes=resident,
-        router_bytes=count * hidden * dtype.itemsize,
+        router_bytes=count * text.hidden_size * dtype.itemsize,
         dtype=dtype,
     )
 
