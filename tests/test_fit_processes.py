@@ -63,7 +63,7 @@ def test_processes_share_each_step_and_see_each_row_once(collected, world):
 
 
 def test_two_gloo_processes_reach_what_one_does(collected, tmp_path):
-    settings = ("--epochs", 2, "--precision", "32-true")
+    settings = ("--epochs", 2, "--precision", "32-true", "--no-reuse")
     run(collected, tmp_path / "one", *settings)
     both = command(collected, tmp_path / "two", *settings, "--devices", 2, "--strategy", "ddp")
     done = subprocess.run(both, cwd=ROOT, capture_output=True, text=True, timeout=250)
@@ -76,10 +76,10 @@ def test_two_gloo_processes_reach_what_one_does(collected, tmp_path):
 
 
 def test_a_killed_training_is_resumed_to_what_it_would_have_become(collected, tmp_path):
-    settings = ("--epochs", 5, "--resume")
+    settings = ("--epochs", 3)
     out = tmp_path / "killed"
-    run(collected, tmp_path / "first", "--epochs", 5)
-    process = subprocess.Popen(command(collected, out, "--epochs", 5), cwd=ROOT, stdout=subprocess.DEVNULL)
+    run(collected, tmp_path / "first", *settings)
+    process = subprocess.Popen(command(collected, out, *settings), cwd=ROOT, stdout=subprocess.DEVNULL)
     last = out / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
     while not last.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -88,7 +88,7 @@ def test_a_killed_training_is_resumed_to_what_it_would_have_become(collected, tm
     process.wait()
     assert last.exists()
     assert not (out / "result.json").exists()
-    run(collected, out, *settings)
+    run(collected, out, *settings, "--resume")
     resumed, whole = result(out), result(tmp_path / "first")
     assert resumed["mean"] == pytest.approx(whole["mean"], abs=1e-9)
     assert resumed["layers"] == whole["layers"]

@@ -243,6 +243,7 @@ def test_the_package_is_run_as_a_module(place, folder):
     assert sorted(listed) == sorted(COMMANDS), "a new command belongs into this file too"
 
 
+@pytest.mark.parametrize("place", ["wheel"], indirect=True)
 def test_processes_of_torchrun_collect(place, folder, tiny_moe_folder, text_corpus):
     arguments = ["collect", tiny_moe_folder, "--corpus", text_corpus, "--tokens", 600, "--sequence-length", 32]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
@@ -250,8 +251,9 @@ def test_processes_of_torchrun_collect(place, folder, tiny_moe_folder, text_corp
     assert json.loads((folder / "shared" / "manifest.json").read_text())["processes"] == 2
 
 
+@pytest.mark.parametrize("place", ["checkout"], indirect=True)
 def test_processes_of_fit_train(place, folder, found):  # noqa: ARG001 - it made the trace
-    arguments = ["fit", "trace", "--out", "together", "--epochs", 1, "--width", 8, "--devices", 2, "--device", "cpu"]
+    arguments = ["fit", "trace", "--out", "together", "--epochs", 1, "--width", 8, "--no-reuse", "--devices", 2, "--device", "cpu"]
     place.execute(folder, place.start, *arguments, ONLY_OURS="1")
     assert (folder / "together" / "result.json").exists()
 
