@@ -28,7 +28,7 @@ from test_exactness import supported_model
 from torch import nn
 from triton.runtime import interpreter
 
-CASES = int(os.environ.get("KERNEL_CASES", 40 if torch.cuda.is_available() else 60))
+CASES = int(os.environ.get("KERNEL_CASES", 40))
 """200 take 13 s in the interpreter. Fewer on a GPU, whose kernels are compiled for nearly every case."""
 KERNELS = [*Quantization, Shipped.FP8, Shipped.MXFP4]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -249,7 +249,7 @@ def test_experts_of_transformers(type: str) -> None:
 @st.composite
 def quantized_layers(draw: st.DrawFn) -> Layer:
     layer = draw(layers())
-    sizes = st.sampled_from([64, 128, 320])
+    sizes = st.sampled_from([64, 128, 192])
     return layer._replace(hidden=draw(sizes), inner=draw(sizes))
 
 
@@ -287,8 +287,8 @@ def in_quantized_places(
 @given(
     layer=quantized_layers(),
     quantize=st.sampled_from(KERNELS),
-    tokens=st.integers(1, 3),
-    k=st.integers(1, 3),
+    tokens=st.integers(1, 2),
+    k=st.integers(1, 2),
     extra=st.integers(0, 2),
     weights_dtype=st.sampled_from(DTYPES),
     groups=st.sampled_from([1, 4]),
@@ -306,7 +306,8 @@ def test_quantized_experts_compute_what_torch_computes_of_widened_ones(
 ) -> None:
     torch.manual_seed(seed)
     if quantize is Shipped.FP8:  # in blocks of 128 by 128
-        layer = layer._replace(hidden=min(256, layer.hidden), inner=min(256, layer.inner))
+        hidden, inner = (256 if size == 192 else size for size in (layer.hidden, layer.inner))
+        layer = layer._replace(hidden=hidden, inner=inner)
     experts = Experts(*layer)
     ids = torch.randint(layer.count, (tokens, k))
     x = integers(tokens, layer.hidden + 1).to(layer.dtype)[:, 1:]

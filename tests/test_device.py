@@ -45,7 +45,7 @@ def decode(model: PreTrainedModel, ids: torch.Tensor, prompt: int, step: int = 1
     return torch.cat(found, 1)
 
 
-IDS = torch.randint(1, 256, (1, 29), generator=torch.Generator().manual_seed(5))
+IDS = torch.randint(1, 256, (1, 25), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("policy", ["on_demand", "prefetch", "speculative"])

@@ -253,7 +253,21 @@ def test_processes_of_torchrun_collect(place, folder, tiny_moe_folder, text_corp
 
 @pytest.mark.parametrize("place", ["checkout"], indirect=True)
 def test_processes_of_fit_train(place, folder, found):  # noqa: ARG001 - it made the trace
-    arguments = ["fit", "trace", "--out", "together", "--epochs", 1, "--width", 8, "--no-reuse", "--devices", 2, "--device", "cpu"]
+    arguments = [
+        "fit",
+        "trace",
+        "--out",
+        "together",
+        "--epochs",
+        1,
+        "--width",
+        8,
+        "--no-reuse",
+        "--devices",
+        2,
+        "--device",
+        "cpu",
+    ]
     place.execute(folder, place.start, *arguments, ONLY_OURS="1")
     assert (folder / "together" / "result.json").exists()
 

@@ -4,7 +4,8 @@ Custom Scalars    the first page to look at: loss, hit rates beside their traini
 Scalars           hit_rate, training_free, without_memory, hit_rate_at_2k, exact (each by layer, and the mean), calibration,
                   throughput; of the best epoch: final, and recall_by_candidates, whose step is the number of candidates;
                   reuse: the loss of the reuse predictors, and hit rates by what slots keep, whose step is the number of slots
-Images            hit rate by layer, recall by candidates, missed experts, calibration, for each validation
+Images            hit rate by layer, recall by candidates, missed experts, calibration: of the last validation, and of those before
+                  that are `PAUSE` seconds apart
 HParams           the settings with the final measures
 Text              the settings and the run's provenance
 """
@@ -31,6 +32,8 @@ from .module import PredictorTraining, Results, mean_of
 
 WINDOW = 20
 """Batches per measurement of the throughput."""
+PAUSE = 30.0
+"""Seconds at least between figures, which take a second to draw. A short training would take longer for them than for all else."""
 GROUPS: dict[Kind, str] = {
     "training_free": "training_free",
     "without_memory": "without_memory",
@@ -65,7 +68,7 @@ def layout(targets: Sequence[int], kinds: Sequence[Kind]) -> dict[str, dict[str,
 
 
 class Board(Callback):
-    """Writes scalars and figures of each validation to the run's TensorBoard logger, in the first process only."""
+    """Writes scalars of each validation, and figures, to the run's TensorBoard logger, in the first process only."""
 
     def __init__(self, logger: TensorBoardLogger, run: dict[str, Any], hyperparameters: dict[str, Any]):
         self.logger, self.run = logger, run
@@ -75,7 +78,9 @@ class Board(Callback):
             for name, value in hyperparameters.items()
         }
         self._rows = self._batches = 0
-        self._since = time.perf_counter()
+        self._since = self._drawn = time.perf_counter()
+        self._undrawn: int | None = None
+        """The step of the last validation, if its figures have not been drawn."""
 
     @property
     def writer(self) -> SummaryWriter:
@@ -106,7 +111,14 @@ class Board(Callback):
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, PredictorTraining)
         self._write_validation(module, _step(trainer))
+        self._undrawn = _step(trainer)
+        if time.perf_counter() - self._drawn >= PAUSE:
+            self._draw(module)
         self._open_window()
+
+    def on_train_end(self, _: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, PredictorTraining)
+        self._draw(module)
 
     def _open_window(self) -> None:
         self._rows = self._batches = 0
@@ -137,6 +149,12 @@ class Board(Callback):
                 scalars[f"{GROUPS[kind]}/mean"] = mean_of(module.results, kind)
             scalars[f"calibration/error_{kind}"] = float(module.measured[kind].calibration.error().mean())
         self._write(scalars, step)
+
+    @rank_zero_only
+    def _draw(self, module: PredictorTraining) -> None:
+        """Draws the figures of the last validation, unless it has been done."""
+        if self._undrawn is None:
+            return
         layers, measured = list(module.sources), module.measured
         for name, figure in (
             ("hit_rate_by_layer", figures.hit_rates(layers, measured)),
@@ -144,7 +162,8 @@ class Board(Callback):
             ("missed_experts", figures.missed_experts(layers, measured)),
             ("calibration", figures.calibration(measured)),
         ):
-            self.writer.add_image(f"validation/{name}", _pixels(figure), step, dataformats="HWC")
+            self.writer.add_image(f"validation/{name}", _pixels(figure), self._undrawn, dataformats="HWC")
+        self._drawn, self._undrawn = time.perf_counter(), None
 
     @rank_zero_only
     def finish(self, results: Results, top_k: int, parameters: int) -> None:
