@@ -137,10 +137,10 @@ def read_shape(
     decoders = {_decoder(name) for name in top_ks}
     layers = sum(size for n, size in sizes.items() if n.rpartition(".")[0] not in top_ks and _decoder(n) in decoders)
     resident = sum(sizes.values()) - experts
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings()
     head = model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding
-    looked_up = 0 if tied else embedding.numel() * dtype.itemsize
+    tied = head is not None and head.weight is embedding.weight
+    looked_up = 0 if tied else embedding.weight.numel() * dtype.itemsize
     expert_bytes = experts // (len(top_ks) * count)
     if quantize is not None:
         module = modules[name]
