@@ -92,10 +92,13 @@ class Predictors:
         return next((entry for entry in self.layers if entry.layer == target), TargetLayer(target))
 
     def training_free(self) -> Predictors:
-        """The same without what was trained, and without the confidence in it. Of direct predictors the prior is left."""
+        """The same without what was trained, and without the confidence in it.
+
+        Of direct predictors the prior is left, unless there are default vectors: then the residual can be followed.
+        """
         layers = []
         for entry in self.layers:
-            left = entry.mlp.untrained() if isinstance(entry.mlp, DirectMLP) else None
+            left = entry.mlp.untrained() if isinstance(entry.mlp, DirectMLP) and not self.default_vectors else None
             layers.append(entry if entry.mlp is None else replace(entry, mlp=left, confidence=None))
         return replace(self, layers=layers)
 

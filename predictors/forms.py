@@ -3,7 +3,8 @@
     correcting   corrects the quasi-hidden state, which the target's own router then reads: `mlp.ResidualMLP`
     direct       goes from a router's input straight to the target's scores: `direct.DirectMLP`
 
-The correcting form needs a residual that can be followed. `fit` chooses; `FORMS` has their classes by name.
+The correcting form needs a residual that can be followed. `fit` chooses, and `export --also` by layer; `direct.KINDS` has their
+classes by name.
 """
 
 from __future__ import annotations

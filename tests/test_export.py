@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from predict_train.predictors.checkpoint import load_predictors, make_speculator
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.files import sealed
+from predict_train.predictors.forms import Form
 from predict_train.predictors.metrics import HitRate
 from predict_train.predictors.routing import Routing
+from predict_train.runtime import offloaded
 from predict_train.train.data import held_out_sequences
-from predict_train.train.export import export
+from predict_train.train.export import export, predictors_in
 from predict_train.train.fit import FitConfig, fit
 from predict_train.train.inspection import inspect, report
 from predict_train.train.module import PredictorTraining
@@ -28,6 +31,9 @@ from predict_train.train.settings import ExportConfig
 from predict_train.train.targets import Target
 from rich.console import Console
 from safetensors.torch import load_file
+from test_offload import greedy, prompt
+
+QUIET = Console(quiet=True)
 
 
 def speculate(model, predictors) -> dict[int, Routing]:
@@ -288,6 +294,48 @@ def test_what_can_not_be_exported_is_refused_with_nothing_written(fitted, export
     with pytest.raises(UserError, match="exists already"):
         export(ExportConfig(run=fitted, out=exported))
     assert not out.exists()
+
+
+def test_of_two_runs_each_layer_is_that_which_validates_better(fitted, collected, tiny_moe, tmp_path):
+    config = FitConfig(
+        trace=collected,
+        out=tmp_path / "direct",
+        form="direct",
+        layers=[1, 2],
+        width=32,
+        epochs=3,
+        reuse=False,
+        device="cpu",
+    )
+    runs = {Form.CORRECTING: fitted, Form.DIRECT: fit(config, QUIET)}
+    results = {form: json.loads((run / "result.json").read_text()) for form, run in runs.items()}
+    rates = {
+        form: {entry["layer"]: entry["predictor"]["recall@k"] for entry in result["layers"]}
+        for form, result in results.items()
+    }
+    for form, other in (tuple(Form), tuple(Form)[::-1]):  # one of them takes over a layer of the other
+        found = load_predictors(
+            export(ExportConfig(run=runs[form], also=runs[other], out=tmp_path / f"from-{form}"), QUIET), tiny_moe
+        )
+        assert [entry.layer for entry in found.layers] == list(rates[form])
+        for entry in found.layers:
+            own = {kind: rates[kind][entry.layer] for kind in Form if entry.layer in rates[kind]}
+            assert entry.mlp is None or entry.mlp.form is max(own, key=own.__getitem__)
+            assert entry.mlp is None or entry.hit_rates["predictor"] == max(own.values())
+    otherwise = fit(config.model_copy(update={"out": tmp_path / "seed", "seed": 1, "epochs": 1}), QUIET)
+    with pytest.raises(UserError, match=r"was trained with seed 0 and .* with 1, so their layers can't be compared"):
+        export(ExportConfig(run=fitted, also=otherwise, out=tmp_path / "out"))
+    # A model runs with both forms.
+    mlps = predictors_in(
+        runs[Form.DIRECT] / results[Form.DIRECT]["checkpoint"], {1: 32, 2: 32}, 1, Trace.open(collected), Form.DIRECT
+    )
+    every = load_predictors(tmp_path / "from-correcting", tiny_moe)
+    mixed = replace(every, layers=[replace(own, mlp=mlps.get(own.layer, own.mlp)) for own in every.layers])
+    assert all(entry.mlp is None for entry in mixed.training_free().layers)
+    expected = greedy(tiny_moe, prompt(1, 9), 6)
+    with offloaded(tiny_moe, mixed, policy="prefetch", slots=6, device="cpu") as offload:
+        assert torch.equal(greedy(tiny_moe, prompt(1, 9), 6), expected)
+        assert offload.counters.speculation_hit_rate is not None
 
 
 def test_a_checkpoint_runs_no_code(fitted, tmp_path):

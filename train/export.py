@@ -41,23 +41,26 @@ ROUNDING_RUN = 64
 def export(config: ExportConfig, console: Console | None = None) -> Path:
     """Writes the predictors of a run's best epoch to a new folder and returns it.
 
-    On validation rows it is fitted how sure each layer's speculation is. If the dtype rounds, the loss of hit rate is measured on
-    them too. Raises a `UserError` if the run is not
-    finished or was changed, or if the folder exists.
+    With `also`, of each layer that both runs trained those of the run with the higher validation hit rate. On validation rows it is
+    fitted how sure each layer's speculation is. If the dtype rounds, the loss of hit rate is measured on them too. Raises a `UserError`
+    if a run is not finished or was changed, if the runs were validated on other rows, or if the folder exists.
     """
     run, dtype = config.run, DTYPES[config.dtype]
     settings = read_run(run)
     refuse_existing(config.out)
-    result = read_result(run)
-    if result is None:
-        raise FitError(f"the run in {run} is not finished (no {RESULT}); go on with it by fit --resume")
     source = Trace.open(config.trace or settings["trace"]["path"])
-    if not is_trained_on(settings, source):
-        raise FitError(f"{source.path} is not the trace that {run} was trained on; name that one with --trace")
+    result, trained = _finished(run, settings, source)
     entries = {entry["layer"]: entry for entry in result["layers"]}
-    widths = {target: entry["width"] for target, entry in entries.items()}
-    form = Form(settings["settings"]["form"] or source.manifest.form)
-    trained = _trained(run / result["checkpoint"], widths, settings["settings"]["memory"], source, form)
+    commands = {"collect": source.manifest.command, "fit": settings["command"], "export": command()}
+    if config.also is not None:
+        other = read_run(config.also)
+        _check_alike(run, settings["settings"], config.also, other["settings"])
+        others, of_other = _finished(config.also, other, source)
+        for entry in others["layers"]:
+            target = entry["layer"]
+            if target in entries and _reached(entry) > _reached(entries[target]):
+                entries[target], trained[target] = entry, of_other[target]
+        commands["fit also"] = other["command"]
     predictors = Predictors(
         model=source.manifest.model.identity(),
         layers=[
@@ -65,7 +68,7 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
         ],
         default_vectors=source.default_vectors(),
         provenance={
-            "commands": {"collect": source.manifest.command, "fit": settings["command"], "export": command()},
+            "commands": commands,
             "versions": versions(),
             "trace": {name: settings["trace"][name] for name in ("corpus", "split", "tokens")},
             "settings": {name: value for name, value in settings["settings"].items() if name not in ("trace", "out")},
@@ -81,6 +84,36 @@ def export(config: ExportConfig, console: Console | None = None) -> Path:
     folder = save_predictors(config.out, kept, model_card(kept, entries, rounding))
     _report(folder, kept, entries, rounding, console or Console())
     return folder
+
+
+def _finished(run: Path, settings: dict[str, Any], trace: Trace) -> tuple[dict[str, Any], dict[int, PredictorForm]]:
+    """The result of a run with these `settings`, and its predictors by target. Raises `FitError` unless it was finished on `trace`."""
+    result = read_result(run)
+    if result is None:
+        raise FitError(f"the run in {run} is not finished (no {RESULT}); go on with it by fit --resume")
+    if not is_trained_on(settings, trace):
+        raise FitError(f"{trace.path} is not the trace that {run} was trained on; name that one with --trace")
+    widths = {entry["layer"]: entry["width"] for entry in result["layers"]}
+    own = settings["settings"]
+    form = Form(own["form"] or trace.manifest.form)
+    return result, predictors_in(run / result["checkpoint"], widths, own["memory"], trace, form)
+
+
+def _check_alike(run: Path, settings: dict[str, Any], also: Path, others: dict[str, Any]) -> None:
+    """Raises `FitError` unless the hit rates of two runs with these settings can be compared, and their predictors be mixed."""
+    for name in ("validation", "seed", "memory", "source", "horizon"):
+        mine, its = settings.get(name), others.get(name)
+        if mine != its:
+            raise FitError(
+                f"{run} was trained with {name} {mine} and {also} with {its}, so their layers can't be compared; "
+                "train both with the same"
+            )
+
+
+def _reached(entry: dict[str, Any]) -> float:
+    """The validation hit rate of a layer's predictor."""
+    rate: float = entry["predictor"]["recall@k"]
+    return rate
 
 
 def _reuse(run: Path, result: dict[str, Any], trace: Trace) -> Reuse | None:
@@ -112,7 +145,7 @@ def _layer(entry: dict[str, Any], mlp: PredictorForm, followed: bool) -> TargetL
     return TargetLayer(entry["layer"], entry["source"], mlp if "predictor" in kinds else none, rates, recall)
 
 
-def _trained(
+def predictors_in(
     checkpoint: Path, widths: dict[int, int], memory: int, trace: Trace, form: Form
 ) -> dict[int, PredictorForm]:
     """The predictors of a checkpoint by target layer, fp32, of this `form`, with these `widths` and this `memory`."""

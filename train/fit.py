@@ -29,18 +29,18 @@ from safetensors.torch import save
 from ..data_collection.memory import keep_freed_memory
 from ..data_collection.trace import Trace
 from ..predictors.files import CHECKSUM, is_changed, sealed, written_whole
+from ..predictors.forms import Form
 from ..predictors.loading import resolve_device
 from ..predictors.metrics import gap_closed
 from ..predictors.provenance import command, versions
 from ..predictors.tables import broken, figure_table
 from .board import Board
 from .data import FitError, TraceData, held_out_sequences
-from .losses import DEFAULT_LOSS
 from .measures import KINDS
 from .module import MEAN_HIT_RATE, PredictorTraining, mean_of
 from .reuse import train_reuse
 from .settings import FitConfig
-from .targets import choose_targets, form_of
+from .targets import choose_targets, form_of, loss_of
 from .trainer import lightning_trainer, quiet
 
 CONFIG, RESULT, CHECKPOINTS, REUSE = "config.json", "result.json", "checkpoints", "reuse.safetensors"
@@ -73,7 +73,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
     data = TraceData(trace, sources, config.batch_size, config.validation, config.seed, config.workers, config.memory)
     torch.manual_seed(config.seed)
     form = form_of(trace, config)
-    learning = config.loss or DEFAULT_LOSS[form], config.learning_rate, config.weight_decay
+    learning = config.loss or loss_of(trace, form, sources), config.learning_rate, config.weight_decay
     module = PredictorTraining(trace, targets, *learning, config.memory, form)
     settings = config.model_dump(mode="json")
     run = {"settings": settings, "trace": _identity(trace), "command": command(), "versions": versions()}
@@ -222,7 +222,9 @@ def _check_folder(config: FitConfig) -> None:
         return
     before = read_run(config.out)
     trace, now = Trace.open(config.trace), config.model_dump(mode="json")
-    if before["settings"]["loss"] == DEFAULT_LOSS[form_of(trace, config)]:  # older releases wrote the default so
+    if (
+        before["settings"]["loss"] == "kl" and form_of(trace, config) is Form.CORRECTING
+    ):  # older releases wrote the default so
         now["loss"] = now["loss"] or before["settings"]["loss"]
     for name in FitConfig.model_fields.keys() - WHERE_AND_HOW:
         if before["settings"].get(name) != now[name]:

@@ -3,7 +3,8 @@
 Each takes the speculated and the true logits `[layers, rows, experts]` and the experts that the router chose `[layers,
 rows, top_k]`, and returns a loss a row, `[layers, rows]`, all fp32. A correcting predictor's logits are those of the target's
 router, which may choose by more (groups, correction biases). Only `kl` does not read the choice, so only `kl` is right for them
-then. A direct predictor's scores are what experts are chosen by, and for them `choice` is right.
+then. A direct predictor's scores are what experts are chosen by: `choice` is right for them, whatever a router returns as its logits.
+Where the router chooses by these logits, `kl` is right for them too, and better (docs/predictors.md).
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-
-from ..predictors.forms import Form
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -67,4 +66,3 @@ def _chosen(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 LOSSES: dict[str, Loss] = {"kl": kl, "bce": bce, "ranking": ranking, "choice": choice}
-DEFAULT_LOSS = {Form.CORRECTING: "kl", Form.DIRECT: "choice"}

@@ -56,7 +56,8 @@ class FitConfig(Settings):
     """Instead of a width: the size of all predictors in bfloat16, like `2MB`, or like `1%` of the model's weights
     without its routed experts. Layers that are hard to guess get more of it."""
     loss: Literal["kl", "bce", "ranking", "choice"] | None = None
-    """What is minimised: `kl`, `bce`, `ranking` or `choice`; see `train.losses`. By default `kl`, and `choice` for direct predictors."""
+    """What is minimised: `kl`, `bce`, `ranking` or `choice`; see `train.losses`. By default `kl`, and `choice` for direct predictors of
+    routers that do not choose by what they return as their logits."""
     epochs: Count = 5
     """The most times that each row is seen."""
     patience: Count = 3
@@ -111,6 +112,9 @@ class ExportConfig(Settings):
     """Of the predictors' weights in the file: `float32` or `bfloat16`; default vectors are fp32."""
     trace: LocalPath | None = None
     """Where the trace is, if it was moved since."""
+    also: LocalPath | None = None
+    """Another run on the same trace, as one with the other form: of each layer that both trained, the predictor with the higher validation
+    hit rate is exported."""
 
 
 class InspectConfig(Figures):

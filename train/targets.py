@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from transformers import AutoConfig
 
+from ..data_collection.columns import Column
 from ..data_collection.statistics import SAMPLE_ROWS, hit_rates
 from ..data_collection.trace import Trace
 from ..predictors.architecture import farther, skeleton
@@ -20,6 +23,9 @@ WIDTH_STEP = 16
 """Widths are multiples of it, like those of vector units and matrix tiles."""
 BYTES_OF_A_PARAMETER = 2
 """In bfloat16, as `export --dtype bfloat16` writes them."""
+
+LOSS_ROWS = 2048
+"""Rows of a trace that say how its routers choose."""
 
 
 class Target(NamedTuple):
@@ -94,6 +100,20 @@ def form_of(trace: Trace, config: FitConfig) -> Form:
             f"the residual of {trace.manifest.model.name} can't be followed, so there is nothing to correct; leave --form out"
         )
     return recorded if config.form is None else Form(config.form)
+
+
+def loss_of(trace: Trace, form: Form, layers: Iterable[int]) -> str:
+    """The name of the loss that is best by default for predictors of a `form` of these target layers; see `losses`."""
+    return "kl" if form is Form.CORRECTING or all(_chooses_by_logits(trace, layer) for layer in layers) else "choice"
+
+
+def _chooses_by_logits(trace: Trace, layer: int) -> bool:
+    """Whether a router chooses the largest of what it returns as its logits, and these are no probabilities, on a sample of rows."""
+    names = [Column.EXPERT_IDS.of(layer), Column.ROUTER_LOGITS.of(layer)]
+    ids, logits = trace.read(0, torch.arange(min(LOSS_ROWS, trace.manifest.shards[0].rows)), names).values()
+    # Rounding to bfloat16 makes some logits equal, and changes no order. Of a softmax no value is below 0.
+    chosen = logits.gather(-1, ids.long()).sort(descending=True).values
+    return torch.equal(chosen, logits.topk(ids.shape[-1]).values) and bool((logits < 0).any())
 
 
 def hit_rates_of(trace: Trace, sources: dict[int, int | None]) -> dict[int, float]:
