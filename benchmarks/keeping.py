@@ -7,11 +7,13 @@
     python -m benchmarks.keeping held-out --predictors predictors --json benchmarks/results/keeping.json
 
 `rules`: all rules see the same sequences, each of which begins with empty slots; the way from the least recently used (0) to
-Belady's rule (1), which knows the future, is measured in misses. Frequencies have half-lives from 4 tokens to 256.
+Belady's rule (1), which knows the future, is measured in misses. Frequencies have half-lives from 4 tokens to 256. What `followers`
+counts goes on from one sequence to the next, and begins with nothing.
 `pools`: hit rates of one long text, if each layer has its own slots, if layers share them but none keeps more than its part for
 long, as in the host's engine, and if all are one pool in which the least worth goes first.
 `copies`: what a running model copies a token, and what its simulation says.
-`cost`: microseconds that a reuse predictor takes for a layer and token, other memory being used between tokens.
+`cost`: microseconds that a reuse predictor and `followers` take for a layer and token, other memory being used between tokens.
+`times`: milliseconds a token of the running model under each eviction, by turns.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ from predict_train.data_collection.keeping import (
     RULES,
     SHARES,
     Routed,
+    Rule,
+    Worth,
     count_hits,
     frequency,
     keep_rates,
@@ -47,18 +51,39 @@ from predict_train.predictors.reuse import HALF_LIFE, ReuseScores
 from predict_train.runtime import offloaded
 from predict_train.runtime.host import schedule
 from predict_train.runtime.host.cache import Key, SlotCache
+from predict_train.runtime.host.followers import Followers
 from predict_train.runtime.measure.replay import _longest_run, replay, scores_after
 from predict_train.runtime.measure.routing import ReplayedRouting
 from predict_train.runtime.measure.simulation import Costs, simulate
 from predict_train.runtime.settings import OffloadConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 HALF_LIVES = (4, 8, 16, 24, 32, 64, 128, 256)
 TOKENS = 4096
 """Of the long text."""
+EVICTIONS = ("lru", "least_stale", "frequency", "followers", "learned")
+PARTS = ("rules", "pools", "copies", "cost", "times")
 COSTS = Costs(layer=3e-4, expert=1e-4, copy=5e-5)
+
+
+def followers() -> Rule:
+    """What eviction `followers` keeps. It learns from one sequence after the other, as a running model does."""
+    counted: list[Followers] = []
+
+    def rule(routed: Routed) -> Worth:
+        experts, layers = routed.used.shape[-1], routed.ids.shape[2]
+        counted.extend(Followers(experts) for _ in range(layers - len(counted)))
+        found = np.empty(routed.used.shape, dtype=np.float32)
+        for sequence, tokens in enumerate(routed.ids.tolist()):
+            for token, ids in enumerate(tokens):
+                for layer, used in enumerate(ids):
+                    counted[layer].add(used)
+                    found[sequence, token, layer] = [counted[layer][expert] for expert in range(experts)]
+        return lambda token: torch.from_numpy(found[:, token])
+
+    return rule
 
 
 class OnePool(SlotCache):
@@ -70,6 +95,7 @@ class OnePool(SlotCache):
 
 def rules(trace: Trace, predictors: Predictors | None, rows: int) -> dict[str, Any]:
     asked = RULES | {f"half-life {tokens}": partial(frequency, half_life=tokens) for tokens in HALF_LIVES}
+    asked["followers"] = followers()
     if predictors is not None and predictors.reuse is not None:
         asked["learned"] = learned(predictors.reuse.predictors, predictors.reuse.layers)
     return keep_rates(trace, asked, rows)
@@ -84,10 +110,11 @@ def pools(trace: Trace, predictors: Predictors) -> list[dict[str, Any]]:
     scores = scores_after(predictors.reuse.predictors, ids, [trace.router_logits(columns, t) for t in trace.sources])
     routing = ReplayedRouting(np.asarray(ids), np.asarray(ids), {}, scores)
     routed, found = Routed.of(ids[None], model.num_experts, columns), []
-    own = {"frequency": frequency, "learned": learned(predictors.reuse.predictors, predictors.reuse.layers)}
+    reuse = learned(predictors.reuse.predictors, predictors.reuse.layers)
     for share in SHARES:
         slots = max(model.top_k, round(share * model.num_experts))
-        for eviction in ("least_stale", "frequency", "learned"):
+        own = {"frequency": frequency, "followers": followers(), "learned": reuse}
+        for eviction in ("least_stale", "frequency", "followers", "learned"):
             config = OffloadConfig(policy="on_demand", slots=slots * len(trace.sources), eviction=eviction)
             rule = own.get(eviction, last_use)
             row = {"slots": slots, "eviction": eviction, "tokens": len(ids)}
@@ -100,25 +127,34 @@ def pools(trace: Trace, predictors: Predictors) -> list[dict[str, Any]]:
     return found
 
 
-def copies(trace: Trace, predictors: Predictors, name: str) -> list[dict[str, Any]]:
-    """Copies a token of a running model, and of its simulation, over the longest text of the trace."""
+def longest_text(trace: Trace) -> torch.Tensor:
+    """The tokens `[1, tokens]` of the longest text of the trace, which `replay` takes too."""
     shard, start, length = max(
         ((number, *_longest_run(trace, number)) for number in range(len(trace.manifest.shards))), key=lambda run: run[2]
     )
-    tokens = trace.column(shard, "token_ids")[start : start + length].long()[None]
-    model, found = AutoModelForCausalLM.from_pretrained(name).eval(), []
+    return trace.column(shard, "token_ids")[start : start + length].long()[None]
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Feeds the tokens one by one."""
+    cache = None
+    for token in tokens.split(1, dim=1):
+        cache = model(token, past_key_values=cache, use_cache=True).past_key_values
+
+
+def copies(trace: Trace, predictors: Predictors, name: str) -> list[dict[str, Any]]:
+    """Copies a token of a running model, and of its simulation, over the longest text of the trace."""
+    tokens, found = longest_text(trace), []
+    model, length = AutoModelForCausalLM.from_pretrained(name).eval(), tokens.shape[1]
     routing = replay(trace, length, trace.manifest.model.top_k, predictors)
     total = len(trace.sources) * trace.manifest.model.num_experts
     for share in SHARES:
-        for eviction in ("lru", "least_stale", "frequency", "learned"):
+        for eviction in EVICTIONS:
             for policy in ("on_demand", "prefetch"):
                 config = OffloadConfig(policy=policy, slots=round(share * total), eviction=eviction, device="cpu")
-                with offloaded(model, predictors, config=config) as offload, torch.no_grad():
-                    cache = None
-                    for token in range(length):
-                        cache = model(
-                            tokens[:, token : token + 1], past_key_values=cache, use_cache=True
-                        ).past_key_values
+                with offloaded(model, predictors, config=config) as offload:
+                    decode(model, tokens)
                     measured = offload.counters.copies / length
                 simulated = simulate(COSTS, routing, config, warmup=0).copies
                 row = {"slots": config.slots, "eviction": eviction, "policy": policy, "tokens": length}
@@ -126,47 +162,57 @@ def copies(trace: Trace, predictors: Predictors, name: str) -> list[dict[str, An
     return found
 
 
-def cost(predictors: Predictors, top_k: int) -> dict[str, float]:
-    """Microseconds of a reuse predictor for a layer and token."""
+def times(trace: Trace, predictors: Predictors, name: str, rounds: int = 5) -> list[dict[str, Any]]:
+    """Milliseconds a token with a quarter of the experts in slots, on demand, and the change from the default round by round."""
+    tokens, found = longest_text(trace), {eviction: list[float]() for eviction in EVICTIONS}
+    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    slots = len(trace.sources) * trace.manifest.model.num_experts // 4
+    for number in range(rounds + 1):
+        for eviction in EVICTIONS:
+            with offloaded(model, predictors, policy="on_demand", slots=slots, eviction=eviction, device="cpu"):
+                begun = time.perf_counter()
+                decode(model, tokens)
+                if number:  # the first round warms up
+                    found[eviction].append(1000 * (time.perf_counter() - begun) / tokens.shape[1])
+    return [
+        {"slots": slots, "eviction": eviction, "median_ms": statistics.median(own), "min_ms": min(own)}
+        | {"change": statistics.median(one / by - 1 for one, by in zip(own, found["least_stale"], strict=True))}
+        for eviction, own in found.items()
+    ]
+
+
+def cost(predictors: Predictors, top_k: int) -> list[dict[str, Any]]:
+    """Microseconds of a reuse predictor, and of `followers`, for a layer and token."""
     assert predictors.reuse is not None
     reuse = predictors.reuse.predictors
     layers, experts = reuse.b2.shape
-    scores, other, times = [ReuseScores(reuse, layer) for layer in range(layers)], torch.zeros(4_000_000), []
+    scores, other = [ReuseScores(reuse, layer) for layer in range(layers)], torch.zeros(4_000_000)
+    counted = [Followers(experts) for _ in range(layers)]
+    times: dict[str, list[float]] = {"learned": [], "followers": []}
     for _ in range(300):
         ids = [torch.randperm(experts)[None, :top_k] for _ in range(layers)]
-        logits = torch.randn(layers, experts).numpy()
+        logits, begun = torch.randn(layers, experts).numpy(), {}
         other.add_(1.0)
-        begun = time.perf_counter()
+        begun["learned"] = time.perf_counter()
         for one, chosen, said in zip(scores, ids, logits, strict=True):
             one.use(chosen)
             one.after(said)
-        times.append(1e6 * (time.perf_counter() - begun) / layers)
-    return {"median_us": statistics.median(times), "min_us": min(times), "experts": experts, "width": reuse.width}
+        times["learned"].append(time.perf_counter() - begun["learned"])
+        used = [chosen[0].tolist() for chosen in ids]
+        other.add_(1.0)
+        begun["followers"] = time.perf_counter()
+        for follows, now in zip(counted, used, strict=True):
+            follows.add(now)
+            follows[0]  # computes what all are worth
+        times["followers"].append(time.perf_counter() - begun["followers"])
+    return [
+        {"eviction": name, "experts": experts, "layers": layers}
+        | {"median_us": 1e6 * statistics.median(some) / layers, "min_us": 1e6 * min(some) / layers}
+        for name, some in times.items()
+    ]
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(
-            *(
-                f"{row[name]:.3f}" if isinstance(row.get(name), float) else str(row.get(name, ""))
-                for name in rows[0] | row
-            )
-        )
-    Console().print(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trace", type=Path)
-    parser.add_argument("--predictors", type=Path)
-    parser.add_argument("--model", default="checkpoints/tiny-moe")
-    parser.add_argument("--rows", type=int, default=MOST_ROWS)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    trace = Trace.open(arguments.trace)
-    predictors = None if arguments.predictors is None else load_predictors(arguments.predictors)
-    model, found = trace.manifest.model, rules(trace, predictors, arguments.rows)
+def show_rules(found: dict[str, Any]) -> None:
     shown = []
     for name, rates in found["hit_rates"].items():
         ways = found["way"].get(name, [None] * len(rates))
@@ -177,15 +223,44 @@ def main() -> None:
             {"rule": name} | {f"{slots} slots": cell for slots, cell in zip(found["slots"], cells, strict=True)}
         )
     show("hit rate, and way from lru to belady", shown)
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names, title=title)
+    for row in rows:
+        cells = (row.get(name, "") for name in names)
+        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--predictors", type=Path)
+    parser.add_argument("--model", default="checkpoints/tiny-moe")
+    parser.add_argument("--rows", type=int, default=MOST_ROWS)
+    parser.add_argument("--parts", default=",".join(PARTS), help="with commas")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    trace, parts = Trace.open(arguments.trace), arguments.parts.split(",")
+    predictors = None if arguments.predictors is None else load_predictors(arguments.predictors)
+    model = trace.manifest.model
     facts: dict[str, Any] = {"model": model.name, "experts": model.num_experts, "top_k": model.top_k}
-    facts |= {"half_life": HALF_LIFE, "rules": found}
+    facts["half_life"] = HALF_LIFE
+    if "rules" in parts:
+        facts["rules"] = rules(trace, predictors, arguments.rows)
+        show_rules(facts["rules"])
     if predictors is not None and predictors.reuse is not None:
-        facts["pools"] = pools(trace, predictors)
-        facts["copies"] = copies(trace, predictors, arguments.model)
-        facts["cost"] = cost(predictors, model.top_k)
-        for name in ("pools", "copies"):
+        work: dict[str, Callable[[], Any]] = {
+            "pools": lambda: pools(trace, predictors),
+            "copies": lambda: copies(trace, predictors, arguments.model),
+            "cost": lambda: cost(predictors, model.top_k),
+            "times": lambda: times(trace, predictors, arguments.model),
+        }
+        for name in (name for name in work if name in parts):
+            facts[name] = work[name]()
             show(name, facts[name])
-        print(facts["cost"])
     if arguments.json is not None:
         facts |= {"command": command(), "versions": versions(), "hardware": hardware()}
         arguments.json.write_text(json.dumps(facts, indent=2) + "\n")

@@ -12,6 +12,7 @@ from ..predictors.checkpoint import Predictors
 from ..predictors.experts import unmarked
 from .automatic import AUTO
 from .engine import Engine
+from .errors import OffloadError
 from .formats.gguf import GgufFormat
 from .host.cache import Eviction
 from .host.slots import ExpertSlots
@@ -26,10 +27,14 @@ def make_engine(
     """The engine for `layers`, and in one sentence why it is not the device's; None if it is.
 
     `config` gives the number of slots and names the device. Raises `StoreError` where the device has too little memory, and
-    `OffloadError` for an eviction that `predictors` lack.
+    `OffloadError` for an eviction that `predictors` lack, or that can't be had on the device.
     """
     assert config.slots is not None
     device = torch.device(config.device)
+    if config.eviction is Eviction.FOLLOWERS and device.type != "cpu":
+        raise OffloadError(
+            "eviction followers is for models that compute on a CPU, since they are counted there; give eviction=frequency"
+        )
     reuse, confidences = reuse_scores(predictors, layers, config), None
     # On a CUDA device the host does not see when something is computed or copied, so nothing could be priced.
     if config.policy == AUTO and device.type == "cpu":

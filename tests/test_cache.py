@@ -25,7 +25,7 @@ def who_goes(eviction: Eviction, used: list[Key], kept: set[Key], layer: int, sl
     free = [key for key in used if key not in kept]
     if eviction is Eviction.LRU:
         return free[0]
-    by_worth = eviction in (Eviction.FREQUENCY, Eviction.LEARNED)
+    by_worth = eviction in (Eviction.FREQUENCY, Eviction.FOLLOWERS, Eviction.LEARNED)
     assert by_worth or eviction is Eviction.LEAST_STALE, f"say here which expert leaves under {eviction}"
     count = [sum(of == number for of, _ in used) for number in range(LAYERS)]
     too_many = [key for key in free if count[key[0]] * LAYERS > slots]

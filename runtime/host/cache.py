@@ -21,6 +21,9 @@ class Eviction(StrEnum):
     equal share of the slots come first. Else the slots would stay full of the last layers' experts after a prompt."""
     FREQUENCY = "frequency"
     """The one that was used least often lately, by a decayed count, of the same layer as under `least_stale`."""
+    FOLLOWERS = "followers"
+    """The one that is least likely to follow on the experts of the layer's last token, as was counted so far, of the same layer as
+    under `least_stale`."""
     LEARNED = "learned"
     """The one that is used again last, as reuse predictors say (`predictors.reuse`), of the same layer as under `least_stale`."""
 
@@ -122,7 +125,7 @@ class SlotCache:
             return next(filter(may_leave, self._slot_of), None)
         for experts in self._layers_in_order():
             leaving = filter(may_leave, experts)
-            if self.eviction in (Eviction.FREQUENCY, Eviction.LEARNED):
+            if self.eviction in (Eviction.FREQUENCY, Eviction.FOLLOWERS, Eviction.LEARNED):
                 # Of equals it is the first one, which is the least recently used.
                 victim = min(leaving, key=self._worth, default=None)
             else:

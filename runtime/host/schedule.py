@@ -17,10 +17,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..engine import Counters
 from ..observer import Observer
 from .cache import Eviction, Key, SlotCache
 from .counts import DecayedCounts
+from .followers import Followers
 from .price import Prices
 
 
@@ -49,13 +53,17 @@ class Copies(Protocol):
 class Schedule:
     """The schedule of one model's copies. Layers are counted from 0 among the MoE layers."""
 
-    def __init__(self, copies: Copies, slots: int, layers: int, eviction: Eviction, prices: Prices | None = None):
-        """With `prices`, a copy of a candidate begins only if it is worth it."""
+    def __init__(
+        self, copies: Copies, slots: int, layers: int, eviction: Eviction, experts: int, prices: Prices | None = None
+    ):
+        """`experts` are those of a layer. With `prices`, a copy of a candidate begins only if it is worth it."""
         self.counters = Counters()
         """Its hits, misses, copies and cancelled copies are counted here."""
         self.observer: Observer | None = None
         self.counts = [DecayedCounts() for _ in range(layers)] if eviction is Eviction.FREQUENCY else None
         """Of each layer, if they decide who leaves a slot."""
+        self.followers = [Followers(experts) for _ in range(layers)] if eviction is Eviction.FOLLOWERS else None
+        """The same."""
         self._scores: dict[int, Sequence[float]] = {}
         self._prices, self._copies, self._shape = prices, copies, (slots, layers, eviction)
         self._under_way: dict[int, int] = {}  # by slot the layer of copies that were begun; some may be over
@@ -116,16 +124,27 @@ class Schedule:
         self._prefetches = deque(sorted([*self._prefetches, *keys], key=itemgetter(0)))
 
     def enter(
-        self, layer: int, experts: Collection[int], uses: Mapping[int, float] | None = None, tokens: int = 1
+        self,
+        layer: int,
+        experts: Collection[int],
+        uses: Mapping[int, float] | None = None,
+        tokens: int = 1,
+        ids: NDArray[np.int64] | None = None,
     ) -> list[int]:
         """Says that a layer is to execute `experts`, and returns them in the order in which it should.
 
         First come those in a slot, then those on their way, and last those that are missing. The copies of these begin now.
-        `uses` says how much each expert counts for `counts`, where there are several `tokens`.
+        Where there are several `tokens`, `uses` says how much each expert counts for `counts`, and `ids` `[tokens, k]` tells the
+        `followers` which each of them uses.
         """
         self._cache.layer = layer
         if self.counts is not None:
             self.counts[layer].add(dict.fromkeys(experts, 1.0) if uses is None else uses, tokens)
+        if self.followers is not None:
+            if ids is None:
+                self.followers[layer].add(experts)
+            else:
+                self.followers[layer].add_tokens(ids)
         self._prefetches = deque(key for key in self._prefetches if key[0] != layer)
         self._release(layer, self._guesses.pop(layer, []), experts)
         present: list[int] = []
@@ -219,6 +238,8 @@ class Schedule:
         layer, expert = key
         if self.counts is not None:
             return self.counts[layer][expert]
+        if self.followers is not None:
+            return self.followers[layer][expert]
         return self._scores[layer][expert] if layer in self._scores else 0.0
 
     def _release(self, layer: int, guess: list[int], needed: Collection[int]) -> None:

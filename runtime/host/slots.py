@@ -120,7 +120,7 @@ class ExpertSlots(Engine):
         if confidences is not None:
             self.prices = Prices(layers, slots, time.perf_counter, self.transfers.copy_seconds)
         try:
-            self._schedule = Schedule(self.transfers, slots, layers, eviction, self.prices)
+            self._schedule = Schedule(self.transfers, slots, layers, eviction, self._num_experts, self.prices)
         except BaseException:  # what refers to each other would keep the slots
             self.transfers.close()
             raise
@@ -229,11 +229,14 @@ class ExpertSlots(Engine):
         if self._reuse is not None and (logits := self._logits.pop(layer, None)) is not None:
             self._reuse[layer].use(ids if decision.tokens is None else ids.view(1, -1))
             schedule.rate(layer, self._reuse[layer].after(logits.numpy()))
-        uses = None
-        if len(x) > 1 and decision.tokens is None and schedule.counts is not None:
-            decayed = decayed_uses(ids, max([self._num_experts - 1, *identities]) + 1)
-            uses = dict(enumerate(decayed[: self._num_experts].tolist()))
-        order = schedule.enter(layer, jobs.keys(), uses, decision.rows)
+        uses, by_token = None, None
+        if len(x) > 1 and decision.tokens is None:
+            if schedule.counts is not None:
+                decayed = decayed_uses(ids, max([self._num_experts - 1, *identities]) + 1)
+                uses = dict(enumerate(decayed[: self._num_experts].tolist()))
+            if schedule.followers is not None:
+                by_token = ids.numpy()
+        order = schedule.enter(layer, jobs.keys(), uses, decision.rows, by_token)
         self._tokens += decision.rows if layer == 0 else 0
         if guess is None or not x.is_cuda:  # else the host would wait for the device here
             self._open_mail()

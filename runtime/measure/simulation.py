@@ -101,7 +101,8 @@ def simulate(
     steps, layers, top_k = routing.ids.shape
     if steps <= warmup or (config.slots or 0) < top_k:
         raise ValueError(f"{steps} steps and {config.slots} slots are too few for {warmup} of warm-up and top {top_k}")
-    run = _Run(costs, config, nearest(range(layers)) if sources is None else sources, queue)
+    experts = 1 + int(max(routing.ids.max(), routing.candidates.max(initial=0)))
+    run = _Run(costs, config, nearest(range(layers)) if sources is None else sources, queue, experts)
     run.schedule.observer = observer
     wide = run.policy is Policy.SPECULATIVE and run.gating is Gating.RESIDENT
     m = config.candidates if isinstance(config.candidates, int) else top_k + 2 * wide
@@ -240,7 +241,9 @@ class _Link:
 class _Run:
     """The steps of the runtime (`runtime.control`, `runtime.host.slots`), with a clock in the place of tensors."""
 
-    def __init__(self, costs: Costs, config: OffloadConfig, sources: Mapping[int, int | None], queue: bool):
+    def __init__(
+        self, costs: Costs, config: OffloadConfig, sources: Mapping[int, int | None], queue: bool, experts: int
+    ):
         assert config.slots is not None
         layers = len(sources)
         self.targets = [[target for target, source in sources.items() if source == layer] for layer in range(layers)]
@@ -253,7 +256,7 @@ class _Run:
         if is_auto and not queue:
             self.prices = Prices(layers, config.slots, lambda: self.clock.now, lambda: costs.copy)
         self.choice: Choice | None = self.prices or (Trial() if is_auto else None)
-        self.schedule = Schedule(self.link, config.slots, layers, config.eviction, self.prices)
+        self.schedule = Schedule(self.link, config.slots, layers, config.eviction, experts, self.prices)
 
     def totals(self) -> tuple[float, ...]:
         clock, counters = self.clock, self.schedule.counters
