@@ -173,10 +173,10 @@ def by_turns(offload: Any, replayed: Any) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def own_cost(slots: int, turns: int) -> dict[str, Any]:
-    """Milliseconds of a token with and without prices, by turns."""
+def own_cost(slots: int, turns: int, pack: Path | None) -> dict[str, Any]:
+    """Milliseconds of a token with and without prices, by turns. With `pack` the experts are in this file, else in memory."""
     config = AutoConfig.from_pretrained(CONFIG)
-    model: Any = load_offloaded(config, device="cpu", dtype=torch.bfloat16)
+    model: Any = load_offloaded(config, pack=pack, device="cpu", dtype=torch.bfloat16)
     model.expert_offload.detach()
     layers = find_moe_layers(model)
     known = predictors_of(config, layers, LAYERS)
@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--evictions", default="least_stale,frequency", help="of the cells of a trace, with commas")
     parser.add_argument("--horizons", type=int, nargs="*", default=[1, 2], help="of drawn routing")
     parser.add_argument("--slots", type=int, default=192, help="of the running model, of 768")
+    parser.add_argument("--pack", type=Path, help="the running model's packed file, as benchmarks.runtime writes it")
     parser.add_argument("--turns", type=int, default=20, help="of the running model, with and without prices each")
     parser.add_argument("--json", type=Path, default=RESULTS / "pricing.json")
     arguments = parser.parse_args()
@@ -254,7 +255,7 @@ def main() -> None:
             show(console, f"routing of the trace, {eviction}, ms a token", cells)
             result["cells"] += cells
     if arguments.turns:
-        result["own_cost"] = own_cost(arguments.slots, arguments.turns)
+        result["own_cost"] = own_cost(arguments.slots, arguments.turns, arguments.pack)
         ms, change = result["own_cost"]["ms"], result["own_cost"]["change"]
         low, _, high = change["quartiles"]
         console.print(
