@@ -77,8 +77,10 @@ class DirectMLP(PredictorForm):
         mixture: torch.Tensor | None,
         memory: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        normed = normed.to(self.w1.dtype)  # some routers read fp32 in a model of bfloat16
         scores = F.linear(normed, self.skip, self.b2 + self.prior)
         if mixture is not None:
+            mixture = mixture.to(self.w1.dtype)
             scores = torch.addmm(scores, mixture, self.mix.T)
         return scores + F.linear(F.silu(self.hidden(normed, mixture, memory)), self.w2)
 

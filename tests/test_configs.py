@@ -7,19 +7,25 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import IS_OLDER_RELEASE
 from predict_train.data_collection.columns import column_shapes
 from predict_train.data_collection.manifest import LayerEntry, Manifest, ModelEntry, ShardEntry
 from predict_train.data_collection.settings import CollectConfig
 from predict_train.predictors.settings import load_config
 
+from benchmarks.field import shapes_of
+
 FOLDER = Path(__file__).parent.parent / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 SHAPES = {
     "deepseek-v2-lite": (range(1, 27), 2048, 64, 6),
+    "deepseek-v4-flash": (range(43), 4096, 256, 6),
     "glm-4.5-air": (range(1, 46), 4096, 128, 8),
+    "gpt-oss-120b": (range(36), 2880, 128, 4),
     "gpt-oss-20b": (range(24), 2880, 32, 4),
     "mixtral-8x7b": (range(32), 4096, 8, 2),
     "olmoe-1b-7b": (range(16), 2048, 64, 8),
+    "qwen3.5-35b-a3b": (range(40), 2048, 256, 8),
     "qwen3-30b-a3b": (range(48), 2048, 128, 8),
     "qwen3-next-80b-a3b": (range(48), 2048, 512, 10),
     "tiny-moe": (range(12), 128, 32, 4),
@@ -37,6 +43,33 @@ def bytes_per_token(name: str, targets: int) -> int:
         shards=[ShardEntry.model_construct(rows=1)],
     )
     return sum(dtype.itemsize * (width or 1) for dtype, width in column_shapes(manifest).values())
+
+
+OF_THE_FIELD = {
+    "deepseek-v4-flash": "DeepSeek-V4-Flash",
+    "glm-4.5-air": "GLM-4.5-Air",
+    "gpt-oss-120b": "gpt-oss-120b",
+    "gpt-oss-20b": "gpt-oss-20b",
+    "mixtral-8x7b": "Mixtral-8x7B",
+    "qwen3.5-35b-a3b": "Qwen3.5-35B-A3B",
+    "qwen3-next-80b-a3b": "Qwen3-Next-80B-A3B",
+}
+"""By config: the model in docs/models.md."""
+
+
+@pytest.mark.skipif(IS_OLDER_RELEASE, reason="an older release of transformers has not all of these models")
+@pytest.mark.parametrize(("name", "model"), OF_THE_FIELD.items())
+def test_a_config_of_the_fields_models_says_what_plan_reads(name, model):
+    shape, text = shapes_of(model)[0], (FOLDER / f"{name}.yaml").read_text()
+    layers, _, experts, top_k = SHAPES[name]
+    assert (shape.layers, shape.num_experts, shape.top_k) == (len(layers), experts, top_k)
+    assert (
+        f"experts of {shape.expert_bytes / 1e6:.0f} MB" in text
+        or f"experts of {shape.expert_bytes / 1e6:.1f} MB" in text
+    )
+    whole = shape.resident_bytes + shape.expert_bytes * shape.layers * experts
+    [said] = re.findall(r"# (\d+) GB in bfloat16", text)
+    assert whole / 1e9 == pytest.approx(float(said), rel=0.05)
 
 
 def load(file: Path) -> CollectConfig:

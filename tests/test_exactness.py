@@ -14,7 +14,9 @@ from conftest import UNTRAINED, build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from predict_train.data_collection.catalog import examine, moe_types, tiny_model
-from predict_train.predictors.architecture import UnsupportedModelError
+from predict_train.predictors.architecture import UnsupportedModelError, moe_shape
+from predict_train.predictors.checkpoint import Predictors, TargetLayer
+from predict_train.predictors.direct import DirectMLP
 from predict_train.predictors.discovery import Found, find_layers, find_moe_layers
 from predict_train.runtime import Eviction, offload_experts, offloaded
 from test_offload import AnyOrder, greedy, prompt
@@ -75,17 +77,31 @@ def convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.float()
 
 
+def random_predictors(model: PreTrainedModel, found: Found) -> Predictors:
+    """Direct predictors of all layers, since the experts of a model whose residual can't be followed are guessed by nothing else."""
+    layers, generator = found.moe_layers, torch.Generator().manual_seed(0)
+    entries = []
+    for layer in layers:
+        mlp = DirectMLP(layer.hidden_size, layer.num_experts, width=8, memory=1, top_k=layer.top_k)
+        for parameter in mlp.parameters():
+            parameter.data.normal_(0.0, 0.5, generator=generator)
+        entries.append(TargetLayer(layer.index, mlp=mlp))
+    return Predictors(model=moe_shape(model.config, layers), layers=entries)
+
+
 @pytest.mark.parametrize("model_type", moe_types())
 def test_every_model_type_has_the_logits_of_plain_transformers(model_type: str) -> None:
-    """Bit for bit, in fp32 and bf16 and under both policies, if its experts can be guessed; every number of slots occurs."""
+    """Bit for bit, in fp32 and bf16 and under both policies; every number of slots occurs."""
     model, found = offloadable(model_type)
+    predictors = None if found.unfollowed is None else random_predictors(model, found)
     total, top_k = sum(layer.stored for layer in found.layers), found.layers[0].top_k
     sizes = itertools.cycle((top_k, total // 2, top_k + 1, total, total // 3))
     for dtype in (torch.float32, torch.bfloat16):
         convert(model, dtype)
         plain = all_logits(model)
-        for policy, slots in zip(POLICIES if found.unfollowed is None else POLICIES[:1], sizes, strict=False):
-            with offloaded(model, policy=policy, slots=slots, device="cpu"):
+        for policy, slots in zip(POLICIES, sizes, strict=False):
+            with offloaded(model, predictors, policy=policy, slots=slots, device="cpu") as offload:
+                assert offload.config.policy == policy
                 for number, (ours, theirs) in enumerate(zip(all_logits(model), plain, strict=True)):
                     assert torch.equal(ours, theirs), (dtype, policy, slots, number)
 
@@ -155,6 +171,20 @@ def test_an_assistant_may_be_offloaded_as_well(build_moe: Callable[..., PreTrain
             for _ in range(2):
                 assert torch.equal(generated(model, prompt(1, 6), **arguments), expected)
             assert offload.counters.tokens > 0
+
+
+def test_tokens_drafted_from_the_prompt_change_nothing(build_moe: Callable[..., PreTrainedModel]) -> None:
+    model, ids = build_moe("qwen3_moe"), prompt(1, 5).repeat(1, 4)
+    expected = generated(model, ids, do_sample=False)
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for policy in POLICIES:
+        with offloaded(model, policy=policy, slots=5, device="cpu"):
+            lengths.clear()
+            assert torch.equal(generated(model, ids, do_sample=False, prompt_lookup_num_tokens=3), expected)
+            assert any(1 < length < 5 for length in lengths[1:])  # some were drafted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
