@@ -5,7 +5,8 @@
 Eight clients send requests to the embedded model for ten minutes: questions by OpenAI's client, whole and streamed, answers that
 nobody waits for, bodies that are no JSON, hostile ones, ones that are too large, and prompts beyond the context. After three quarters of the
 time the server is told to end while clients wait, and started again. All answers are compared with those of
-`runtime.generate.generate` in this process.
+`runtime.generate.generate` in this process, in float32: in bfloat16 a text whose beginning is kept from the request before may be rounded
+otherwise, and a tie between two tokens be broken otherwise.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Server:
 
     def __init__(self, port: int):
         words = [sys.executable, "-m", "predict_train", "serve", MODEL, "--predictors", PREDICTORS, "--device", "cpu", "--port",
-                 port, "--queue", QUEUE, "--max-request", MOST_BYTES]  # fmt: skip
+                 port, "--queue", QUEUE, "--max-request", f"{MOST_BYTES >> 10}KiB", "--dtype", "float32"]  # fmt: skip
         self.process = subprocess.Popen(
             [str(word) for word in words],
             stderr=subprocess.PIPE,
@@ -61,11 +62,12 @@ class Server:
             env=os.environ | {"PREDICT_TRAIN_API_KEY": KEY, "OMP_NUM_THREADS": "1"},
         )
         assert self.process.stderr is not None
+        line = ""
         for line in self.process.stderr:
             if " is served at " in line:
                 self.port = int(line.rsplit(":", 1)[1].partition("/")[0])
                 return
-        raise SystemExit("the server has not started")
+        raise SystemExit(f"the server has not started: {line}")
 
     @property
     def bytes(self) -> int:
@@ -159,7 +161,7 @@ class Client(threading.Thread):
 
 def answers() -> dict[tuple[str, int], str]:
     """The right answers, by the prompt and the most tokens."""
-    model: Any = load_offloaded(MODEL, PREDICTORS, device="cpu")
+    model: Any = load_offloaded(MODEL, PREDICTORS, device="cpu", dtype="float32")
     tokenizer = load_tokenizer(str(MODEL))
     return {
         (start, length): generate(model, tokenizer, start, Sampling(max_new_tokens=length, temperature=0.0)).text
