@@ -5,8 +5,8 @@
 Eight clients send requests to the embedded model for ten minutes: questions by OpenAI's client, whole and streamed, answers that
 nobody waits for, bodies that are no JSON, hostile ones, ones that are too large, and prompts beyond the context. After three quarters of the
 time the server is told to end while clients wait, and started again. All answers are compared with those of
-`runtime.generate.generate` in this process, in float32: in bfloat16 a text whose beginning is kept from the request before may be rounded
-otherwise, and a tie between two tokens be broken otherwise.
+`runtime.generate.generate` in this process. Both are prefetched and in float32: in bfloat16 a text whose beginning is kept from the
+request before may be rounded otherwise, and a tie between two tokens be broken otherwise.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Server:
 
     def __init__(self, port: int):
         words = [sys.executable, "-m", "predict_train", "serve", MODEL, "--predictors", PREDICTORS, "--device", "cpu", "--port",
-                 port, "--queue", QUEUE, "--max-request", f"{MOST_BYTES >> 10}KiB", "--dtype", "float32"]  # fmt: skip
+                 port, "--queue", QUEUE, "--max-request", f"{MOST_BYTES >> 10}KiB", "--dtype", "float32", "--policy", "prefetch"]  # fmt: skip
         self.process = subprocess.Popen(
             [str(word) for word in words],
             stderr=subprocess.PIPE,
