@@ -15,7 +15,9 @@ from .predictors.checkpoint import Predictors, as_predictors
 from .predictors.errors import UserError
 from .predictors.loading import read_model_config, resolve_dtype
 from .predictors.provenance import command, versions
+from .runtime.engines import check_eviction
 from .runtime.errors import StoreError
+from .runtime.host.cache import Eviction
 from .runtime.measure import plan as planning
 from .runtime.measure.machine import Machine, free_ram, measured_bandwidth, measured_disk, measured_link
 from .runtime.measure.routing import ReplayedRouting
@@ -145,6 +147,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     )
     planned.shape(asked)  # what can't be planned is told before the machine is measured
     machine = machine_of(config)
+    check_eviction(Eviction(config.eviction), not machine.is_cuda)
     forms: tuple[Form, ...] = (None, *Quantization) if shipped is None else (shipped,)
     form, case = _first_that_fits(
         planned, machine, [asked, *(other for other in forms if other != asked and config.quantize is None)]

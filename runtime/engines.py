@@ -20,6 +20,20 @@ from .reusing import reuse_scores
 from .settings import OffloadConfig
 from .store import ExpertStore, MemoryStore
 
+ON_A_CPU = {
+    Eviction.FOLLOWERS: "they are counted there",
+    Eviction.LEARNED: "the reuse predictors run there",
+}
+"""Evictions that a CPU has to compute, and why."""
+
+
+def check_eviction(eviction: Eviction, on_cpu: bool) -> None:
+    """Raises `OffloadError` for one that only models that compute on a CPU can have, unless this one does."""
+    if eviction in ON_A_CPU and not on_cpu:
+        raise OffloadError(
+            f"eviction {eviction} is for models that compute on a CPU, since {ON_A_CPU[eviction]}; give eviction=frequency"
+        )
+
 
 def make_engine(
     store: ExpertStore, layers: Sequence[ExpertLayer], config: OffloadConfig, predictors: Predictors | None
@@ -31,10 +45,7 @@ def make_engine(
     """
     assert config.slots is not None
     device = torch.device(config.device)
-    if config.eviction is Eviction.FOLLOWERS and device.type != "cpu":
-        raise OffloadError(
-            "eviction followers is for models that compute on a CPU, since they are counted there; give eviction=frequency"
-        )
+    check_eviction(Eviction(config.eviction), device.type == "cpu")
     reuse, confidences = reuse_scores(predictors, layers, config), None
     # On a CUDA device the host does not see when something is computed or copied, so nothing could be priced.
     if config.policy == AUTO and device.type == "cpu":

@@ -47,10 +47,6 @@ def reuse_scores(
     reuse = reuse_wanted(predictors, [layer.index for layer in layers], config)
     if reuse is None:
         return None
-    if torch.device(config.device).type != "cpu":
-        raise OffloadError(
-            "eviction learned is for models that compute on a CPU, since the reuse predictors run there; give eviction=frequency"
-        )
     return [ReuseScores(reuse.predictors, number) for number in range(len(layers))]
 
 

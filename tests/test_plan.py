@@ -139,6 +139,7 @@ def test_a_trace_of_another_model_is_refused(collected: Path) -> None:
         ({"--link": "0GB/s"}, "--link can't be 0GB/s"),
         ({"--device-memory": "20MB"}, "larger device"),
         ({"--slots": 3}, "3 slots are asked for"),
+        ({"--eviction": "learned"}, "eviction learned is for models that compute on a CPU"),
         ({"--preset": "mine"}, "no preset"),
         ({"--skew": 1}, "give kept with the skew"),
         ({"--dtype": "int3"}, "dtype"),
