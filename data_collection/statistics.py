@@ -22,8 +22,6 @@ from .columns import Column, Columns
 from .examples import make_batch
 from .trace import Piece, Trace
 
-CHUNK_ROWS = 2048
-"""Rows in memory at a time: about 3 GB of fp32 states at 48 layers of hidden size 4096."""
 SAMPLE_ROWS = 32_768
 SLOT_SHARES = (0.0625, 0.1875, 0.375, 0.6328)
 """Of a layer's experts: with 128 experts 8, 24, 48 and 81 slots."""
@@ -80,8 +78,7 @@ def _training_free(trace: Trace, sample_rows: int) -> tuple[dict[str, list[float
     sizes = {name: min(size, model.num_experts) for name, size in sizes.items()}
     step = max(1, trace.rows // sample_rows)
     chosen = [torch.arange(0, entry.rows, step) for entry in trace.manifest.shards]
-    parts = ((shard, some) for shard, rows in enumerate(chosen) for some in rows.split(CHUNK_ROWS))
-    batches = (trace.read(shard, rows) for shard, rows in parts)
+    batches = (trace.read(shard, rows) for shard, rows in trace.pieces(chosen))
     rates = hit_rates(batches, trace.sources, trace.stacked(), list(sizes.values()))
     by_size = {name: list(found.values()) for name, found in zip(sizes, rates, strict=True)}
     return by_size, sum(map(len, chosen))
@@ -135,7 +132,7 @@ def _previous_token(trace: Trace) -> tuple[list[float], int]:
         token, order = trace.by_token(shard)
         follows = (token.diff() == 1).nonzero().flatten()
         present, before = order[follows + 1], order[follows]
-        for now, then in zip(present.split(CHUNK_ROWS), before.split(CHUNK_ROWS), strict=True):
+        for now, then in zip(present.split(trace.rows_at_once), before.split(trace.rows_at_once), strict=True):
             ids = [trace.column(shard, Column.EXPERT_IDS.of(target)) for target in trace.sources]
             guess = torch.stack([column[then] for column in ids])
             metric.update(guess, torch.stack([column[now] for column in ids]))

@@ -38,6 +38,9 @@ from .manifest import Manifest, TraceError, read_manifest
 from .wiring import rebuilt_wirings, vectors_in
 
 CONFIG, SPECULATION = "config.json", "speculation.safetensors"
+RUN, MOST_AT_ONCE, BYTES_AT_ONCE = 64, 2048, 32 << 20
+"""Rows are read in pieces of a multiple of `RUN`, whose states of all layers take about so many bytes in fp32. What is computed from
+them takes several times as many."""
 
 Piece = tuple[int, torch.Tensor]
 """A shard and rows of it, int64."""
@@ -230,12 +233,23 @@ class Trace:
         own = (target for target, source in sources.items() if source is None)
         return next((target for target in own if Column.INPUT.of(target) not in recorded), None)
 
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows `pieces` has at a time."""
+        fitting = BYTES_AT_ONCE // (4 * self.manifest.model.hidden_size * len(self.sources))
+        return min(MOST_AT_ONCE, max(RUN, fitting // RUN * RUN))
+
+    def pieces(self, chosen: Iterable[torch.Tensor]) -> Iterator[Piece]:
+        """The `chosen` rows of each shard in pieces that are small enough to compute with."""
+        return ((n, some) for n, rows in enumerate(chosen) for some in rows.split(self.rows_at_once) if len(some))
+
     def sample(self, rows: int, names: Iterable[str] | None = None) -> Iterator[Columns]:
-        """About `rows` rows, evenly spaced over the whole trace, shard by shard; columns as in `read`."""
+        """About `rows` rows, evenly spaced over the whole trace, in pieces; columns as in `read`."""
         step = max(1, self.rows // rows)
-        for number, shard in enumerate(self.manifest.shards):
-            yield self.read(number, torch.arange(0, shard.rows, step), names)
-            self.unmap()
+        for number, some in self.pieces(torch.arange(0, shard.rows, step) for shard in self.manifest.shards):
+            self.unmap(but=[number])
+            yield self.read(number, some, names)
+        self.unmap()
 
     def default_vectors(self) -> dict[int, torch.Tensor]:
         """By source layer: `[experts, hidden]`, fp32; of every source layer of the model, not only of the targets'.

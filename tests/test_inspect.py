@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from predict_train.data_collection import statistics
+from predict_train.data_collection import trace as traces
 from predict_train.data_collection.statistics import balance, reuse, stack_distances, trace_statistics
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.errors import UserError
@@ -74,7 +75,7 @@ def test_hit_rates_are_those_of_collect(collected):
 def test_what_is_read_at_a_time_changes_no_figure(collected, monkeypatch):
     trace = Trace.open(collected)
     whole = trace_statistics(trace)
-    monkeypatch.setattr(statistics, "CHUNK_ROWS", 37)
+    monkeypatch.setattr(traces, "BYTES_AT_ONCE", 1)
     most = 0
     read = Trace.read
 
@@ -85,7 +86,7 @@ def test_what_is_read_at_a_time_changes_no_figure(collected, monkeypatch):
 
     monkeypatch.setattr(Trace, "read", watched)
     in_pieces = trace_statistics(trace)
-    assert most == 37
+    assert most == traces.RUN
     for a, b in zip(whole["layers"], in_pieces["layers"], strict=True):
         assert a["load"] == b["load"]
         assert a["hit_rate"] == pytest.approx(b["hit_rate"], abs=1e-3)  # a matmul of other rows rounds otherwise

@@ -16,8 +16,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from ..data_collection.columns import SEQUENCE, Columns
-from ..data_collection.statistics import CHUNK_ROWS, hit_rates
-from ..data_collection.trace import Trace
+from ..data_collection.statistics import hit_rates
+from ..data_collection.trace import RUN, Trace
 from ..predictors.checkpoint import Predictors, TargetLayer, refuse_existing, save_predictors
 from ..predictors.direct import STACKS, DirectMLP
 from ..predictors.files import checksum
@@ -34,8 +34,6 @@ from .settings import ExportConfig
 
 ROUNDING_ROWS = 20_000
 """About the most validation rows that the cost of rounding is measured on."""
-ROUNDING_RUN = 64
-"""Consecutive tokens of them."""
 
 
 def export(config: ExportConfig, console: Console | None = None) -> Path:
@@ -164,7 +162,7 @@ def _validation_rows(trace: Trace, share: float, seed: int) -> list[torch.Tensor
         _, rows = trace.by_token(shard)
         found.append(rows[held_out[trace.column(shard, SEQUENCE)[rows].long()]])
     step = -(-sum(map(len, found)) // ROUNDING_ROWS)
-    return [rows[torch.arange(len(rows)) // ROUNDING_RUN % step == 0] for rows in found]
+    return [rows[torch.arange(len(rows)) // RUN % step == 0] for rows in found]
 
 
 def _hit_rates(predictors: Predictors, trace: Trace, rows: list[torch.Tensor]) -> dict[int, float]:
@@ -192,8 +190,7 @@ def _batches(
 ) -> Iterator[Columns]:
     """The given rows of each shard, with what speculation reads of them."""
     names = trace.columns_for(sources, max((mlp.memory for mlp in mlps.values()), default=0))
-    pieces = ((shard, some) for shard, own in enumerate(rows) for some in own.split(CHUNK_ROWS))
-    return (trace.read(shard, piece, names) for shard, piece in pieces if len(piece))
+    return (trace.read(shard, piece, names) for shard, piece in trace.pieces(rows))
 
 
 def _cast(predictors: Predictors, dtype: torch.dtype) -> Predictors:
