@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--scratch", type=Path, help="where everything is written and kept [a temporary folder, removed]"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="of collect, in turn")
+    parser.add_argument("--rounds", type=int, default=1, help="of collect, in turn")
     parser.add_argument("--json", type=Path, default=RESULTS / "small_machine.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
