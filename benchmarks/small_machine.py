@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.runtime import CONFIG, FREES, RESULTS, ROOT, drop_from_memory, memory_group
 
 LAYERS, LIMIT = 20, 2_000_000_000
-TOKENS, BATCH = 1024, 512
+TOKENS, BATCH = 512, 256
 
 
 def make(folder: Path) -> None:
@@ -133,9 +133,7 @@ def main() -> None:
         found["fit"] = measure("fit", scratch / "packed", "--out", scratch / "run", "--epochs", 1, "--width", 64)
         found["export"] = measure("export", scratch / "run", "--out", scratch / "predictors")
         offloaded = [model, "--pack", pack, "--predictors", scratch / "predictors", "--dtype", "bfloat16"]
-        found["evaluate"] = measure(
-            "evaluate", *offloaded, "--tokens", 512, "--sequence-length", 128, "--batch-size", 2
-        )
+        found["evaluate"] = measure("evaluate", *offloaded, "--tokens", 64, "--sequence-length", 32, "--batch-size", 2)
         found["generate"] = measure("generate", *offloaded, "--prompt", "def mean(values):", "--max-new-tokens", 32)
         found["serve"] = measure("serve", *offloaded, "--port", 0)
     result |= {"versions": versions(), "hardware": hardware(), "command": command()}
