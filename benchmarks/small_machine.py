@@ -69,7 +69,7 @@ def run(words: list[object], limit: int | None) -> dict[str, Any]:
                 lines.append(line)
                 if " is served at " in line:
                     address = line.split(" is served at ")[1].strip()
-                    body = json.dumps({"model": "m", "prompt": "def ", "max_tokens": 8}).encode()
+                    body = json.dumps({"prompt": "def ", "max_tokens": 8}).encode()
                     asked = urllib.request.Request(f"{address}/completions", body, {"Content-Type": "application/json"})
                     with urllib.request.urlopen(asked, timeout=600) as answer:
                         lines.append(answer.read().decode())

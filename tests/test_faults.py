@@ -240,7 +240,7 @@ import torch
 torch.set_num_threads(1)
 from transformers import AutoConfig
 from predict_train.runtime import StoreError, load_offloaded, offload_experts
-config = AutoConfig.for_model("qwen3_moe", hidden_size=256, moe_intermediate_size=512, num_experts=16, num_hidden_layers=8,
+config = AutoConfig.for_model("qwen3_moe", hidden_size=256, moe_intermediate_size=1024, num_experts=16, num_hidden_layers=8,
                               num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, vocab_size=99)
 model = load_offloaded(config, device="cpu", dtype=torch.float32, pack=sys.argv[1], slots=4)
 ids = torch.arange(9)[None]
