@@ -76,8 +76,7 @@ def _training_free(trace: Trace, sample_rows: int) -> tuple[dict[str, list[float
     model = trace.manifest.model
     sizes = {"k": model.top_k, "k+2": model.top_k + 2, "2k": 2 * model.top_k}
     sizes = {name: min(size, model.num_experts) for name, size in sizes.items()}
-    step = max(1, trace.rows // sample_rows)
-    chosen = [torch.arange(0, entry.rows, step) for entry in trace.manifest.shards]
+    chosen = trace.spaced(sample_rows)
     batches = (trace.read(shard, rows) for shard, rows in trace.pieces(chosen))
     rates = hit_rates(batches, trace.sources, trace.stacked(), list(sizes.values()))
     by_size = {name: list(found.values()) for name, found in zip(sizes, rates, strict=True)}

@@ -243,10 +243,14 @@ class Trace:
         """The `chosen` rows of each shard in pieces that are small enough to compute with."""
         return ((n, some) for n, rows in enumerate(chosen) for some in rows.split(self.rows_at_once) if len(some))
 
-    def sample(self, rows: int, names: Iterable[str] | None = None) -> Iterator[Columns]:
-        """About `rows` rows, evenly spaced over the whole trace, in pieces; columns as in `read`."""
+    def spaced(self, rows: int) -> list[torch.Tensor]:
+        """Of each shard its part of about `rows` rows, int64, which are evenly spaced over the whole trace."""
         step = max(1, self.rows // rows)
-        for number, some in self.pieces(torch.arange(0, shard.rows, step) for shard in self.manifest.shards):
+        return [torch.arange(0, shard.rows, step) for shard in self.manifest.shards]
+
+    def sample(self, rows: int, names: Iterable[str] | None = None) -> Iterator[Columns]:
+        """The rows of `spaced`, in pieces; columns as in `read`."""
+        for number, some in self.pieces(self.spaced(rows)):
             self.unmap(but=[number])
             yield self.read(number, some, names)
         self.unmap()
