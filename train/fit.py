@@ -222,9 +222,8 @@ def _check_folder(config: FitConfig) -> None:
         return
     before = read_run(config.out)
     trace, now = Trace.open(config.trace), config.model_dump(mode="json")
-    if (
-        before["settings"]["loss"] == "kl" and form_of(trace, config) is Form.CORRECTING
-    ):  # older releases wrote the default so
+    # Older releases wrote the default so.
+    if before["settings"]["loss"] == "kl" and form_of(trace, config) is Form.CORRECTING:
         now["loss"] = now["loss"] or before["settings"]["loss"]
     for name in FitConfig.model_fields.keys() - WHERE_AND_HOW:
         if before["settings"].get(name) != now[name]:
