@@ -161,7 +161,7 @@ def settings(tokens: int, sequence_length: int = 256, batch_size: int = 16) -> C
         out=Path("unused"),
         split="held_out",
         tokens=tokens,
-        pack=True,
+        concatenate=True,
         sequence_length=sequence_length,
         batch_size=batch_size,
     )

@@ -46,8 +46,9 @@ def main() -> None:
 def rates(trace: Trace, vectors: dict[int, torch.Tensor]) -> dict[int, float]:
     """Of each target, with default vectors of other tokens than the trace's, by source layer."""
     sizes, sources = [trace.manifest.model.top_k], trace.sources
+    read = {target: source for target, source in sources.items() if source is not None}
     own = trace.wirings().items()
-    wirings = [replace(wiring, default_vectors=vectors.get(sources[target])) for target, wiring in own]
+    wirings = [replace(wiring, default_vectors=vectors.get(read.get(target, -1))) for target, wiring in own]
     stacked = StackedSpeculators(wirings, trace.manifest.model.hidden_size)
     return hit_rates(trace.sample(ROWS), sources, stacked, sizes)[0]
 

@@ -164,7 +164,7 @@ def main() -> None:
             table.add_row(name, *(f"{rate:.3f}" for rate in (statistics.fmean(result[name]), *result[name])))
         Console().print(table)
         settings = {name: getattr(given, name) for name in ("steps", "tokens", "epochs", "held_out")}
-        facts = {"settings": settings, "versions": versions(), "hardware": hardware()}
+        facts: dict[str, Any] = {"settings": settings, "versions": versions(), "hardware": hardware()}
         facts["command"] = f"python -m benchmarks.direct SCRATCH --types {model_type}"
         file = RESULTS / f"direct-{model_type.replace('_', '-')}.json"
         file.write_text(json.dumps(result | facts, indent=2) + "\n")

@@ -140,7 +140,7 @@ def main() -> None:
     text = read_documents(split="held_out", refuse=lambda *_: None)
     rows = sequences(text, tokenizer, PROMPT, 8 * PROMPT * given.prompts)
     prompts = [row.unsqueeze(0) for row in rows if len(row) == PROMPT][::8][: given.prompts]
-    load = {"dtype": "float32", "device": "cpu", "slots": SLOTS}
+    load: dict[str, Any] = {"dtype": "float32", "device": "cpu", "slots": SLOTS}
     models = {policy: load_offloaded(str(MODEL), str(PREDICTORS), policy=policy, **load) for policy in POLICIES}
     plain, assistant = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval() for _ in range(2))
     results = measure(models, plain, assistant, prompts, given.tokens)

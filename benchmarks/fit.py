@@ -29,9 +29,11 @@ from predict_train.data_collection.memory import keep_freed_memory
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.train.data import TraceData
-from predict_train.train.fit import FitConfig, fit, lightning_trainer, quiet
+from predict_train.train.fit import fit
 from predict_train.train.module import PredictorTraining
+from predict_train.train.settings import FitConfig
 from predict_train.train.targets import Target, choose_targets
+from predict_train.train.trainer import lightning_trainer, quiet
 from rich.console import Console
 
 RESULTS = Path(__file__).parent / "results"

@@ -38,6 +38,7 @@ from predict_train.runtime.measure.simulation import nearest, simulate
 from predict_train.runtime.quantization import Quantization
 from predict_train.runtime.settings import OffloadConfig
 from predict_train.runtime.store import HostStore, MemoryStore, QuantizedExperts, QuantizedStore, empty_blocks
+from torch.profiler import DeviceType
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +163,7 @@ class Bench:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 decoding.step()
                 torch.cuda.synchronize()
-        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        on_device = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
         count = sum(not event.name.startswith("Mem") for event in on_device)
         self.rows.append(self.facts | vars(case) | {"kernels_per_token": count})
         print(f"  {case.way}: {count} kernels a token", flush=True)

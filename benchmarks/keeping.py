@@ -117,7 +117,7 @@ def pools(trace: Trace, predictors: Predictors) -> list[dict[str, Any]]:
         for eviction in ("least_stale", "frequency", "followers", "learned"):
             config = OffloadConfig(policy="on_demand", slots=slots * len(trace.sources), eviction=eviction)
             rule = own.get(eviction, last_use)
-            row = {"slots": slots, "eviction": eviction, "tokens": len(ids)}
+            row: dict[str, Any] = {"slots": slots, "eviction": eviction, "tokens": len(ids)}
             row["own"] = float(count_hits(routed, rule(routed), [slots]).sum()) / ids.numel()
             row["shared"] = simulate(COSTS, routing, config, warmup=0).cache_hit_rate
             if eviction != "least_stale":
@@ -157,7 +157,7 @@ def copies(trace: Trace, predictors: Predictors, name: str) -> list[dict[str, An
                     decode(model, tokens)
                     measured = offload.counters.copies / length
                 simulated = simulate(COSTS, routing, config, warmup=0).copies
-                row = {"slots": config.slots, "eviction": eviction, "policy": policy, "tokens": length}
+                row: dict[str, Any] = {"slots": config.slots, "eviction": eviction, "policy": policy, "tokens": length}
                 found.append(row | {"measured": measured, "simulated": simulated, "ratio": simulated / measured})
     return found
 

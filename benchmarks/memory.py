@@ -65,10 +65,12 @@ def load(path: Path, layers: list[int] | None, rows: int) -> tuple[Data, torch.T
     """At most `rows` rows, and the routers' weights `[layers, experts, hidden]`."""
     trace = Trace.open(path)
     sources = {layer: trace.sources[layer] for layer in layers or trace.sources}
-    stacked, parts, order = trace.stacked(sources), [], []
+    stacked = trace.stacked(sources)
+    parts: list[tuple[torch.Tensor, ...]] = []
+    order: list[torch.Tensor] = []
     for shard in range(len(trace.manifest.shards)):
         for chosen in trace.by_token(shard)[1].split(CHUNK):
-            if sum(map(len, order)) < rows:
+            if sum(len(some) for some in order) < rows:
                 parts.append(make_batch(trace.read(shard, chosen), sources, stacked)[:5])
                 order.append(torch.stack([place[chosen] for place in trace.places(shard)], 1))
     batch = Batch(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))

@@ -21,8 +21,9 @@ from predict_train.data_collection.trace import Trace
 from predict_train.predictors.metrics import gap_closed
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.predictors.provenance import command, hardware, versions
-from predict_train.train.fit import FitConfig, fit
+from predict_train.train.fit import fit
 from predict_train.train.losses import LOSSES
+from predict_train.train.settings import FitConfig
 from rich.console import Console
 from rich.table import Table
 

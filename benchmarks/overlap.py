@@ -141,7 +141,7 @@ def measured(arguments: argparse.Namespace, pack: Path) -> dict[str, Any]:
             # By the cell, since what others do on this machine changes from minute to minute.
             machine.append((reading_speed(), starting_time()))
             expected(rows, found.link, slots, routing, config)
-            cell = {
+            cell: dict[str, Any] = {
                 "link_bytes_per_second": None if part == "none" else link,
                 "measured_link_bytes_per_second": found.link,
                 "slots": slots,

@@ -40,14 +40,14 @@ def computing(model: Any, file: Path, rounds: int) -> list[float]:
     blocks = empty_blocks(layer.num_experts, store.format.bytes, torch.device("cpu"))
     for expert, block in enumerate(blocks):
         store.read(0, expert, block.numpy())
-    tensors = [store.format.views(block) for block in blocks]
+    weights = [store.format.views(block) for block in blocks]
     store.close()
     x, found = torch.randn(1, layer.hidden_size, dtype=torch.bfloat16), []
     tokens = layer.num_experts // layer.top_k
     for _ in range(rounds + 1):
         begun = time.perf_counter()
-        for expert in tensors[: tokens * layer.top_k]:
-            store.format.output(layer.experts, expert, x)
+        for expert_weights in weights[: tokens * layer.top_k]:
+            store.format.output(layer.experts, expert_weights, x)
         found.append(1000 * (time.perf_counter() - begun) / tokens)
     return found[1:]
 

@@ -269,7 +269,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch = arguments.scratch or Path(folder)
         scratch.mkdir(parents=True, exist_ok=True)
-        common = ("--scratch", scratch.absolute(), "--tokens", arguments.tokens, "--rounds", arguments.rounds)
+        common: tuple[Any, ...] = (
+            "--scratch",
+            scratch.absolute(),
+            "--tokens",
+            arguments.tokens,
+            "--rounds",
+            arguments.rounds,
+        )
         common += ("--predictors", arguments.predictors)
         subprocess.run(
             [sys.executable, "-m", "benchmarks.runtime", "--child", "make", *map(str, common)], cwd=ROOT, check=True

@@ -26,7 +26,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import psutil
 from predict_train.predictors.loading import load_tokenizer
@@ -91,10 +90,8 @@ class Client(threading.Thread):
         self.wrong: list[str] = []
         self.is_over = False
         self._random = random.Random(number)
-        once = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0), timeout=300)
-        self._openai = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0, http_client=once
-        )
+        url, once = f"http://127.0.0.1:{port}/v1", {"Connection": "close"}
+        self._openai = openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=300, default_headers=once)
 
     def run(self) -> None:
         kinds = [self.ask, self.leave, self.send_nonsense, self.send_too_much]

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,9 @@ def write_gguf(source: Path, out: Path, kind: str) -> None:
     for name, weight in model.state_dict().items():
         base, _, end = name.rpartition(".")
         if base.endswith(".experts"):
-            layer = names.get_name(base.replace(".experts", ".gate")).rpartition(".")[0]
+            gate = names.get_name(base.replace(".experts", ".gate"))
+            assert gate is not None
+            layer = gate.rpartition(".")[0]
             kinds = ("gate", "up") if end == "gate_up_proj" else ("down",)
             for part, values in zip(kinds, weight.chunk(len(kinds), 1), strict=True):
                 packed = gguf.quantize(values.contiguous().numpy(), number)
@@ -86,6 +89,10 @@ def ggml_blocks(kind: GgmlType) -> torch.Tensor:
     return torch.cat([torch.randint(0, 256, (WIDTH * WIDTH * kind.bits // 8,), dtype=torch.uint8), head.T.flatten()])
 
 
+def widened_product(kind: GgmlType, blocks: list[torch.Tensor], x: torch.Tensor, number: int) -> torch.Tensor:
+    return F.linear(x, kind.widen(blocks[number], (WIDTH, WIDTH), x.dtype))
+
+
 @torch.no_grad()
 def compare(rounds: int) -> None:
     """Prints the time of a token's product with a weight that is widened first, against the same in bfloat16, by turns."""
@@ -107,7 +114,7 @@ def compare(rounds: int) -> None:
     }
     for name, kind in TYPES.items():
         blocks = [ggml_blocks(kind) for _ in range(WEIGHTS)]
-        jobs[name] = lambda n, kind=kind, blocks=blocks: F.linear(x, kind.widen(blocks[n], (WIDTH, WIDTH), x.dtype))
+        jobs[name] = partial(widened_product, kind, blocks, x)
     found: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds + 1):
         for name, job in jobs.items():

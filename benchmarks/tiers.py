@@ -38,14 +38,12 @@ class Run:
     def __init__(self, pack: Path, share: float, steps: int, attached: ExitStack):
         header = read_header(pack)
         whole = header.block_bytes * header.num_experts * len(header.layers)
-        self.model: Any = load_offloaded(
-            AutoConfig.from_pretrained(CONFIG), pack=pack, device="cpu", dtype=torch.bfloat16
-        )
-        self.model.expert_offload.detach()
+        self.model = load_offloaded(AutoConfig.from_pretrained(CONFIG), pack=pack, device="cpu", dtype=torch.bfloat16)
+        vars(self.model)["expert_offload"].detach()
         layers = find_moe_layers(self.model)
         routing = draw_routing(PRESETS["qwen3-30b-a3b"], steps=steps, layers=12, num_experts=64, top_k=4, candidates=6)
         attached.enter_context(replaying(layers, routing))
-        memory = {} if share == 0 else {"host_memory": int(share * whole)}
+        memory: dict[str, Any] = {} if share == 0 else {"host_memory": int(share * whole)}
         attached.enter_context(offloaded(self.model, device="cpu", slots=SLOTS, policy="on_demand", **memory))
         self.cache = self.model(input_ids=prompt(), use_cache=True).past_key_values
 

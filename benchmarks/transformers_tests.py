@@ -79,7 +79,7 @@ class Offloading:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self) -> None:
         while self._models:
-            self._models.pop().expert_offload.detach()
+            vars(self._models.pop())["expert_offload"].detach()
 
 
 class Results:
