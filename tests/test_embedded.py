@@ -60,7 +60,7 @@ def test_exact_policies_give_the_very_tokens(model: PreTrainedModel, tokenizer: 
     batches = [rows[:1], rows[1:2], rows[2:]]
     with torch.no_grad():
         expected = [(generated(model, batch), model(batch).logits) for batch in batches]
-        for policy, slots in itertools.product(("on_demand", "prefetch"), (4, 16, 32)):
+        for policy, slots in itertools.product(("on_demand", "prefetch"), (4, 24)):
             with offloaded(model, policy=policy, slots=slots, device="cpu"):
                 for batch, (tokens, logits) in zip(batches, expected, strict=True):
                     assert torch.equal(generated(model, batch), tokens), (policy, slots, len(batch))

@@ -10,6 +10,7 @@ from conftest import UNTRAINED
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther
+from predict_train.runtime import Eviction
 from predict_train.runtime.measure import simulation
 from predict_train.runtime.measure.routing import ReplayedRouting, Statistics, draw_routing
 from predict_train.runtime.measure.simulation import Costs, Simulated, nearest
@@ -113,8 +114,11 @@ def test_demand_is_never_slower_with_a_faster_link_or_more_slots(
 ) -> None:
     way |= {"policy": "on_demand"}
     before = simulate(costs_of(copy), routing, **way)
-    slots = min(96, way["slots"] + more)
     assert simulate(costs_of(copy / factor), routing, **way).seconds <= before.seconds + 1e-9
+    # Only for evictions that go by the last use. Others may have no choice where a layer has as many slots as it needs. With one
+    # slot more they have a choice, and it is a bad one where a routing is not of their kind.
+    assume(way["eviction"] in (Eviction.LRU, Eviction.LEAST_STALE))
+    slots = min(96, way["slots"] + more)
     assert simulate(costs_of(copy), routing, **(way | {"slots": slots})).seconds <= before.seconds + 1e-9
 
 
