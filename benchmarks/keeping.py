@@ -9,10 +9,12 @@
 `rules`: all rules see the same sequences, each of which begins with empty slots; the way from the least recently used (0) to
 Belady's rule (1), which knows the future, is measured in misses. Frequencies have half-lives from 4 tokens to 256. What `followers`
 counts goes on from one sequence to the next, and begins with nothing.
-`pools`: hit rates of one long text, if each layer has its own slots, if layers share them but none keeps more than its part for
-long, as in the host's engine, and if all are one pool in which the least worth goes first.
+`pools`: hit rates of one long text in the host's engine (simulated), if layers have equal shares of the slots and if all are one
+pool in which the least worth goes first, up to Belady's rule over the pool. It knows when each expert is used next, in tokens and
+layers. The way to it is measured in misses, from `lru` and from `least_stale` as the engine runs them.
 `copies`: what a running model copies a token, and what its simulation says.
-`cost`: microseconds that a reuse predictor and `followers` take for a layer and token, other memory being used between tokens.
+`cost`: microseconds that a reuse predictor and `followers` take for a layer and token, other memory being used between tokens, and
+that it takes to find an expert that leaves.
 `times`: milliseconds a token of the running model under each eviction, by turns.
 """
 
@@ -22,7 +24,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,11 +39,10 @@ from predict_train.data_collection.keeping import (
     Routed,
     Rule,
     Worth,
-    count_hits,
     frequency,
     keep_rates,
-    last_use,
     learned,
+    next_uses,
 )
 from predict_train.data_collection.statistics import long_runs
 from predict_train.data_collection.trace import Trace
@@ -49,10 +50,10 @@ from predict_train.predictors.checkpoint import Predictors, load_predictors
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.predictors.reuse import HALF_LIFE, ReuseScores
 from predict_train.runtime import offloaded
-from predict_train.runtime.host import schedule
-from predict_train.runtime.host.cache import Key, SlotCache
+from predict_train.runtime.host import cache
 from predict_train.runtime.host.followers import Followers
 from predict_train.runtime.measure.replay import _longest_run, replay, scores_after
+from predict_train.runtime.measure.reuse import Numbers
 from predict_train.runtime.measure.routing import ReplayedRouting
 from predict_train.runtime.measure.simulation import Costs, simulate
 from predict_train.runtime.settings import OffloadConfig
@@ -64,6 +65,8 @@ HALF_LIVES = (4, 8, 16, 24, 32, 64, 128, 256)
 TOKENS = 4096
 """Of the long text."""
 EVICTIONS = ("lru", "least_stale", "frequency", "followers", "learned")
+SHARINGS: dict[str, dict[str, list[str]]] = {"lru": {"one pool": []}, "least_stale": {"shares": []}}
+"""Of evictions that go by the last use: who shares slots under them."""
 PARTS = ("rules", "pools", "copies", "cost", "times")
 COSTS = Costs(layer=3e-4, expert=1e-4, copy=5e-5)
 
@@ -79,18 +82,11 @@ def followers() -> Rule:
         for sequence, tokens in enumerate(routed.ids.tolist()):
             for token, ids in enumerate(tokens):
                 for layer, used in enumerate(ids):
-                    counted[layer].add(used)
-                    found[sequence, token, layer] = [counted[layer][expert] for expert in range(experts)]
+                    counted[layer].add(np.array([used]))
+                    found[sequence, token, layer] = counted[layer].worth
         return lambda token: torch.from_numpy(found[:, token])
 
     return rule
-
-
-class OnePool(SlotCache):
-    """All layers' experts in one pool: whoever is worth least goes first."""
-
-    def _layers_in_order(self) -> Iterator[Iterable[Key]]:
-        yield list(self._slot_of)
 
 
 def rules(trace: Trace, predictors: Predictors | None, rows: int) -> dict[str, Any]:
@@ -108,23 +104,41 @@ def pools(trace: Trace, predictors: Predictors) -> list[dict[str, Any]]:
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     ids, model = trace.expert_ids(columns), trace.manifest.model
     scores = scores_after(predictors.reuse.predictors, ids, [trace.router_logits(columns, t) for t in trace.sources])
-    routing = ReplayedRouting(np.asarray(ids), np.asarray(ids), {}, scores)
-    routed, found = Routed.of(ids[None], model.num_experts, columns), []
-    reuse = learned(predictors.reuse.predictors, predictors.reuse.layers)
+    found: list[dict[str, Any]] = []
     for share in SHARES:
         slots = max(model.top_k, round(share * model.num_experts))
-        own = {"frequency": frequency, "followers": followers(), "learned": reuse}
-        for eviction in ("least_stale", "frequency", "followers", "learned"):
+        rates: dict[tuple[str, str], float] = {}
+        for name in (*EVICTIONS, "belady"):
+            eviction = "learned" if name == "belady" else name
+            said = next_times(ids, model.num_experts) if name == "belady" else scores
+            routing = ReplayedRouting(np.asarray(ids), np.asarray(ids), {}, said)
             config = OffloadConfig(policy="on_demand", slots=slots * len(trace.sources), eviction=eviction)
-            rule = own.get(eviction, last_use)
-            row: dict[str, Any] = {"slots": slots, "eviction": eviction, "tokens": len(ids)}
-            row["own"] = float(count_hits(routed, rule(routed), [slots]).sum()) / ids.numel()
-            row["shared"] = simulate(COSTS, routing, config, warmup=0).cache_hit_rate
-            if eviction != "least_stale":
-                with patch.object(schedule, "SlotCache", OnePool):
-                    row["one pool"] = simulate(COSTS, routing, config, warmup=0).cache_hit_rate
+            for sharing, pooled in SHARINGS.get(name, {"shares": [], "one pool": [eviction]}).items():
+                with patch.object(cache, "ONE_POOL", pooled):
+                    rates[name, sharing] = simulate(COSTS, routing, config, warmup=0).cache_hit_rate
+        best = rates["belady", "one pool"]
+        for (name, sharing), rate in rates.items():
+            row: dict[str, Any] = {
+                "slots": slots,
+                "eviction": name,
+                "who": sharing,
+                "tokens": len(ids),
+                "hit rate": rate,
+            }
+            for start, before in (("lru", rates["lru", "one pool"]), ("least_stale", rates["least_stale", "shares"])):
+                row[f"way from {start}"] = (rate - before) / (best - before)
             found.append(row)
     return found
+
+
+def next_times(ids: torch.Tensor, num_experts: int) -> Numbers:
+    """Scores of Belady's rule, `[tokens, layers, experts]`: the sooner an expert is used after a token, the higher.
+
+    `ids` are `[tokens, layers, top_k]`. One token later is as many units as there are layers, one layer later is one.
+    """
+    distances = next_uses(Routed.of(ids[None], num_experts))[0].double()
+    tokens, layers = torch.arange(len(ids))[:, None, None], torch.arange(ids.shape[1])[:, None]
+    return -((tokens + distances) * ids.shape[1] + layers).numpy()
 
 
 def longest_text(trace: Trace) -> torch.Tensor:
@@ -138,9 +152,9 @@ def longest_text(trace: Trace) -> torch.Tensor:
 @torch.no_grad()
 def decode(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     """Feeds the tokens one by one."""
-    cache = None
+    known = None
     for token in tokens.split(1, dim=1):
-        cache = model(token, past_key_values=cache, use_cache=True).past_key_values
+        known = model(token, past_key_values=known, use_cache=True).past_key_values
 
 
 def copies(trace: Trace, predictors: Predictors, name: str) -> list[dict[str, Any]]:
@@ -182,7 +196,7 @@ def times(trace: Trace, predictors: Predictors, name: str, rounds: int = 5) -> l
 
 
 def cost(predictors: Predictors, top_k: int) -> list[dict[str, Any]]:
-    """Microseconds of a reuse predictor, and of `followers`, for a layer and token."""
+    """Microseconds of a reuse predictor, and of `followers`, for a layer and token, and for an expert that leaves one pool."""
     assert predictors.reuse is not None
     reuse = predictors.reuse.predictors
     layers, experts = reuse.b2.shape
@@ -198,18 +212,43 @@ def cost(predictors: Predictors, top_k: int) -> list[dict[str, Any]]:
             one.use(chosen)
             one.after(said)
         times["learned"].append(time.perf_counter() - begun["learned"])
-        used = [chosen[0].tolist() for chosen in ids]
+        used = [chosen.numpy() for chosen in ids]
         other.add_(1.0)
         begun["followers"] = time.perf_counter()
         for follows, now in zip(counted, used, strict=True):
             follows.add(now)
-            follows[0]  # computes what all are worth
+            list(follows.worth)
         times["followers"].append(time.perf_counter() - begun["followers"])
     return [
-        {"eviction": name, "experts": experts, "layers": layers}
+        {"what": name, "experts": experts, "layers": layers}
         | {"median_us": 1e6 * statistics.median(some) / layers, "min_us": 1e6 * min(some) / layers}
         for name, some in times.items()
-    ]
+    ] + [leaving_cost(*shape) for shape in ((layers, experts, top_k), (48, 128, 8))]
+
+
+def leaving_cost(layers: int, experts: int, top_k: int, tokens: int = 100) -> dict[str, Any]:
+    """Microseconds for an expert that leaves one pool, with all that is kept up for that. A quarter of the experts have slots."""
+    generator, times, slots = np.random.default_rng(0), [], layers * experts // 4
+    worth = generator.random((tokens, layers, experts))
+    used, now = worth.argsort(-1)[..., :top_k].tolist(), worth[0].tolist()
+    one = cache.SlotCache(slots, (layers, experts), cache.Eviction.LEARNED, now.__getitem__)
+    one.fill([((place % layers, place // layers), place) for place in range(slots)])
+    for token, said in enumerate(worth.tolist()):
+        now[:], left, begun = said, 0, time.perf_counter()
+        for layer in range(layers):
+            one.layer = layer
+            one.rated(layer)
+            for expert in used[token][layer]:
+                key = layer, expert
+                if key in one:
+                    one.pin(key)
+                else:
+                    one.admit(key)
+                    left += 1
+            one.unpin_all()
+        times.append((time.perf_counter() - begun) / left)
+    median, least = 1e6 * statistics.median(times), 1e6 * min(times)
+    return {"what": "leaving", "experts": experts, "layers": layers, "median_us": median, "min_us": least}
 
 
 def show_rules(found: dict[str, Any]) -> None:

@@ -147,7 +147,6 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     )
     planned.shape(asked)  # what can't be planned is told before the machine is measured
     machine = machine_of(config)
-    check_eviction(Eviction(config.eviction), not machine.is_cuda)
     forms: tuple[Form, ...] = (None, *Quantization) if shipped is None else (shipped,)
     form, case = _first_that_fits(
         planned, machine, [asked, *(other for other in forms if other != asked and config.quantize is None)]
@@ -174,7 +173,8 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 def machine_of(config: PlanConfig) -> Machine:
     """The machine that `config` describes. What it leaves out is read off this one.
 
-    Raises `UserError` where a GPU would have to be measured and there is none.
+    Raises `UserError` where a GPU would have to be measured and there is none, and `OffloadError` for an eviction that the machine
+    can't have, before anything is measured.
     """
     has_gpu = torch.cuda.is_available()
     is_cuda = (config.device_memory is not None or has_gpu) if config.cuda is None else config.cuda
@@ -183,6 +183,7 @@ def machine_of(config: PlanConfig) -> Machine:
         raise UserError(
             f"this machine has no GPU to measure; give --{missing[0].replace('_', '-')} of the one that is planned for, or --no-cuda"
         )
+    check_eviction(Eviction(config.eviction), not is_cuda)
     device, here = torch.device("cuda" if is_cuda and has_gpu else "cpu"), Path.cwd()
     ram = free_ram() if config.ram is None and config.device_memory is None and is_cuda else config.ram
     disk = measured_disk(here) if config.disk is None and ram is not None and is_cuda else config.disk

@@ -86,9 +86,9 @@ class Slots(Room):
     the time of two layers, but a training-free guess is right less often."""
     eviction: Annotated[Eviction, choice("evictions", *Eviction)] = Eviction.LEAST_STALE
     """Which expert leaves its slot for another: `least_stale` (of the layer that runs again last, the one used last), `lru` (the
-    least recently used of all), `frequency` (of the layer as under least_stale, the one used least often lately), `followers` (of that
-    layer, the one least likely to follow on the experts just used, as was counted so far; on a CPU) or `learned` (of that layer, the
-    one used again last, as the predictors' reuse predictor says; on a CPU)."""
+    least recently used of all), `frequency` (of the layer as under least_stale, the one used least often lately), `followers` (of
+    all, the one least likely to follow on the experts just used, as was counted so far; on a CPU) or `learned` (of all, the one used
+    again last, as the predictors' reuse predictor says; on a CPU)."""
 
 
 class Offloading(Slots):

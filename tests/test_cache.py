@@ -5,32 +5,37 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from predict_train.runtime.host.cache import Eviction, Key, SlotCache
+from predict_train.runtime.host.cache import ONE_POOL, Eviction, Key, SlotCache
 
-LAYERS = 3
-KEYS = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, 5))
-KINDS = ["admit", "admit", "admit", "pin", "unpin", "forget", "unpin_all", "unpin_all", "pass", "keep_busy"]
+LAYERS, EXPERTS = 3, 6
+KEYS = st.tuples(st.integers(0, LAYERS - 1), st.integers(0, EXPERTS - 1))
+KINDS = ["admit", "admit", "admit", "pin", "unpin", "forget", "unpin_all", "unpin_all", "pass", "keep_busy", "rate"]
 """Those that come before evictions come several times. With each as often as the others, a wrong victim was rarely seen."""
 EVENTS = st.lists(st.tuples(st.sampled_from(KINDS), KEYS), min_size=30, max_size=60)
 
 
-def worth(key: Key) -> float:
-    """Some experts are worth more than others, and some the same."""
-    layer, expert = key
-    return float((layer + 3 * expert) % 4)
+def worths(layer: int, rated: int) -> list[float]:
+    """Some experts are worth more than others, and some the same. It is others after each time that the layer is `rated`."""
+    return [(layer + 3 * expert + rated * (1 + expert)) % 4 - 1.0 for expert in range(EXPERTS)]
 
 
-def who_goes(eviction: Eviction, used: list[Key], kept: set[Key], layer: int, slots: int) -> Key:
+def who_goes(
+    eviction: Eviction, used: list[Key], kept: set[Key], layer: int, slots: int, worth: list[list[float]]
+) -> Key:
     """The victim, as the policies are defined: `used` is every expert that has a slot, least recently used first."""
     free = [key for key in used if key not in kept]
     if eviction is Eviction.LRU:
         return free[0]
-    by_worth = eviction in (Eviction.FREQUENCY, Eviction.FOLLOWERS, Eviction.LEARNED)
+    if eviction in ONE_POOL:
+        return min(sorted(free), key=lambda key: worth[key[0]][key[1]])
+    by_worth = eviction is Eviction.FREQUENCY
     assert by_worth or eviction is Eviction.LEAST_STALE, f"say here which expert leaves under {eviction}"
     count = [sum(of == number for of, _ in used) for number in range(LAYERS)]
     too_many = [key for key in free if count[key[0]] * LAYERS > slots]
     # How many layers come before an expert's own comes again; the first of the largest is the least recently used.
-    return max(too_many or free, key=lambda key: ((key[0] - layer - 1) % LAYERS, -worth(key) if by_worth else 0))
+    return max(
+        too_many or free, key=lambda key: ((key[0] - layer - 1) % LAYERS, -worth[key[0]][key[1]] if by_worth else 0)
+    )
 
 
 @pytest.mark.parametrize("eviction", list(Eviction))
@@ -39,7 +44,8 @@ def who_goes(eviction: Eviction, used: list[Key], kept: set[Key], layer: int, sl
 def test_slots_are_never_shared_lost_or_taken_from_the_pinned(
     eviction: Eviction, slots: int, events: list[tuple[str, Key]]
 ) -> None:
-    cache = SlotCache(slots, LAYERS, eviction, worth)
+    worth = [worths(layer, 0) for layer in range(LAYERS)]
+    cache = SlotCache(slots, (LAYERS, EXPERTS), eviction, worth.__getitem__)
     sits: dict[Key, int] = {}
     pinned: set[Key] = set()
     busy: set[int] = set()
@@ -55,7 +61,7 @@ def test_slots_are_never_shared_lost_or_taken_from_the_pinned(
                 evicted = [other for other, taken in sits.items() if taken == slot]
                 if evicted:
                     assert len(sits) == slots, "nothing is evicted while a slot is free"
-                    assert evicted == [who_goes(eviction, used, kept, cache.layer, slots)]
+                    assert evicted == [who_goes(eviction, used, kept, cache.layer, slots, worth)]
                     used.remove(evicted[0])
                     del sits[evicted[0]]
                 sits[key] = slot
@@ -79,6 +85,9 @@ def test_slots_are_never_shared_lost_or_taken_from_the_pinned(
             pinned.clear()
         elif event == "pass":
             cache.layer = key[0]
+        elif event == "rate":
+            worth[key[0]] = worths(*key)
+            cache.rated(key[0])
         elif event == "keep_busy":
             busy ^= {key[1]}
         assert len(cache) == len(sits) <= slots
@@ -89,7 +98,7 @@ def test_slots_are_never_shared_lost_or_taken_from_the_pinned(
 
 def hits(eviction: Eviction, slots: int, passes: list[list[list[int]]]) -> int:
     """How often an expert is found, of passes that name the experts of each layer."""
-    cache, found = SlotCache(slots, len(passes[0]), eviction), 0
+    cache, found = SlotCache(slots, (len(passes[0]), 7), eviction), 0
     for layers in passes:
         for layer, experts in enumerate(layers):
             cache.layer = layer

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from predict_train.predictors.reuse import HALF_LIFE, decayed_uses
+from predict_train.predictors.reuse import HALF_LIFE
 from predict_train.runtime.host.counts import LARGEST, DecayedCounts
 from predict_train.runtime.measure.routing import Statistics, draw_routing
 from predict_train.runtime.measure.simulation import Costs, simulate
@@ -30,30 +30,29 @@ def defined(tokens: list[list[int]]) -> list[float]:
 @given(passes)
 def test_counts_are_the_sum_of_uses_that_halve(asked: list[list[list[int]]]) -> None:
     """Tokens one by one, and in prompts."""
-    counts = DecayedCounts()
+    counts = DecayedCounts(EXPERTS)
     for ids in asked:
-        if len(ids) == 1:
-            counts.add(dict.fromkeys(ids[0], 1.0))
-        else:
-            counts.add(dict(enumerate(decayed_uses(torch.tensor(ids), EXPERTS).tolist())), len(ids))
+        counts.add(np.array(ids))
     expected = defined([used for ids in asked for used in ids])
     assert counts.of(range(EXPERTS)) == pytest.approx(expected, rel=1e-5, abs=1e-7)
     order = sorted(range(EXPERTS), key=lambda expert: round(expected[expert], 5))
-    assert [expected[e] for e in sorted(order, key=counts.__getitem__)] == pytest.approx([expected[e] for e in order])
-    other = DecayedCounts()
+    assert [expected[e] for e in sorted(order, key=counts.worth.__getitem__)] == pytest.approx(
+        [expected[e] for e in order]
+    )
+    other = DecayedCounts(EXPERTS)
     other.set(counts.of(range(EXPERTS)))
     for one in (counts, other):
-        one.add({1: 1.0})
+        one.add(np.array([[1, EXPERTS]]))  # an expert that computes nothing is not counted
     assert other.of(range(EXPERTS)) == pytest.approx(counts.of(range(EXPERTS)), rel=1e-6, abs=1e-9)
 
 
 def test_counts_stay_finite() -> None:
-    counts = DecayedCounts()
+    counts, most = DecayedCounts(EXPERTS), 1 / (1 - 2 ** (-1 / HALF_LIFE))
     for _ in range(int(3 * LARGEST * HALF_LIFE)):
-        counts.add({0: 1.0})
-    assert counts.of([0]) == pytest.approx([1 / (1 - 2 ** (-1 / HALF_LIFE))])
-    counts.add({1: 2.0}, tokens=10**7)
-    assert counts.of([0, 1]) == [0.0, 2.0]
+        counts.add(np.array([[0]]))
+    assert counts.of([0]) == pytest.approx([most])
+    counts.add(np.full((100_000, 2), (1, EXPERTS + 2)))
+    assert counts.of([0, 1]) == pytest.approx([0.0, most])
 
 
 def test_what_is_used_often_is_kept_where_the_last_use_says_little() -> None:

@@ -49,32 +49,27 @@ def test_an_expert_is_worth_what_the_definition_says(asked: list[list[list[int]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(followers, "BLOCK", 3)
         for ids in asked:
-            if len(ids) == 1:
-                counted.add(ids[0])
-            else:
-                counted.add_tokens(np.array(ids))
-            counted[0]  # what was worth something before is computed anew
+            counted.add(np.array(ids))
     every = [used for ids in asked for used in ids]
-    found = [counted[expert] for expert in range(EXPERTS)]
-    assert found == pytest.approx([defined(every, expert) for expert in range(EXPERTS)], rel=1e-6, abs=1e-6)
+    assert counted.worth == pytest.approx([defined(every, expert) for expert in range(EXPERTS)], rel=1e-6, abs=1e-6)
 
 
 def test_it_stays_finite_and_learns_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(followers, "MOST", 200.0)
     counted = Followers(4)
     for _ in range(5000):  # 1 follows on 0
-        counted.add([0])
-        counted.add([1])
-    counted.add([0])
-    assert counted[1] > counted[2]
+        counted.add(np.array([[0]]))
+        counted.add(np.array([[1]]))
+    counted.add(np.array([[0]]))
+    assert counted.worth[1] > counted.worth[2]
     for _ in range(600):  # and then 2 does
-        counted.add([0])
-        counted.add([2])
-    counted.add([0])
-    assert counted[2] > counted[1]
-    assert np.isfinite([counted[expert] for expert in range(4)]).all()
-    counted.add_tokens(np.array([[0, 7]]))  # an expert that computes nothing has no slot
-    assert np.isfinite([counted[expert] for expert in range(4)]).all()
+        counted.add(np.array([[0]]))
+        counted.add(np.array([[2]]))
+    counted.add(np.array([[0]]))
+    assert counted.worth[2] > counted.worth[1]
+    for ids in ([[0, 7]], [[0, 7], [1, 4]]):  # an expert that computes nothing has no slot
+        counted.add(np.array(ids))
+        assert np.isfinite(counted.worth).all()
 
 
 def test_what_follows_is_kept() -> None:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from predict_train.predictors.reuse import HALF_LIFE
 from predict_train.runtime.device.hits import DeviceHitCount
 from predict_train.runtime.device.kernels import copy_blocks
 from predict_train.runtime.device.tables import Books, LayerTables, Link
 from predict_train.runtime.hits import HitCount
-from predict_train.runtime.host.counts import DecayedCounts
 from test_device import DEVICE
 
 # --- who gets a slot -------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class Model:
     """What `assign_slots` does, in Python. Experts have the numbers of their slots, or none."""
 
     def __init__(self, case: Calls, by_count: bool):
-        self.counts = DecayedCounts() if by_count else None
+        self.counts = [0.0] * case.experts if by_count else None
         slots = len(case.pool)
         self.pool, self.clock = case.pool, 0
         self.slot_of = {expert: slot for slot, expert in enumerate(case.resident)}
@@ -71,14 +71,15 @@ class Model:
 
     def execute(self, ids: list[int], tokens: int) -> None:
         if self.counts is not None:
-            self.counts.add(Counter(ids), tokens)
+            used, left = Counter(ids), 2 ** (-tokens / HALF_LIFE)
+            self.counts = [left * count + used[expert] for expert, count in enumerate(self.counts)]
 
     def leaves_first(self, slot: int) -> tuple[float, int]:
         """Something that is the least for the slot whose expert leaves first."""
         if self.counts is None:
             return self.used[slot], slot
         owner = self.owner[slot]
-        return (-1.0 if owner < 0 else np.float32(self.counts.of([owner])[0]).item()), slot
+        return (-1.0 if owner < 0 else np.float32(self.counts[owner]).item()), slot
 
     def assign(self, ids: list[int], late: bool, tokens: int) -> list[tuple[int, int]]:
         """Returns the experts to copy, and their places."""
@@ -145,7 +146,7 @@ def test_slots_are_assigned_as_in_python(case: Calls, programs: int, by_count: b
             model.counters[1] += len(flat)
             model.execute(flat, len(ids))
         if tables.score is not None and model.counts is not None:
-            assert tables.score.tolist() == pytest.approx(model.counts.of(range(case.experts)), rel=1e-4)
+            assert tables.score.tolist() == pytest.approx(model.counts, rel=1e-4)
         tables.copy()
         for slot, expert in enumerate(owner.tolist()):
             assert (slot_of == slot).sum() == (expert >= 0)

@@ -18,7 +18,7 @@ from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.measure.plan import Hardware, PlanError, costs_of, read_shape, slots_that_fit, sources_of
 from transformers import AutoConfig
 
-from predict_train import cli
+from predict_train import cli, planning
 
 SMALLER = Path(__file__).parent.parent / "benchmarks" / "models" / "moe-1b.json"
 QWEN = Path(__file__).parent.parent / "benchmarks" / "models" / "qwen3-30b-a3b.json"
@@ -124,6 +124,18 @@ def test_predictors_are_planned_as_far_ahead_as_they_read(model_type: str) -> No
                 sources_of(shape, trained(horizon), 3 - horizon)
     with pytest.raises(PlanError, match="predictors of this model"):
         sources_of(read_shape(AutoConfig.from_pretrained(QWEN)), trained(1), None)
+
+
+def test_an_eviction_that_a_gpu_lacks_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(_: Path) -> int:
+        raise AssertionError("the disk is measured")
+
+    monkeypatch.setattr(planning, "measured_disk", measured)
+    options = ("--device-memory", "2GB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s", "--ram", "8GB")
+    with pytest.raises(OffloadError, match="followers is for models that compute on a CPU"):
+        plan(SMALLER, *options, "--eviction", "followers")
+    with pytest.raises(AssertionError, match="the disk is measured"):
+        plan(SMALLER, *options)
 
 
 def test_a_trace_of_another_model_is_refused(collected: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
+
+from .pool import Pool
 
 Key = tuple[int, int]
 """(MoE layer counted from 0, expert)"""
@@ -22,10 +24,13 @@ class Eviction(StrEnum):
     FREQUENCY = "frequency"
     """The one that was used least often lately, by a decayed count, of the same layer as under `least_stale`."""
     FOLLOWERS = "followers"
-    """The one that is least likely to follow on the experts of the layer's last token, as was counted so far, of the same layer as
-    under `least_stale`."""
+    """The one of all layers that is least likely to follow on the experts of its layer's last token, as was counted so far."""
     LEARNED = "learned"
-    """The one that is used again last, as reuse predictors say (`predictors.reuse`), of the same layer as under `least_stale`."""
+    """The one of all layers that is used again last, as reuse predictors say (`predictors.reuse`)."""
+
+
+ONE_POOL = (Eviction.FOLLOWERS, Eviction.LEARNED)
+"""By what these say experts of different layers can be compared, so the least worth of all leaves (docs/keeping.md)."""
 
 
 class SlotCache:
@@ -34,13 +39,15 @@ class SlotCache:
     def __init__(
         self,
         slots: int,
-        layers: int,
+        shape: tuple[int, int],
         eviction: Eviction = Eviction.LEAST_STALE,
-        worth: Callable[[Key], float] = lambda _: 0.0,
+        worth: Callable[[int], Sequence[float]] = lambda _: (),
     ):
-        """`worth` says how much it is worth to keep an expert, where the eviction goes by that. Of equals the least recently used one
-        leaves."""
+        """`shape` are the layers and the experts of each. `worth` says how much it is worth to keep each expert of a layer, where
+        the eviction goes by that. Of equals in one layer the least recently used one leaves, of equals in one pool the first."""
+        layers, _ = shape
         self.slots, self.eviction, self._worth = slots, eviction, worth
+        self._pool = Pool(*shape, worth) if eviction in ONE_POOL else None
         self.layer = 0
         """The layer that computes now. The owner of the cache sets it."""
         self.evicted: Key | None = None
@@ -79,6 +86,7 @@ class SlotCache:
         for key, slot in resident:
             self._slot_of[key] = slot
             self._by_layer[key[0]][key] = None
+            self._may_leave(key)
         taken = set(self._slot_of.values())
         self._free = [slot for slot in self._free if slot not in taken]
 
@@ -87,12 +95,22 @@ class SlotCache:
         self._slot_of.move_to_end(key)
         self._by_layer[key[0]].move_to_end(key)
         self._pinned.add(key)
+        self._stays(key)
 
     def unpin(self, key: Key) -> None:
-        self._pinned.discard(key)
+        if key in self._pinned:
+            self._pinned.remove(key)
+            self._may_leave(key)
 
     def unpin_all(self) -> None:
+        for key in self._pinned:
+            self._may_leave(key)
         self._pinned.clear()
+
+    def rated(self, layer: int) -> None:
+        """Says that the experts of a layer are worth something else from now on."""
+        if self._pool is not None:
+            self._pool.rated(layer)
 
     def admit(self, key: Key, busy: Callable[[int], bool] = lambda _: False) -> int | None:
         """Gives a slot to an expert that has none, pins it, and returns the slot. It may evict another expert.
@@ -103,11 +121,12 @@ class SlotCache:
         if self._free:
             slot = self._free.pop()
         else:
-            victim = self._victim(lambda other: other not in self._pinned and not busy(self._slot_of[other]))
+            victim = self._victim(busy)
             if victim is None:
                 return None
             slot, self.evicted = self._slot_of.pop(victim), victim
             del self._by_layer[victim[0]][victim]
+            self._stays(victim)
         self._slot_of[key] = slot
         self._by_layer[key[0]][key] = None
         self._pinned.add(key)
@@ -116,20 +135,35 @@ class SlotCache:
     def forget(self, key: Key) -> None:
         """Takes an expert's slot away. It is called where the slot does not hold the expert: its copy failed or was cancelled."""
         self._pinned.discard(key)
+        self._stays(key)
         self._free.append(self._slot_of.pop(key))
         del self._by_layer[key[0]][key]
 
-    def _victim(self, may_leave: Callable[[Key], bool]) -> Key | None:
+    def _may_leave(self, key: Key) -> None:
+        if self._pool is not None:
+            self._pool.may_leave(key)
+
+    def _stays(self, key: Key) -> None:
+        if self._pool is not None:
+            self._pool.stays(key)
+
+    def _victim(self, busy: Callable[[int], bool]) -> Key | None:
         """The expert that should leave first of those that may, if there is one."""
+        if self._pool is not None:
+            return self._pool.least(lambda key: busy(self._slot_of[key]))
+
+        def may_leave(key: Key) -> bool:
+            return key not in self._pinned and not busy(self._slot_of[key])
+
         if self.eviction is Eviction.LRU:
             return next(filter(may_leave, self._slot_of), None)
         for experts in self._layers_in_order():
             leaving = filter(may_leave, experts)
-            if self.eviction in (Eviction.FREQUENCY, Eviction.FOLLOWERS, Eviction.LEARNED):
-                # Of equals it is the first one, which is the least recently used.
-                victim = min(leaving, key=self._worth, default=None)
-            else:
+            if self.eviction is Eviction.LEAST_STALE:
                 victim = next(leaving, None)
+            else:
+                # Of equals it is the first one, which is the least recently used.
+                victim = min(leaving, key=lambda key: self._worth(key[0])[key[1]], default=None)
             if victim is not None:
                 return victim
         return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...predictors.reuse import HALF_LIFE
 
@@ -17,31 +19,37 @@ class DecayedCounts:
     In the place of making all counts smaller with each token, a new use counts more than those before.
     """
 
-    def __init__(self) -> None:
-        self._counts: defaultdict[int, float] = defaultdict(float)
+    def __init__(self, num_experts: int):
+        self._counts = [0.0] * num_experts
         self._halvings = 0.0
 
-    def __getitem__(self, expert: int) -> float:
-        """Something that is larger the larger the expert's count is."""
-        return self._counts[expert]
+    @property
+    def worth(self) -> Sequence[float]:
+        """Numbers that are larger the larger an expert's count is."""
+        return self._counts
 
-    def add(self, uses: Mapping[int, float], tokens: int = 1) -> None:
-        """Says that `tokens` tokens have used experts. `uses` says how much that counts right after the last of them."""
+    def add(self, ids: NDArray[np.int64]) -> None:
+        """Says what tokens have used: the rows of `ids` `[tokens, k]`. What is no expert of the layer is left out."""
+        tokens, experts = len(ids), len(self._counts)
         self._halvings += tokens / HALF_LIFE
         if self._halvings > LARGEST:
             scale = 2.0**-self._halvings
-            self._counts = defaultdict(float, {expert: scale * count for expert, count in self._counts.items()})
-            self._halvings = 0.0
+            self._counts, self._halvings = [scale * count for count in self._counts], 0.0
         now = 2.0**self._halvings
-        for expert, count in uses.items():
-            self._counts[expert] += now * count
+        if tokens == 1:
+            for expert in ids[0].tolist():
+                if expert < experts:
+                    self._counts[expert] += now
+            return
+        left = now * 2.0 ** (np.arange(1 - tokens, 1) / HALF_LIFE)
+        added = np.bincount(ids.ravel(), left.repeat(ids.shape[1]), experts)[:experts]
+        self._counts = (self._counts + added).tolist()
 
-    def of(self, experts: Iterable[int]) -> list[float]:
+    def of(self, experts: Sequence[int]) -> list[float]:
         """The counts of experts, as they are now."""
         scale = 2.0**-self._halvings
         return [scale * self._counts[expert] for expert in experts]
 
     def set(self, counts: Sequence[float]) -> None:
         """Replaces the counts of all experts, from the first one on."""
-        self._halvings = 0.0
-        self._counts = defaultdict(float, enumerate(counts))
+        self._counts, self._halvings = list(counts), 0.0

@@ -12,8 +12,6 @@ that of eviction `frequency`. Nothing is trained: it learns from the tokens that
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,17 +39,13 @@ class Followers:
         self._recent = np.zeros(num_experts)  # the uses of e, those `d` tokens ago as RATE^d
         self._count = np.zeros(num_experts)
         self._last: list[int] = []
-        self._worth: list[float] | None = None  # is computed when somebody asks for it
 
-    def __getitem__(self, expert: int) -> float:
-        """What an expert is worth now."""
-        if self._worth is None:
-            self._worth = self._worths()
-        return self._worth[expert]
-
-    def add(self, experts: Collection[int]) -> None:
-        """Says which experts a token has used."""
-        used = list(experts)
+    def add(self, ids: NDArray[np.int64]) -> None:
+        """Says what tokens have used: the rows of `ids` `[tokens, k]`. What is no expert of the layer is left out."""
+        if len(ids) > 1:
+            self._add_tokens(ids)
+            return
+        used = [expert for expert in ids[0].tolist() if expert < len(self._uses)]
         self._soon[:, used] += self._recent[:, None]
         self._recent *= RATE
         self._recent[used] += 1
@@ -60,8 +54,7 @@ class Followers:
         self._count[used] += 1
         self._used(used)
 
-    def add_tokens(self, ids: NDArray[np.int64]) -> None:
-        """The same for the rows of `ids` `[tokens, k]`, one token after the other. What is no expert of the layer is left out."""
+    def _add_tokens(self, ids: NDArray[np.int64]) -> None:
         experts = len(self._uses)
         for some in np.split(ids, range(BLOCK, len(ids), BLOCK)):
             used = np.zeros((len(some), max(experts, int(some.max()) + 1)))
@@ -77,12 +70,14 @@ class Followers:
             self._used(np.flatnonzero(used[-1]).tolist())
 
     def _used(self, last: list[int]) -> None:
-        self._last, self._worth = last, None
+        self._last = last
         if self._uses.sum() > MOST:
             self._soon *= 0.5
             self._uses *= 0.5
 
-    def _worths(self) -> list[float]:
+    @property
+    def worth(self) -> list[float]:
+        """What each expert is worth now."""
         last, uses = self._last, self._uses
         soon = uses * (len(last) / (1 - RATE) / max(uses.sum(), 1.0)) + TINY
         after = self._soon[last] + SURE * soon

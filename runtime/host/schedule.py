@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Protocol
 
@@ -50,6 +51,24 @@ class Copies(Protocol):
         """Cancels every copy that has not begun, and waits for the others."""
 
 
+class Counted(Protocol):
+    """Counts how one layer uses its experts, and says from that what each is worth."""
+
+    @property
+    def worth(self) -> Sequence[float]:
+        """The more it is worth to keep an expert, the larger."""
+
+    def add(self, ids: NDArray[np.int64]) -> None:
+        """Says what tokens have used: the rows of `ids` `[tokens, k]`. What is no expert of the layer is left out."""
+
+
+COUNTED: dict[Eviction, Callable[[int], Counted]] = {
+    Eviction.FREQUENCY: DecayedCounts,
+    Eviction.FOLLOWERS: Followers,
+}
+"""What counts for evictions that go by what was used, made for a number of experts."""
+
+
 class Schedule:
     """The schedule of one model's copies. Layers are counted from 0 among the MoE layers."""
 
@@ -60,14 +79,14 @@ class Schedule:
         self.counters = Counters()
         """Its hits, misses, copies and cancelled copies are counted here."""
         self.observer: Observer | None = None
-        self.counts = [DecayedCounts() for _ in range(layers)] if eviction is Eviction.FREQUENCY else None
-        """Of each layer, if they decide who leaves a slot."""
-        self.followers = [Followers(experts) for _ in range(layers)] if eviction is Eviction.FOLLOWERS else None
-        """The same."""
-        self._scores: dict[int, Sequence[float]] = {}
-        self._prices, self._copies, self._shape = prices, copies, (slots, layers, eviction)
+        kind = COUNTED.get(eviction)
+        self.counted = None if kind is None else [kind(experts) for _ in range(layers)]
+        """What counts the uses of each layer, if it decides who leaves a slot."""
+        self._scores: list[Sequence[float]] = [[0.0] * experts for _ in range(layers)]
+        self._prices, self._copies = prices, copies
         self._under_way: dict[int, int] = {}  # by slot the layer of copies that were begun; some may be over
-        self._cache = SlotCache(*self._shape, self._worth)
+        self._empty_cache = partial(SlotCache, slots, (layers, experts), eviction, self._worth)
+        self._cache = self._empty_cache()
         self._guesses: dict[int, list[int]] = {}
         self._demands: deque[Key] = deque()  # needed by the current layer, and without a slot yet
         self._prefetches: deque[Key] = deque()  # for later layers, the nearest layer first
@@ -79,7 +98,7 @@ class Schedule:
         """
         self._copies.abandon()
         self._under_way.clear()
-        self._cache = SlotCache(*self._shape, self._worth)
+        self._cache = self._empty_cache()
         self._cache.fill(resident)
 
     def settled(self) -> list[tuple[Key, int]]:
@@ -87,7 +106,8 @@ class Schedule:
         found = self._cache.resident()
         for _, slot in found:
             self._copies.wait(slot)
-        return sorted(found, key=lambda pair: self._worth(pair[0]))  # of equals the least recently used first
+        worth = [self._worth(layer) for layer in range(len(self._scores))]
+        return sorted(found, key=lambda pair: worth[pair[0][0]][pair[0][1]])  # of equals the least recently used first
 
     def begin_pass(self, tokens: int = 1) -> None:
         """Says that a forward pass over so many tokens begins. What the pass before has asked for is dropped."""
@@ -109,6 +129,7 @@ class Schedule:
     def rate(self, layer: int, scores: Sequence[float]) -> None:
         """Says how soon each expert of a layer is used again: the higher its score, the sooner. It holds until it is said again."""
         self._scores[layer] = scores
+        self._cache.rated(layer)
 
     def announce(self, layer: int, guess: list[int], chances: Mapping[int, float] | None = None) -> None:
         """Queues the candidates of a later layer, the best first. `begin_copies` begins those for which there is room.
@@ -123,28 +144,16 @@ class Schedule:
         # Those of a nearer layer go first, even where those of a farther layer were known before. The sort is stable.
         self._prefetches = deque(sorted([*self._prefetches, *keys], key=itemgetter(0)))
 
-    def enter(
-        self,
-        layer: int,
-        experts: Collection[int],
-        uses: Mapping[int, float] | None = None,
-        tokens: int = 1,
-        ids: NDArray[np.int64] | None = None,
-    ) -> list[int]:
+    def enter(self, layer: int, experts: Collection[int], ids: NDArray[np.int64] | None = None) -> list[int]:
         """Says that a layer is to execute `experts`, and returns them in the order in which it should.
 
         First come those in a slot, then those on their way, and last those that are missing. The copies of these begin now.
-        Where there are several `tokens`, `uses` says how much each expert counts for `counts`, and `ids` `[tokens, k]` tells the
-        `followers` which each of them uses.
+        `ids` `[tokens, k]` are what each token uses; by default there is one, which uses `experts`.
         """
         self._cache.layer = layer
-        if self.counts is not None:
-            self.counts[layer].add(dict.fromkeys(experts, 1.0) if uses is None else uses, tokens)
-        if self.followers is not None:
-            if ids is None:
-                self.followers[layer].add(experts)
-            else:
-                self.followers[layer].add_tokens(ids)
+        if self.counted is not None:
+            self.counted[layer].add(np.array([[*experts]]) if ids is None else ids)
+            self._cache.rated(layer)
         self._prefetches = deque(key for key in self._prefetches if key[0] != layer)
         self._release(layer, self._guesses.pop(layer, []), experts)
         present: list[int] = []
@@ -234,13 +243,9 @@ class Schedule:
         needed = sum(layer <= self._cache.layer for layer in self._under_way.values()) + len(self._demands)
         return self._prices.is_worth(*key, len(self._under_way), needed, evicts=not self._cache.has_free)
 
-    def _worth(self, key: Key) -> float:
-        layer, expert = key
-        if self.counts is not None:
-            return self.counts[layer][expert]
-        if self.followers is not None:
-            return self.followers[layer][expert]
-        return self._scores[layer][expert] if layer in self._scores else 0.0
+    def _worth(self, layer: int) -> Sequence[float]:
+        """What it is worth to keep each expert of a layer."""
+        return self._scores[layer] if self.counted is None else self.counted[layer].worth
 
     def _release(self, layer: int, guess: list[int], needed: Collection[int]) -> None:
         """Unpins what was guessed for a layer. A wrong guess is cancelled if its copy has not begun."""

@@ -14,13 +14,14 @@ from torch import nn
 
 from ...predictors.confidence import Confidence
 from ...predictors.experts import OnOutputs, group_by_expert, weighted_sum
-from ...predictors.reuse import ReuseScores, decayed_uses
+from ...predictors.reuse import ReuseScores
 from ..engine import Counters, Decision, Engine
 from ..formats import PAGE
 from ..observer import Observer
 from ..registered import Registration, register
 from ..store import ExpertStore, empty_blocks
 from .cache import Eviction, Key
+from .counts import DecayedCounts
 from .price import Prices
 from .schedule import Schedule
 from .transfer import make_transfers
@@ -182,8 +183,8 @@ class ExpertSlots(Engine):
     @property
     def counts(self) -> torch.Tensor | None:
         """Each expert's decayed count, `[layers, experts]`, fp32 on the CPU, if it decides who leaves a slot."""
-        counts = self._schedule.counts
-        return None if counts is None else torch.tensor([layer.of(range(self._num_experts)) for layer in counts])
+        counts = self._counts
+        return torch.tensor([layer.of(range(self._num_experts)) for layer in counts]) if counts else None
 
     def settled(self) -> list[tuple[Key, int]]:
         """Ends the pass. Returns who is in which slot, of each layer the first to leave first; new computation sees them there."""
@@ -196,9 +197,13 @@ class ExpertSlots(Engine):
         `counts` replace those that there are, as the property of that name has them.
         """
         self._schedule.restart(resident)
-        if counts is not None and self._schedule.counts is not None:
-            for layer, own in zip(self._schedule.counts, counts.tolist(), strict=True):
+        if counts is not None:
+            for layer, own in zip(self._counts, counts.tolist(), strict=True):
                 layer.set(own)
+
+    @property
+    def _counts(self) -> list[DecayedCounts]:
+        return [layer for layer in self._schedule.counted or () if isinstance(layer, DecayedCounts)]
 
     @contextmanager
     def guessing(self, *inputs: Any) -> Iterator[None]:  # noqa: ARG002
@@ -229,14 +234,8 @@ class ExpertSlots(Engine):
         if self._reuse is not None and (logits := self._logits.pop(layer, None)) is not None:
             self._reuse[layer].use(ids if decision.tokens is None else ids.view(1, -1))
             schedule.rate(layer, self._reuse[layer].after(logits.numpy()))
-        uses, by_token = None, None
-        if len(x) > 1 and decision.tokens is None:
-            if schedule.counts is not None:
-                decayed = decayed_uses(ids, max([self._num_experts - 1, *identities]) + 1)
-                uses = dict(enumerate(decayed[: self._num_experts].tolist()))
-            if schedule.followers is not None:
-                by_token = ids.numpy()
-        order = schedule.enter(layer, jobs.keys(), uses, decision.rows, by_token)
+        is_by_token = schedule.counted is not None and len(x) > 1 and decision.tokens is None
+        order = schedule.enter(layer, jobs.keys(), ids.cpu().numpy() if is_by_token else None)
         self._tokens += decision.rows if layer == 0 else 0
         if guess is None or not x.is_cuda:  # else the host would wait for the device here
             self._open_mail()
