@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.runtime import CONFIG, FREES, RESULTS, ROOT, drop_from_memory, memory_group
 
 LAYERS, LIMIT = 20, 2_000_000_000
-TOKENS, BATCH = 512, 256
+TOKENS, BATCH = 2_048, 256
 
 
 def make(folder: Path) -> None:
