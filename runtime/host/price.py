@@ -77,8 +77,8 @@ class LinkUse:
         self._slots, self._remembered = slots, max(1, slots // GONE)
         self._gone: OrderedDict[Key, None] = OrderedDict()
         self._back = Mean(0.1, 10.0)  # the share of copies of experts that had just left
-        self._slope = Slope()  # of the computation over the copying beside it
-        self.begin_pass()
+        self._slopes: dict[int, Slope] = {}  # by tokens of a pass: of the computation over the copying beside it
+        self.begin_pass(1)
 
     def copied(self, key: Key, evicted: Key | None) -> None:
         self._copies += 1
@@ -100,16 +100,16 @@ class LinkUse:
             self._slope.add(max(0.0, copying - self._waited), seconds - self._waited - guessing)
         if self._copies:
             self.stall.add(self._waited / self._copies)
-        self.begin_pass()
 
-    def begin_pass(self) -> None:
+    def begin_pass(self, tokens: int) -> None:
         """Forgets what has not been counted by `end_pass`."""
         self._copies, self._waited = 0, 0.0
+        self._slope = self._slopes.setdefault(tokens, Slope())
 
     @property
     def beside(self) -> float:
-        """How much longer the computation beside a copy takes, per second of copying."""
-        return min(1.0, max(0.0, self._slope.value))
+        """How much longer the computation beside a copy takes, per second of copying: as much as is sure, since times are noisy."""
+        return min(1.0, max(0.0, self._slope.least))
 
     @property
     def again(self) -> float:
@@ -160,8 +160,7 @@ class Prices:
         copy = self._copy_seconds()
         if self._is_counted and copy and self._layer == self._layers - 1:
             self.link.end_pass(self._left - self._begun, copy, self._cost)
-        else:
-            self.link.begin_pass()
+        self.link.begin_pass(tokens)
         if self._cost and self._is_counted:
             self._gains.add(self._gain)
             self._costs.add(self._cost)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 NEWEST = 0.05
 """The least weight of a new value in a running mean."""
+MOST_PAIRS = round(2 / NEWEST) - 1
+"""So many values of the same weight make a mean as sure as a running one is in the end."""
 KNOWN = 4.0
 """So many cases is worth what is known of a share beforehand."""
 
@@ -42,15 +46,22 @@ class Slope:
     """How much `y` grows with `x`, lately: least squares."""
 
     def __init__(self) -> None:
-        self._x, self._y, self._xx, self._xy = Mean(), Mean(), Mean(), Mean()
+        self._x, self._y, self._xx, self._xy, self._yy = Mean(), Mean(), Mean(), Mean(), Mean()
+        self._pairs = 0
 
     def add(self, x: float, y: float) -> None:
-        for mean, value in ((self._x, x), (self._y, y), (self._xx, x * x), (self._xy, x * y)):
+        self._pairs = min(MOST_PAIRS, self._pairs + 1)
+        pairs = (self._x, x), (self._y, y), (self._xx, x * x), (self._xy, x * y), (self._yy, y * y)
+        for mean, value in pairs:
             mean.add(value)
 
     @property
-    def value(self) -> float:
-        """The slope; 0 while `x` is always the same."""
+    def least(self) -> float:
+        """The slope less its standard error; 0 while `x` is always the same, or there are too few pairs for an error."""
         x, y = float(self._x), float(self._y)
         spread = float(self._xx) - x * x
-        return (float(self._xy) - x * y) / spread if spread > 1e-6 * x * x else 0.0
+        if self._pairs < 3 or spread <= 1e-6 * x * x:
+            return 0.0
+        slope = (float(self._xy) - x * y) / spread
+        rest = max(0.0, float(self._yy) - y * y - slope * slope * spread)
+        return slope - math.sqrt(rest / spread / (self._pairs - 2))
