@@ -56,6 +56,9 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "gemma4": {"per_layer_config": {}},
     "gemma4_text": {"per_layer_config": {}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
+    # By default it runs layers again that a small model does not have.
+    "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3,
+                           "loop_gate_rank": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "mimo_v2_flash": {"num_key_value_heads": 2},  # doubled in its sliding layers
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 16},

@@ -9,6 +9,7 @@ anything but one token a step                    refused: beams, contrastive sea
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from .errors import UserError, one_line
 from .loading import LoadingError, read_model_config
 
+CACHES = "cache", "past_key_values"
+"""What transformers calls the cache, as an argument and in outputs: the first from 5.24 on, where the second is deprecated."""
+CACHE = next(name for name in CACHES if name in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)})
+"""What the installed transformers calls it."""
 REPLACED: dict[str, Any] = {
     **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), False),
     "return_dict_in_generate": False,

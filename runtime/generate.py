@@ -13,7 +13,7 @@ import torch
 from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from ..predictors.errors import UserError
-from ..predictors.generation import taken_over
+from ..predictors.generation import CACHE, taken_over
 from ..predictors.loading import check_tokens
 from .engine import Counters
 from .offload import ExpertOffload
@@ -132,7 +132,7 @@ def generate(
         stopping_criteria=[lambda ids, *_, **__: torch.full((len(ids),), is_over(), device=ids.device)],
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         **arguments,
-        **({} if cache is None else {"past_key_values": cache}),
+        **({} if cache is None else {CACHE: cache}),
     )
     steps = [after - before for before, after in pairwise(streamer.times)]
     counters = offload.counters if offload is not None else Counters()

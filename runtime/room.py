@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..predictors.architecture import ExpertLayer, skeleton
 from ..predictors.experts import expert_modules
+from ..predictors.generation import CACHE
 from ..predictors.override import override_forward
 from .errors import OffloadError
 from .settings import Room
@@ -191,7 +192,7 @@ def ghost_pass(model: PreTrainedModel, tokens: int) -> tuple[dict[str, int], Any
 
             stack.enter_context(override_forward(experts, forward))
         output = model(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"), use_cache=True)
-    return top_ks, output.past_key_values
+    return top_ks, output[CACHE]
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import torch
 from transformers import PreTrainedModel
 
+from ..predictors.generation import CACHE
 from ..predictors.loading import resolve_device
 from .errors import StoreError
 from .room import Slots
@@ -66,5 +67,5 @@ def _can_run_out(device: torch.device) -> bool:
 def _run(model: PreTrainedModel, tokens: int) -> None:
     """A text of `tokens` tokens and one more, as in generation."""
     token_ids = torch.zeros(1, tokens, dtype=torch.int64, device=model.device)
-    cache = model(input_ids=token_ids, use_cache=True).past_key_values
-    model(input_ids=token_ids[:, :1], past_key_values=cache, use_cache=True)
+    cache = model(input_ids=token_ids, use_cache=True)[CACHE]
+    model(input_ids=token_ids[:, :1], use_cache=True, **{CACHE: cache})

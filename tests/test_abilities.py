@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from predict_train.data_collection.catalog import tiny_model
+from predict_train.predictors.architecture import UnsupportedModelError
 from predict_train.predictors.discovery import find_layers
 from predict_train.predictors.experts import count_of, expert_modules
 from predict_train.runtime import load_experts, load_offloaded, offload_experts, offloaded
@@ -26,6 +27,19 @@ def test_what_can_only_be_offloaded_is_fetched_on_demand_and_says_why() -> None:
     assert model.expert_offload.config.policy == "on_demand"
     assert all(map(torch.equal, all_logits(model, SHORT), plain))
     assert model.expert_offload.counters.misses > 0
+
+
+def test_a_layer_that_runs_twice_a_pass_is_fetched_on_demand_only() -> None:
+    model = tiny_model("qwen3_moe")
+    model.model.layers[2] = model.model.layers[1]
+    found, plain = find_layers(model), all_logits(model, SHORT)
+    with pytest.raises(UnsupportedModelError, match="layer 1 of qwen3_moe runs 2 times in a forward pass"):
+        _ = found.moe_layers
+    assert [layer.index for layer in found.layers] == [0, 1, 3]
+    with pytest.warns(UserWarning, match="runs 2 times"):
+        offload_experts(model, policy="prefetch", slots=3, device="cpu")
+    assert model.expert_offload.config.policy == "on_demand"
+    assert all(map(torch.equal, all_logits(model, SHORT), plain))
 
 
 def test_experts_that_return_their_input_are_neither_copied_nor_lost() -> None:

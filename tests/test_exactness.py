@@ -91,16 +91,17 @@ def random_predictors(model: PreTrainedModel, found: Found) -> Predictors:
 
 @pytest.mark.parametrize("model_type", moe_types())
 def test_every_model_type_has_the_logits_of_plain_transformers(model_type: str) -> None:
-    """Bit for bit, in all dtypes and under both policies; every number of slots occurs."""
+    """Bit for bit, in all dtypes and under both policies, where experts can be guessed at all; every number of slots occurs."""
     model, found = offloadable(model_type)
-    predictors = None if found.unfollowed is None else random_predictors(model, found)
+    is_guessed = found.unrecorded is None
+    predictors = random_predictors(model, found) if is_guessed and found.unfollowed is not None else None
     total, top_k = sum(layer.stored for layer in found.layers), found.layers[0].top_k
     sizes = itertools.cycle((top_k, total // 2, top_k + 1, total, total // 3))
     for dtype in DTYPES:
         convert(model, dtype)
         passes = PASSES[:2] if dtype is torch.float16 else PASSES  # it takes the way of bfloat16
         plain = all_logits(model, passes)
-        for policy, slots in zip(POLICIES, sizes, strict=False):
+        for policy, slots in zip(POLICIES if is_guessed else POLICIES[:1], sizes, strict=False):
             with offloaded(model, predictors, policy=policy, slots=slots, device="cpu") as offload:
                 assert offload.config.policy == policy
                 for number, (ours, theirs) in enumerate(zip(all_logits(model, passes), plain, strict=True)):

@@ -215,5 +215,5 @@ def test_a_static_cache_is_used_where_nothing_speaks_against_it() -> None:
     for own in against[:-1]:  # what a given config does not say is the model's
         assert not wants_static_cache((ids, GenerationConfig(**most)), {}, GenerationConfig(**own))
         assert wants_static_cache((ids,), most | dict.fromkeys(own) | {"use_cache": True}, GenerationConfig(**own))
-    for name in ("past_key_values", "assistant_model", "custom_generate"):
+    for name in ("cache", "past_key_values", "assistant_model", "custom_generate"):
         assert not wants_static_cache((ids,), most | {name: object()}, GenerationConfig())

@@ -14,6 +14,7 @@ import torch
 from conftest import IS_OLDER_RELEASE, build_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from predict_train.predictors.generation import CACHE
 from predict_train.runtime import offloaded
 from test_offload import prompt
 from transformers import (
@@ -52,7 +53,7 @@ def padded(model: PreTrainedModel, _: Any) -> Any:
 def another_turn(model: PreTrainedModel, _: Any) -> Any:
     first = generated(model, prompt(1, 6), return_dict_in_generate=True)
     ids = torch.cat([first.sequences, prompt(1, 4)], dim=1)
-    return generated(model, ids, past_key_values=first.past_key_values)
+    return generated(model, ids, **{CACHE: first[CACHE]})
 
 
 def printed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -147,7 +148,7 @@ WAYS: dict[str, Way] = {
 def tensors(found: Any) -> list[Any]:
     """The parts of a result that can be compared."""
     if isinstance(found, ModelOutput):
-        found = [value for name, value in found.items() if name != "past_key_values"]
+        found = [value for name, value in found.items() if name != CACHE]
     if isinstance(found, list | tuple):
         return [part for value in found for part in tensors(value)]
     return [found.tolist() if isinstance(found, torch.Tensor) else found]

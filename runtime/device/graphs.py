@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import Cache, GenerationConfig
 
+from ...predictors.generation import CACHES
+
 MOST_GRAPHS = 8
 THE_CACHE = object()
 OWN = ("torch", "transformers", "transformers_modules")
@@ -228,7 +230,7 @@ def wants_static_cache(args: tuple[Any, ...], kwargs: dict[str, Any], own: Gener
     `own` is the model's generation config. Not where another cache is asked for, or a mode that can't use one, or where nobody
     says how long the text can be.
     """
-    if any(kwargs.get(name) is not None for name in ("past_key_values", "assistant_model", "custom_generate")):
+    if any(kwargs.get(name) is not None for name in (*CACHES, "assistant_model", "custom_generate")):
         return False
     given = next((value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)), None)
 

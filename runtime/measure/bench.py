@@ -24,6 +24,7 @@ from ...predictors.architecture import MoELayer
 from ...predictors.checkpoint import Predictors, as_predictors
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
+from ...predictors.generation import CACHE
 from ...predictors.loading import resolve_device
 from ..automatic import AUTO
 from ..offload import ExpertOffload, offloaded
@@ -238,8 +239,8 @@ class Decoding:
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
         """Decodes one more token, and returns its logits `[1, vocabulary]`."""
-        output = self._model(input_ids=self._ids, past_key_values=self._cache, use_cache=True)
-        self._ids, self._cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = self._model(input_ids=self._ids, use_cache=True, **{CACHE: self._cache})
+        self._ids, self._cache = output.logits[:, -1:].argmax(-1), output[CACHE]
         return output.logits[:, -1]
 
     def run(self, tokens: int) -> float:
