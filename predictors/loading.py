@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .errors import UserError, one_line
-from .weights import local_folder, what_is_wrong
+from .weights import local_folder, what_is_wrong, without_scales
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -112,7 +112,7 @@ def load_model(
     model: PreTrainedModel
     model, info = loaded
     _check_weights(name, info)
-    _check_quantisation(name, model)
+    _check_quantisation(name, model, local_folder(name, options.get("revision")))
     _tell_unused(name, model, info)
     _convert_left_over(model)
     places: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
@@ -156,11 +156,14 @@ def _loading_info(error: Exception) -> dict[str, Any]:
     )
 
 
-def _check_quantisation(name: str | Path, model: PreTrainedModel) -> None:
+def _check_quantisation(name: str | Path, model: PreTrainedModel, folder: Path | None) -> None:
     """Raises `LoadingError` if the weights are quantised and nothing will undo it.
 
-    Transformers ignores a method that it does not know, and leaves weights whose scales are missing as they are.
+    Transformers ignores a method that it does not know, and leaves weights whose scales are missing as they are, or converts
+    them as if they were none.
     """
+    if folder is not None and (lacking := without_scales(folder)):
+        raise LoadingError(f"the checkpoint {name} lacks the scales of {_few(lacking)}; give a whole one")
     if getattr(model, "hf_quantizer", None) is not None:
         return
     if config := getattr(model.config, "quantization_config", None):

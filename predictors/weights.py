@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 CONFIG = "config.json"
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that Git LFS has left in the place of another."""
+SMALL = ("F8_E4M3", "F8_E5M2")
+"""What safetensors call numbers of 8 bits that need a scale."""
 PIECE = 4096
 """Bytes of a piece that `checkpoint_fingerprint` reads."""
 MOST_PIECES = 1 << 14
@@ -76,6 +78,28 @@ def what_is_wrong(folder: Path) -> str | None:
             except (OSError, SafetensorError) as error:
                 return f"{file} is broken: {error}; download it again"
     return None
+
+
+def without_scales(folder: Path) -> set[str]:
+    """The weights of a checkpoint quantised in fp8 whose scales are not in it. Some releases of transformers load such weights as
+    they are, and say nothing."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return set()
+    if (config.get("quantization_config") or {}).get("quant_method") != "fp8":
+        return set()
+    small, scaled = set(), set()
+    for file in weights_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it can't be iterated
+                    owner, is_scale, _ = name.rpartition("scale")
+                    if is_scale:
+                        scaled.add(owner.rstrip("_."))
+                    elif opened.get_slice(name).get_dtype() in SMALL:
+                        small.add(name)
+    return {name for name in small if name not in scaled and name.removesuffix(".weight") not in scaled}
 
 
 def checkpoint_fingerprint(folder: Path | None) -> str | None:

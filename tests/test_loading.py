@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import IS_OLDER_RELEASE, save_model
+from conftest import save_model
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.loading import check_tokens, load_model, load_tokenizer, read_model_config
 from predict_train.runtime import load_offloaded
@@ -119,8 +119,6 @@ BROKEN: dict[str, tuple[Edit, str]] = {
 
 def test_a_checkpoint_that_is_not_whole_is_refused(tiny_moe_folder: Path, tmp_path: Path) -> None:
     for number, (name, (edit, expected)) in enumerate(BROKEN.items()):
-        if name == "a scale less" and IS_OLDER_RELEASE:
-            continue  # it takes such weights as they are, and does not say so
         folder = shutil.copytree(tiny_moe_folder, tmp_path / str(number))
         edit(folder)
         with pytest.raises(UserError, match=expected) as error:
