@@ -31,12 +31,15 @@ TINY = 1e-20
 """Is added to counts with each token, since numbers below 1e-38 are slow to compute with."""
 
 
-def decayed_uses(ids: torch.Tensor, num_experts: int, rate: float = 2 ** (-1 / HALF_LIFE)) -> torch.Tensor:
-    """What the choice of some tokens counts after the last one, `[num_experts]`, fp32. Rows of `ids` `[tokens, k]` are in order."""
+def decayed_uses(ids: NDArray[np.int64], num_experts: int, rate: float = 2 ** (-1 / HALF_LIFE)) -> NDArray[np.float64]:
+    """What the choice of some tokens counts after the last one, `[num_experts]`. Rows of `ids` `[tokens, k]` are in order.
+
+    What is no expert of the layer is left out.
+    """
     tokens, k = ids.shape
-    ages = torch.arange(tokens - 1, -1, -1, device=ids.device)
-    worth = (rate**ages).float().repeat_interleave(k)
-    return torch.zeros(num_experts, device=ids.device).index_add_(0, ids.flatten(), worth)
+    worth = rate ** np.arange(tokens - 1, -1, -1)
+    counts = np.bincount(ids.ravel(), worth.repeat(k), num_experts)[:num_experts]
+    return counts.astype(np.float64, copy=False)  # as it is already; NumPy's types do not say so
 
 
 def target_of(distance: torch.Tensor) -> torch.Tensor:
@@ -114,7 +117,7 @@ class ReuseScores:
             return
         counts *= self._rates ** len(ids)
         for number, rate in enumerate(RATES, start=1):
-            counts[:, number] += decayed_uses(ids, len(counts), rate).numpy()
+            counts[:, number] += decayed_uses(ids.numpy(), len(counts), rate)
 
     def after(self, logits: NDArray[np.float32]) -> list[float]:
         """The score of each expert after the last token that was counted, whose router said `logits` `[experts]`."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ...predictors.reuse import HALF_LIFE
+from ...predictors.reuse import HALF_LIFE, decayed_uses
 
 LARGEST = 512.0
 """Halvings after which counts are scaled anew, so that none gets too large for a float."""
@@ -41,9 +41,7 @@ class DecayedCounts:
                 if expert < experts:
                     self._counts[expert] += now
             return
-        left = now * 2.0 ** (np.arange(1 - tokens, 1) / HALF_LIFE)
-        added = np.bincount(ids.ravel(), left.repeat(ids.shape[1]), experts)[:experts]
-        self._counts = (self._counts + added).tolist()
+        self._counts = (self._counts + now * decayed_uses(ids, experts)).tolist()
 
     def of(self, experts: Sequence[int]) -> list[float]:
         """The counts of experts, as they are now."""
