@@ -14,6 +14,7 @@ tiny forward pass; see `probe`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -85,11 +86,10 @@ def find_layers(model: PreTrainedModel) -> Found:
         raise UnsupportedModelError(f"no experts of {kind} run for a text; speculating experts needs some")
     if len({(layer.num_experts, layer.top_k, layer.hidden_size) for layer in layers}) > 1:
         raise UnsupportedModelError(f"the MoE layers of {kind} differ in shape; one that is the same in all is needed")
-    most, layer = max((order.count(number), -probes[number].index) for number in order)
+    ((number, most),) = Counter(order).most_common(1)
     if most > 1:  # which run a record or a guess is of would have to be known everywhere
-        return Found(
-            layers, f"layer {-layer} of {kind} runs {most} times in a forward pass; a record holds one run of a layer"
-        )
+        where = f"layer {probes[number].index} of {kind}"
+        return Found(layers, f"{where} runs {most} times in a forward pass; a record holds one run of a layer")
     try:
         return Found([probe.moe_layer() for probe in ran], None)
     except UnsupportedModelError as error:
