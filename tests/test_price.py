@@ -166,7 +166,7 @@ def test_how_much_copies_slow_the_computation_beside_them_is_measured(slower: fl
         beside = max(0.0, copies * copy - waited)
         use.end_pass(alone + slower * beside + waited + guessing, copy, guessing)
         use.begin_pass(1)
-    assert use.beside == pytest.approx(slower, abs=1e-4)
+    assert use.beside == pytest.approx(slower, abs=1e-6)
 
 
 @given(st.integers(0, 100))
@@ -247,13 +247,13 @@ def test_priced_guesses_are_hardly_ever_slower_than_the_better_policy(
 
 def sure_predictors(model: PreTrainedModel, horizon: int) -> Predictors:
     """Training-free ones that say how sure they are, for guesses so far ahead."""
-    layers = find_moe_layers(model)
+    layers, drawn = find_moe_layers(model), torch.Generator().manual_seed(0)
     near = {layer.index: None if layer.index == 0 else layer.index - 1 for layer in layers}
     sources: dict[int, Any] = farther(near, horizon)
     return Predictors(
         model={"name": "tiny"} | moe_shape(model.config, layers),
         layers=[TargetLayer(target, source, confidence=Confidence(0.5)) for target, source in sources.items()],
-        default_vectors={layer.index: torch.randn(8, 32) for layer in layers},
+        default_vectors={layer.index: torch.randn(8, 32, generator=drawn) for layer in layers},
     )
 
 
@@ -298,4 +298,4 @@ def test_the_runtime_measures_what_it_needs_and_knows_how_sure_guesses_are() -> 
             assert layer.before.value > 0
         assert all(layer.executing.value > 0 for layer in prices._of(1)[:-1])
     assert told
-    assert all(chances and all(0 < chance <= 1 for chance in chances.values()) for chances in told)
+    assert all(chances and all(0 < chance < 1 for chance in chances.values()) for chances in told)

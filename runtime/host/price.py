@@ -29,7 +29,7 @@ simulation's. While they are not known, all candidates are copied, as under poli
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from .cache import Key
@@ -77,7 +77,9 @@ class LinkUse:
         self._slots, self._remembered = slots, max(1, slots // GONE)
         self._gone: OrderedDict[Key, None] = OrderedDict()
         self._back = Mean(0.1, 10.0)  # the share of copies of experts that had just left
-        self._slopes: dict[int, Slope] = {}  # by tokens of a pass: of the computation over the copying beside it
+        self._slopes: defaultdict[int, Slope] = defaultdict(
+            Slope
+        )  # by tokens: of computation over the copying beside it
         self.begin_pass(1)
 
     def copied(self, key: Key, evicted: Key | None) -> None:
@@ -102,14 +104,11 @@ class LinkUse:
             self.stall.add(self._waited / self._copies)
 
     def begin_pass(self, tokens: int) -> None:
-        """Forgets what has not been counted by `end_pass`."""
+        """Forgets what has not been counted by `end_pass`. `tokens` are those of the pass, or 0 where nothing is measured in it."""
         self._copies, self._waited = 0, 0.0
-        self._slope = self._slopes.setdefault(tokens, Slope())
-
-    @property
-    def beside(self) -> float:
+        self._slope = self._slopes[tokens]
+        self.beside = min(1.0, max(0.0, self._slope.least))
         """How much longer the computation beside a copy takes, per second of copying: as much as is sure, since times are noisy."""
-        return min(1.0, max(0.0, self._slope.least))
 
     @property
     def again(self) -> float:
@@ -160,7 +159,6 @@ class Prices:
         copy = self._copy_seconds()
         if self._is_counted and copy and self._layer == self._layers - 1:
             self.link.end_pass(self._left - self._begun, copy, self._cost)
-        self.link.begin_pass(tokens)
         if self._cost and self._is_counted:
             self._gains.add(self._gain)
             self._costs.add(self._cost)
@@ -168,6 +166,7 @@ class Prices:
         self._gain = self._cost = 0.0
         self._passes += 1
         self._is_counted = 0 < tokens <= MOST_TOKENS
+        self.link.begin_pass(tokens if self._is_counted else 0)
         if self._is_counted:
             self._times = self._of(tokens)
         self._layer, self._stalled, self._missed = -1, 0.0, 0

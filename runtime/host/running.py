@@ -17,11 +17,11 @@ class Mean:
 
     def __init__(self, value: float | None = None, weight: float = 0.0):
         """It may begin with a value that is worth `weight` others."""
-        self.value, self._weight = value, weight
+        self.value, self.weight = value, weight
 
     def add(self, value: float) -> None:
-        self._weight += 1.0
-        self.value = value if self.value is None else self.value + (value - self.value) * max(NEWEST, 1 / self._weight)
+        self.weight += 1.0
+        self.value = value if self.value is None else self.value + (value - self.value) * max(NEWEST, 1 / self.weight)
 
     def __float__(self) -> float:
         return self.value or 0.0
@@ -47,21 +47,19 @@ class Slope:
 
     def __init__(self) -> None:
         self._x, self._y, self._xx, self._xy, self._yy = Mean(), Mean(), Mean(), Mean(), Mean()
-        self._pairs = 0
 
     def add(self, x: float, y: float) -> None:
-        self._pairs = min(MOST_PAIRS, self._pairs + 1)
-        pairs = (self._x, x), (self._y, y), (self._xx, x * x), (self._xy, x * y), (self._yy, y * y)
-        for mean, value in pairs:
+        means = self._x, self._y, self._xx, self._xy, self._yy
+        for mean, value in zip(means, (x, y, x * x, x * y, y * y), strict=True):
             mean.add(value)
 
     @property
     def least(self) -> float:
         """The slope less its standard error; 0 while `x` is always the same, or there are too few pairs for an error."""
-        x, y = float(self._x), float(self._y)
+        x, y, pairs = float(self._x), float(self._y), min(MOST_PAIRS, self._x.weight)
         spread = float(self._xx) - x * x
-        if self._pairs < 3 or spread <= 1e-6 * x * x:
+        if pairs < 3 or spread <= 1e-6 * x * x:
             return 0.0
         slope = (float(self._xy) - x * y) / spread
         rest = max(0.0, float(self._yy) - y * y - slope * slope * spread)
-        return slope - math.sqrt(rest / spread / (self._pairs - 2))
+        return slope - math.sqrt(rest / spread / (pairs - 2))
