@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.runtime import offloaded
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache
@@ -50,12 +51,12 @@ PROMPT, WARMUP, STEPS = 8, 4, 20
 def steps(model: PreTrainedModel, forward: Callable[..., Any], cache: Cache) -> float:
     """The median seconds of a decode step after a prompt."""
     ids = torch.arange(1, PROMPT + 1).unsqueeze(0)
-    model(ids, past_key_values=cache, use_cache=True)
+    model(ids, **{CACHE: cache}, use_cache=True)
     seconds = []
     for number in range(WARMUP + STEPS):
         token = ids[:, number % PROMPT : number % PROMPT + 1]
         begun = time.perf_counter()
-        forward(token, past_key_values=cache, use_cache=True)
+        forward(token, **{CACHE: cache}, use_cache=True)
         seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds[WARMUP:])
 

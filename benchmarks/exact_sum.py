@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 from predict_train.predictors import experts
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.runtime.load import load_offloaded
 from predict_train.runtime.measure.routing import PRESETS, draw_routing, replaying
@@ -62,13 +63,13 @@ def main() -> None:
         steps = WARMUP + 2 * TURN * arguments.pairs + 8
         routing = draw_routing(PRESETS["qwen3-30b-a3b"], steps=steps, layers=12, num_experts=64, top_k=4, candidates=4)
         attached.enter_context(replaying(find_moe_layers(model), routing))
-        cache = model(input_ids=prompt(), use_cache=True).past_key_values
+        cache = model(input_ids=prompt(), use_cache=True)[CACHE]
         token_ids = torch.zeros(1, 1, dtype=torch.int64)
 
         def milliseconds(tokens: int) -> float:
             begun = time.perf_counter()
             for _ in range(tokens):
-                model(input_ids=token_ids, past_key_values=cache, use_cache=True)
+                model(input_ids=token_ids, **{CACHE: cache}, use_cache=True)
             return 1000 * (time.perf_counter() - begun) / tokens
 
         milliseconds(WARMUP)

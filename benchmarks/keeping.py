@@ -47,6 +47,7 @@ from predict_train.data_collection.keeping import (
 from predict_train.data_collection.statistics import long_runs
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.checkpoint import Predictors, load_predictors
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.predictors.reuse import HALF_LIFE, ReuseScores
 from predict_train.runtime import offloaded
@@ -154,7 +155,7 @@ def decode(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     """Feeds the tokens one by one."""
     known = None
     for token in tokens.split(1, dim=1):
-        known = model(token, past_key_values=known, use_cache=True).past_key_values
+        known = model(token, **{CACHE: known}, use_cache=True)[CACHE]
 
 
 def copies(trace: Trace, predictors: Predictors, name: str) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from predict_train.predictors.architecture import farther
 from predict_train.predictors.checkpoint import Predictors, load_predictors
 from predict_train.predictors.confidence import Confidence
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.runtime import offloaded
 from predict_train.runtime.guess import Guess
@@ -196,7 +197,7 @@ def own_cost(slots: int, turns: int, pack: Path | None) -> dict[str, Any]:
             begun = time.perf_counter()
             for _ in range(TURN):
                 ids = output.logits[:, -1:].argmax(-1)
-                output = model(input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+                output = model(input_ids=ids, **{CACHE: output[CACHE]}, use_cache=True)
             if number > 1:  # the first fill the slots
                 times[is_on].append(1000 * (time.perf_counter() - begun) / TURN)
     ratios = [priced / plain - 1 for priced, plain in zip(times[True], times[False], strict=True)]

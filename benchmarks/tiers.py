@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.runtime.load import load_offloaded
 from predict_train.runtime.measure.routing import PRESETS, draw_routing, replaying
@@ -45,14 +46,14 @@ class Run:
         attached.enter_context(replaying(layers, routing))
         memory: dict[str, Any] = {} if share == 0 else {"host_memory": int(share * whole)}
         attached.enter_context(offloaded(self.model, device="cpu", slots=SLOTS, policy="on_demand", **memory))
-        self.cache = self.model(input_ids=prompt(), use_cache=True).past_key_values
+        self.cache = self.model(input_ids=prompt(), use_cache=True)[CACHE]
 
     def milliseconds(self, tokens: int) -> float:
         """The mean time of the next tokens."""
         token_ids = torch.zeros(1, 1, dtype=torch.int64)
         begun = time.perf_counter()
         for _ in range(tokens):
-            self.model(input_ids=token_ids, past_key_values=self.cache, use_cache=True)
+            self.model(input_ids=token_ids, **{CACHE: self.cache}, use_cache=True)
         return 1000 * (time.perf_counter() - begun) / tokens
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
+from predict_train.predictors.generation import CACHE
 from predict_train.runtime import offload_experts, offloaded, operations
 from predict_train.runtime.automatic import BLOCK, BLOCKS, Trial
 from predict_train.runtime.errors import OffloadError
@@ -109,8 +110,8 @@ def test_compiled_decode_steps_on_a_gpu_are_the_eager_ones(
             assert offload.why_host is None
             offload._graphs = None
             step = compiled(model, backend, dynamic=True) if compiles else model
-            cache = model(ids, use_cache=True).past_key_values
-            found.append(torch.cat([step(ids[:, n : n + 1], past_key_values=cache).logits for n in range(9)]))
+            cache = model(ids, use_cache=True)[CACHE]
+            found.append(torch.cat([step(ids[:, n : n + 1], **{CACHE: cache}).logits for n in range(9)]))
     assert torch.equal(*found)
 
 
@@ -141,7 +142,7 @@ def test_decoding_over_a_static_cache_compiles_once_and_auto_chooses_a_policy(
         tokens, modes = [ids], set()
         for _ in range(steps):
             forward = model if len(tokens) == 1 else step
-            tokens.append(forward(tokens[-1], past_key_values=cache).logits[:, -1:].argmax(-1))
+            tokens.append(forward(tokens[-1], **{CACHE: cache}).logits[:, -1:].argmax(-1))
             modes.add(offload._control.is_on)
         assert torch.equal(torch.cat(tokens, 1), expected)
         assert graphs.frame_count == 1

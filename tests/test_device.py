@@ -14,6 +14,7 @@ from conftest import build_model
 from predict_train.data_collection.catalog import moe_types
 from predict_train.predictors.checkpoint import TargetLayer
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.runtime import engines
 from predict_train.runtime.device.slots import DeviceSlots
@@ -39,8 +40,8 @@ def decode(model: PreTrainedModel, ids: torch.Tensor, prompt: int, step: int = 1
     ends = [prompt, *range(prompt + step, ids.shape[1] + 1, step)]
     with torch.no_grad():
         for begin, end in zip([0, *ends], ends, strict=False):
-            output = model(ids[:, begin:end].to(model.device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(ids[:, begin:end].to(model.device), **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             found.append(output.logits.cpu())
     return torch.cat(found, 1)
 
@@ -69,8 +70,8 @@ def logits_of(model: PreTrainedModel, cache: Cache | None, batch: int = 1, token
     found = []
     with torch.no_grad():
         for begin, end in pairwise([0, *range(20, 20 + tokens)]):
-            output = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(ids[:, begin:end], **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             found.append(output.logits[:, -1].clone())
     return torch.stack(found)
 

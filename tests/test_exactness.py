@@ -18,6 +18,7 @@ from predict_train.predictors.architecture import UnsupportedModelError, moe_sha
 from predict_train.predictors.checkpoint import Predictors, TargetLayer
 from predict_train.predictors.direct import DirectMLP
 from predict_train.predictors.discovery import Found, find_layers, find_moe_layers
+from predict_train.predictors.generation import CACHE
 from predict_train.runtime import Eviction, offload_experts, offloaded
 from test_offload import AnyOrder, greedy, prompt
 from transformers import PreTrainedModel
@@ -62,8 +63,8 @@ def all_logits(model: PreTrainedModel, passes: Sequence[tuple[int, int]] = PASSE
         output = model(prompt(batch, length), use_cache=True)
         found.append(output.logits)
         for _ in range(2):
-            cache = output.past_key_values
-            output = model(output.logits[:, -1:].argmax(-1), past_key_values=cache, use_cache=True)
+            cache = output[CACHE]
+            output = model(output.logits[:, -1:].argmax(-1), **{CACHE: cache}, use_cache=True)
             found.append(output.logits)
     return found
 
@@ -154,8 +155,8 @@ def test_two_models_at_once(build_moe: Callable[..., PreTrainedModel]) -> None:
     for _ in range(6):  # token by token, in turn
         for i, model in enumerate(models):
             with torch.no_grad():
-                output = model(tokens[i] if caches[i] is None else tokens[i][:, -1:], past_key_values=caches[i])
-            caches[i] = output.past_key_values
+                output = model(tokens[i] if caches[i] is None else tokens[i][:, -1:], **{CACHE: caches[i]})
+            caches[i] = output[CACHE]
             tokens[i] = torch.cat([tokens[i], output.logits[:, -1:].argmax(-1)], dim=1)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(tokens, alone, strict=True))
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from conftest import build_model
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
+from predict_train.predictors.generation import CACHE
 from predict_train.runtime import OffloadError, load_experts, load_offloaded, offload_experts, offloaded
 from predict_train.runtime.pack import pack
 from predict_train.runtime.packfile import PackedStore
@@ -36,9 +37,9 @@ REFUSED = r"detach.*: model\.expert_offload\.detach\(\)"
 def logits(model: PreTrainedModel) -> torch.Tensor:
     """Of some tokens together, and then of one at a time."""
     output = model(IDS, use_cache=True)
-    found, cache = [output.logits], output.past_key_values
+    found, cache = [output.logits], output[CACHE]
     for token in (7, 8, 9):
-        found.append(model(torch.tensor([[token]]), past_key_values=cache).logits)
+        found.append(model(torch.tensor([[token]]), **{CACHE: cache}).logits)
     return torch.cat(found, 1)
 
 

@@ -14,6 +14,7 @@ from predict_train.data_collection.hooks import Recorder
 from predict_train.predictors.architecture import moe_shape
 from predict_train.predictors.checkpoint import Predictors, TargetLayer, make_speculators
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.memory import memory_of, remembered
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.runtime import offloaded
@@ -136,7 +137,7 @@ def test_a_chat_goes_on_with_its_cache_and_another_one_begins_anew(model: PreTra
         cache, reached = DynamicCache(config=model.config), 0
         at = []
         for size in (5, 1, 1, 6, 1, 1, 1):  # a prompt, an answer, the next turn, an answer
-            model(whole[:, reached : reached + size], past_key_values=cache)
+            model(whole[:, reached : reached + size], **{CACHE: cache})
             if size == 1:
                 at.append(reached)
             reached += size
@@ -144,8 +145,8 @@ def test_a_chat_goes_on_with_its_cache_and_another_one_begins_anew(model: PreTra
         for memories in seen.values():
             memories.clear()
         other = DynamicCache(config=model.config)
-        model(whole[:, :4], past_key_values=other)
-        model(whole[:, reached : reached + 1], past_key_values=cache)
+        model(whole[:, :4], **{CACHE: other})
+        model(whole[:, reached : reached + 1], **{CACHE: cache})
         for memories in seen.values():
             assert not any(memory is not None and memory.any() for memory in memories), "another text ran meanwhile"
     for index, memory in expected(model, predictors, whole[0]).items():
@@ -167,8 +168,8 @@ def changes(cache: Any) -> dict[str, Any]:
 def test_nothing_is_remembered_after_something_was_done_to_the_cache(model: PreTrainedModel, change: str) -> None:
     with watched(model) as (_, seen, _), torch.no_grad():
         cache: Any = DynamicCache(config=model.config)
-        model(text(2, 6), past_key_values=cache)
-        model(text(2, 1), past_key_values=cache)
+        model(text(2, 6), **{CACHE: cache})
+        model(text(2, 1), **{CACHE: cache})
         rows = {"repeated": 4, "selected": 1}.get(change, 2)
         if change in changes(cache):
             changes(cache)[change]()
@@ -179,7 +180,7 @@ def test_nothing_is_remembered_after_something_was_done_to_the_cache(model: PreT
         if change == "no cache":
             model(text(2, 1), use_cache=False)
         else:
-            model(text(rows, 1), past_key_values=cache)
+            model(text(rows, 1), **{CACHE: cache})
         remembers = any(memory is not None and memory.any() for memories in seen.values() for memory in memories)
         assert remembers == (change == "nothing")
 
@@ -188,12 +189,12 @@ def test_a_static_cache_that_was_reset_is_a_new_one(model: PreTrainedModel) -> N
     with watched(model) as (_, seen, _), torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=16)
         for size in (6, 1, 1):
-            model(text(1, size), past_key_values=cache)
+            model(text(1, size), **{CACHE: cache})
         assert any(memory is not None and memory.any() for memories in seen.values() for memory in memories)
         for memories in seen.values():
             memories.clear()
         cache.reset()
-        model(text(1, 1), past_key_values=cache)
+        model(text(1, 1), **{CACHE: cache})
         assert not any(memory is not None and memory.any() for memories in seen.values() for memory in memories)
 
 
@@ -232,7 +233,7 @@ def test_evaluation_remembers_as_decoding_does(model: PreTrainedModel) -> None:
     with offloaded(model, predictors, policy="prefetch", device="cpu", slots=8) as offload, torch.no_grad():
         cache = DynamicCache(config=model.config)
         for token in rows.split(1, 1):
-            model(token, past_key_values=cache)
+            model(token, **{CACHE: cache})
         decoded = offload._control.hit_rates()
     assert decoded == pytest.approx(rates, abs=0.02)
 
@@ -244,6 +245,6 @@ def test_steps_find_their_memory_in_the_same_place(model: PreTrainedModel) -> No
         for _ in range(2):
             cache = DynamicCache(config=model.config)
             for size in (4, 1, 1):
-                model(text(2, size), past_key_values=cache)
+                model(text(2, size), **{CACHE: cache})
                 places.add(offload._control.memory._by_rows[2].data_ptr())
     assert len(places) == 1

@@ -13,6 +13,7 @@ from predict_train.data_collection.hooks import Recorder
 from predict_train.predictors.architecture import moe_shape, sources
 from predict_train.predictors.checkpoint import Predictors, make_speculators
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.speculation import candidates
 from predict_train.runtime import Gating, Policy, offload_experts
 from predict_train.runtime.control import RoutingControl
@@ -114,15 +115,15 @@ def test_decoding_through_the_runtime_is_speculation_token_by_token(model: PreTr
     speculators = make_speculators(model, predictors, layers)
     with torch.no_grad():
         exact = model(ids).logits[:, 1:]
-        cache = model(ids[:, :1], use_cache=True).past_key_values
+        cache = model(ids[:, :1], use_cache=True)[CACHE]
         control = RoutingControl(targets_of(layers), speculators, Policy.SPECULATIVE, Gating(gating))
-        expected = model(ids[:, 1:], past_key_values=cache).logits
+        expected = model(ids[:, 1:], **{CACHE: cache}).logits
         control.detach()
     offload_experts(model, predictors, policy="speculative", gating=gating, slots=3)
     try:
         with torch.no_grad():
-            cache = model(ids[:, :1], use_cache=True).past_key_values
-            steps = [model(token, past_key_values=cache).logits for token in ids[:, 1:].split(1, dim=1)]
+            cache = model(ids[:, :1], use_cache=True)[CACHE]
+            steps = [model(token, **{CACHE: cache}).logits for token in ids[:, 1:].split(1, dim=1)]
     finally:
         model.expert_offload.detach()
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-3, atol=1e-3)

@@ -14,6 +14,7 @@ from predict_train.data_collection.catalog import tiny_config
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.experts import expert_modules, expert_output
+from predict_train.predictors.generation import CACHE
 from predict_train.runtime import load_experts, load_offloaded, offloaded
 from predict_train.runtime.formats import int4
 from predict_train.runtime.formats.quantized import COMPUTED
@@ -52,7 +53,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
         output = model(ids[:, :20], use_cache=True)
         found = [output.logits]
         for n in range(20, 30):
-            output = model(ids[:, n : n + 1], past_key_values=output.past_key_values, use_cache=True)
+            output = model(ids[:, n : n + 1], **{CACHE: output[CACHE]}, use_cache=True)
             found.append(output.logits)
     return torch.cat(found, 1).float()
 

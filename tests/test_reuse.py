@@ -20,6 +20,7 @@ from predict_train.predictors.checkpoint import Predictors, load_predictors, sav
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.files import CHECKSUM
+from predict_train.predictors.generation import CACHE
 from predict_train.predictors.reuse import RATES, Reuse, ReusePredictors, ReuseScores
 from predict_train.runtime import OffloadConfig, offloaded
 from predict_train.runtime.engines import check_eviction
@@ -142,8 +143,8 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
     ids, found, cache = torch.randint(1, 256, (1, 30), generator=torch.Generator().manual_seed(3)), [], None
     with torch.no_grad():
         for part in ids.split([10] + [1] * 20, dim=1):
-            output = model(part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(part, **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             found.append(output.logits)
     return torch.cat(found, 1)
 
@@ -181,12 +182,12 @@ def test_a_model_and_its_simulation_begin_the_same_copies(monkeypatch: pytest.Mo
     config = OffloadConfig(policy="prefetch", slots=14, eviction="learned", device="cpu")
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(slots_module, "make_transfers", Lazy)
-        cache = model(torch.tensor([[1]]), use_cache=True).past_key_values
+        cache = model(torch.tensor([[1]]), use_cache=True)[CACHE]
         with replaying(layers, routing) as replayed, offloaded(model, with_reuse(model), config=config) as offload:
             offload.guess_by(replayed.guesser)
             with offload.observed(ran):
                 for token in range(1, steps + 1):
-                    model(torch.tensor([[token]]), past_key_values=cache)
+                    model(torch.tensor([[token]]), **{CACHE: cache})
     costs = Costs(layer=1.0, expert=1.0, copy=NEVER)
     rated = replace(routing, scores=np.reshape(said, (steps, LAYERS, EXPERTS)))
     simulate(costs, rated, config, farther(sources(layers), 1), queue=True, warmup=0, observer=simulated)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther, sources
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.generation import CACHE
 from predict_train.runtime import Gating, Observer, OffloadConfig, Policy, offloaded
 from predict_train.runtime.host import slots as slots_module
 from predict_train.runtime.measure.routing import Statistics, draw_routing, replaying
@@ -105,12 +106,12 @@ def test_a_model_and_its_simulation_begin_the_same_copies(
     ran, simulated = Copies(), Copies()
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(slots_module, "make_transfers", Lazy)
-        cache = model(torch.tensor([[1]]), use_cache=True).past_key_values  # what follows are decode steps
+        cache = model(torch.tensor([[1]]), use_cache=True)[CACHE]  # what follows are decode steps
         with replaying(layers, routing) as replayed, offloaded(model, config=config) as offload:
             offload.guess_by(replayed.guesser)
             with offload.observed(ran):
                 for token in range(1, steps + 1):
-                    model(torch.tensor([[token]]), past_key_values=cache)
+                    model(torch.tensor([[token]]), **{CACHE: cache})
     source_of = farther(sources(layers), config.horizon or 1)
     costs = Costs(layer=1.0, expert=1.0, copy=NEVER)
     simulate(costs, routing, config, source_of, queue=True, warmup=0, observer=simulated)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import build_model
 from predict_train.predictors.experts import expert_output
+from predict_train.predictors.generation import CACHE
 from predict_train.runtime import engines, offload_experts, offloaded
 from predict_train.runtime.device.arithmetic import ExpertArithmetic
 from predict_train.runtime.device.hits import DeviceHitCount
@@ -151,8 +152,8 @@ def logits(batch: int) -> torch.Tensor:
     cache, found = None, []
     with torch.no_grad():
         for begin, end in pairwise(accumulate(PASSES, initial=0)):
-            output = model()(ids[:, begin:end], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model()(ids[:, begin:end], **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             found.append(output.logits)
         return torch.cat(found, 1).cpu()
 
@@ -202,11 +203,11 @@ def test_the_host_never_waits_where_the_device_decides(way: str) -> None:
         offloaded(model(), **settings(way, "cuda:0", slots=SLOTS[1])),
     ):
         ids = torch.arange(1, 10).view(1, -1).to("cuda:0")
-        cache = model()(ids, use_cache=True).past_key_values
-        model()(ids[:, :1], past_key_values=cache)  # the books are handed over
+        cache = model()(ids, use_cache=True)[CACHE]
+        model()(ids[:, :1], **{CACHE: cache})  # the books are handed over
         before = device.waits.total()
         for _ in range(3):
-            output = model()(ids[:, :1], past_key_values=cache)
+            output = model()(ids[:, :1], **{CACHE: cache})
         assert device.waits.total() == before
         output.logits.cpu()
         assert device.waits.total() == before + 1

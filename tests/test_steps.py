@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from predict_train.predictors.generation import CACHE
 from predict_train.runtime import Gating, offloaded
 from predict_train.runtime.settings import OffloadConfig
 from predict_train.runtime.steps import Steps
@@ -28,18 +29,16 @@ def test_a_step_is_one_token_of_each_sequence_after_others(tiny_moe: PreTrainedM
         return found
 
     ids, batch = prompt(3, 5), prompt(3, 1)
-    assert not is_step(batch, past_key_values=cache), "the cache is empty"
-    assert is_step(batch, past_key_values=cache)
+    assert not is_step(batch, **{CACHE: cache}), "the cache is empty"
+    assert is_step(batch, **{CACHE: cache})
     assert is_step(batch, None, None, cache)
-    assert is_step(inputs_embeds=torch.ones(3, 1, 32), past_key_values=cache)
-    assert not is_step(ids, past_key_values=cache), (
-        "a further turn of a chat, a part of a prompt, an assistant's tokens"
-    )
-    assert is_step(input_ids=batch, past_key_values=cache)
+    assert is_step(inputs_embeds=torch.ones(3, 1, 32), **{CACHE: cache})
+    assert not is_step(ids, **{CACHE: cache}), "a further turn of a chat, a part of a prompt, an assistant's tokens"
+    assert is_step(input_ids=batch, **{CACHE: cache})
     assert not is_step(ids)
     assert not is_step(ids[:, :1]), "there is no cache"
     cache.reset()
-    assert not is_step(batch, past_key_values=cache), "the cache is empty again"
+    assert not is_step(batch, **{CACHE: cache}), "the cache is empty again"
 
 
 @pytest.mark.parametrize("gating", Gating)
@@ -53,8 +52,8 @@ def test_a_short_prompt_is_exact_and_what_follows_is_guessed(
     def turns(ids: torch.Tensor) -> list[torch.Tensor]:
         """Logits of a prompt, of another turn over its cache, of a prompt without a cache, and of a decode step."""
         cache, more = DynamicCache(config=model.config), torch.cat([ids, ids], dim=1)
-        exact = [model(ids, past_key_values=cache).logits, model(more, past_key_values=cache).logits, model(ids).logits]
-        return [*exact, model(ids[:, -1:], past_key_values=cache).logits]
+        exact = [model(ids, **{CACHE: cache}).logits, model(more, **{CACHE: cache}).logits, model(ids).logits]
+        return [*exact, model(ids[:, -1:], **{CACHE: cache}).logits]
 
     with torch.no_grad():
         expected = [turns(ids) for ids in prompts]
