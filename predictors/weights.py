@@ -80,6 +80,16 @@ def what_is_wrong(folder: Path) -> str | None:
     return None
 
 
+def dtypes_of(folder: Path) -> dict[str, str]:
+    """The names of the weights in a checkpoint's safetensors files, and what these call their dtypes."""
+    found: dict[str, str] = {}
+    for file in weights_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118 - it can't be iterated
+    return found
+
+
 def without_scales(folder: Path) -> set[str]:
     """The weights of a checkpoint quantised in fp8 whose scales are not in it. Some releases of transformers load such weights as
     they are, and say nothing."""
@@ -90,15 +100,12 @@ def without_scales(folder: Path) -> set[str]:
     if (config.get("quantization_config") or {}).get("quant_method") != "fp8":
         return set()
     small, scaled = set(), set()
-    for file in weights_files(folder):
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it can't be iterated
-                    owner, is_scale, _ = name.rpartition("scale")
-                    if is_scale:
-                        scaled.add(owner.rstrip("_."))
-                    elif opened.get_slice(name).get_dtype() in SMALL:
-                        small.add(name)
+    for name, dtype in dtypes_of(folder).items():
+        owner, is_scale, _ = name.rpartition("scale")
+        if is_scale:
+            scaled.add(owner.rstrip("_."))
+        elif dtype in SMALL:
+            small.add(name)
     return {name for name in small if name not in scaled and name.removesuffix(".weight") not in scaled}
 
 

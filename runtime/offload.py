@@ -27,10 +27,11 @@ from ..predictors.loading import resolve_device
 from ..predictors.override import override_forward, refuse_copy
 from ..predictors.settings import combined
 from . import operations
+from .asked import watch_generate
 from .automatic import AUTO, Trial
 from .control import RoutingControl
 from .dense import dense_forward, is_dense
-from .device.graphs import StepGraphs, wants_static_cache
+from .device.graphs import StepGraphs
 from .engine import Counters, Decision
 from .engines import make_engine
 from .errors import OffloadError, let_go
@@ -182,8 +183,8 @@ class ExpertOffload:
         if self.why_host is None and self.device.type == "cuda":
             self._graphs = StepGraphs(self.device)
             attached.callback(self._graphs.clear)
-            if getattr(model, "_can_compile_fullgraph", False):
-                self._generate_statically(attached)
+        if hasattr(model, "generate"):
+            watch_generate(model, self._graphs, attached)
         prices = engine.prices if isinstance(engine, ExpertSlots) else None
         choice = None if config.policy != AUTO else Trial() if prices is None else prices
         self._passes = Passes(self._turn, self.device, engine, targets, choice, config.speculated_tokens)
@@ -299,22 +300,6 @@ class ExpertOffload:
             # `generate` would compile by itself there: for minutes, and past the steps that are captured.
             attached.callback(setattr, generation_config, "disable_compile", generation_config.disable_compile)
             generation_config.disable_compile = True
-
-    def _generate_statically(self, attached: ExitStack) -> None:
-        """Has `generate` use a static cache where nothing speaks against it, since only then steps can be captured."""
-
-        original: Any = self._model.generate
-
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            if wants_static_cache(args, kwargs, self._model.generation_config):
-                kwargs["cache_implementation"] = "static"
-            if self._graphs is not None:
-                self._graphs.look_at(self._model)
-            return original(*args, **kwargs)
-
-        vars(self._model)["generate"] = generate
-        attached.callback(vars(self._model).pop, "generate")
 
     def _in_turn(self, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:

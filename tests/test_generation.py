@@ -21,7 +21,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.generation import REPLACED, read_generation_config
 from predict_train.runtime import offloaded
-from predict_train.runtime.device.graphs import wants_static_cache
+from predict_train.runtime.asked import wants_static_cache
 from predict_train.runtime.generate import generate
 from predict_train.runtime.settings import Sampling
 from test_offload import prompt

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import IS_OLDER_RELEASE
 from predict_train.predictors.generation import CACHE
 from predict_train.runtime import Gating, offloaded
 from predict_train.runtime.settings import OffloadConfig
@@ -38,7 +39,9 @@ def test_a_step_is_one_token_of_each_sequence_after_others(tiny_moe: PreTrainedM
     assert not is_step(ids)
     assert not is_step(ids[:, :1]), "there is no cache"
     cache.reset()
-    assert not is_step(batch, **{CACHE: cache}), "the cache is empty again"
+    is_empty = int(cache.get_seq_length()) == 0
+    assert is_empty or IS_OLDER_RELEASE  # those keep the tokens of a dynamic cache
+    assert is_step(batch, **{CACHE: cache}) is not is_empty
 
 
 @pytest.mark.parametrize("gating", Gating)

@@ -14,16 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from transformers import Cache, GenerationConfig
-
-from ...predictors.generation import CACHES
+from transformers import Cache
 
 MOST_GRAPHS = 8
 THE_CACHE = object()
 OWN = ("torch", "transformers", "transformers_modules")
 """The libraries whose modules models are made of."""
-DRAFTS = "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"
-"""Arguments of `generate` for ways to draft tokens. Those that turn out to be wrong are cut off the cache, which must not be static."""
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -222,23 +218,3 @@ def _places(cache: Cache) -> tuple[int, ...]:
     """Where a cache's tensors are. Beams get new ones at each step."""
     values = (value for layer in cache.layers for value in vars(layer).values())
     return tuple(value.data_ptr() for value in values if isinstance(value, torch.Tensor))
-
-
-def wants_static_cache(args: tuple[Any, ...], kwargs: dict[str, Any], own: GenerationConfig) -> bool:
-    """Whether `generate` with these arguments may use a static cache, which has the memory of its longest text at once.
-
-    `own` is the model's generation config. Not where another cache is asked for, or a mode that can't use one, or where nobody
-    says how long the text can be.
-    """
-    if any(kwargs.get(name) is not None for name in (*CACHES, "assistant_model", "custom_generate")):
-        return False
-    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, GenerationConfig)), None)
-
-    def asked(name: str) -> Any:
-        """As `generate` finds it out: an argument, or the given config, or the model's."""
-        value = getattr(given, name, None)
-        return kwargs[name] if name in kwargs else getattr(own, name, None) if value is None else value
-
-    if asked("use_cache") is False or asked("max_new_tokens") is None:
-        return False
-    return not any(map(asked, ("cache_implementation", *DRAFTS, "penalty_alpha", "dola_layers")))
