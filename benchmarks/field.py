@@ -15,6 +15,13 @@ from predict_train.runtime.measure.plan import Counted, Shape, read_shape
 from predict_train.runtime.quantization import Quantization
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+GEMMA: dict[str, Any] = {
+    "hidden_size": 2816, "intermediate_size": 2112, "num_attention_heads": 16, "num_key_value_heads": 8, "sliding_window": 1024,
+    "num_global_key_value_heads": 2, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "enable_moe_block": True,
+    "num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704,
+}  # fmt: skip
+"""The text model of Gemma 4 26B-A4B, of which transformers' defaults say nothing: from Google's MaxText,
+src/maxtext/configs/models/gemma4-26b.yml."""
 FIELD: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3.5-35B-A3B": ("qwen3_5_moe_text", {}),
     "Qwen3-Next-80B-A3B": ("qwen3_next", {}),
@@ -22,6 +29,7 @@ FIELD: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss-120b": ("gpt_oss", {}),
     "GLM-4.5-Air": ("glm4_moe", {}),
     "DeepSeek-V4-Flash": ("deepseek_v4", {}),
+    "Gemma-4-26B-A4B": ("gemma4_text", GEMMA),
     "Mixtral-8x7B": ("mixtral", {}),
 }
 """By name: the model type, and what differs from the defaults of its config."""

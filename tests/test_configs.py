@@ -20,6 +20,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 SHAPES = {
     "deepseek-v2-lite": (range(1, 27), 2048, 64, 6),
     "deepseek-v4-flash": (range(43), 4096, 256, 6),
+    "gemma-4-26b-a4b": (range(30), 2816, 128, 8),
     "glm-4.5-air": (range(1, 46), 4096, 128, 8),
     "gpt-oss-120b": (range(36), 2880, 128, 4),
     "gpt-oss-20b": (range(24), 2880, 32, 4),
@@ -47,6 +48,7 @@ def bytes_per_token(name: str, targets: int) -> int:
 
 OF_THE_FIELD = {
     "deepseek-v4-flash": "DeepSeek-V4-Flash",
+    "gemma-4-26b-a4b": "Gemma-4-26B-A4B",
     "glm-4.5-air": "GLM-4.5-Air",
     "gpt-oss-120b": "gpt-oss-120b",
     "gpt-oss-20b": "gpt-oss-20b",

@@ -11,7 +11,7 @@ from benchmarks import field
 
 
 @pytest.mark.skipif(IS_OLDER_RELEASE, reason="the table was made with another release of transformers")
-@pytest.mark.parametrize("name", ["gpt-oss-20b", "Mixtral-8x7B", "DeepSeek-V4-Flash"])
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "Mixtral-8x7B", "DeepSeek-V4-Flash", "Gemma-4-26B-A4B"])
 def test_the_table_of_models_is_what_plan_reads(name: str) -> None:
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     assert field.row(name) in text
