@@ -13,6 +13,7 @@ from ..predictors.experts import unmarked
 from .automatic import AUTO
 from .engine import Engine
 from .errors import OffloadError
+from .formats.ggml import kept_kind
 from .formats.gguf import GgufFormat
 from .host.cache import Eviction
 from .host.slots import ExpertSlots
@@ -79,8 +80,14 @@ def hindrance_of(store: ExpertStore, layers: Sequence[ExpertLayer], slots: int, 
         return "the host decides what is copied, since the device has no kernels for this model's experts"
     if next(layers[0].experts.parameters()).dtype != layers[0].dtype:
         return "the host decides what is copied, since the experts are in another dtype than the rest of the model"
-    if isinstance(store.format, GgufFormat):
-        return "the host decides what is copied, since the device has no kernels for GGUF's types"
+    if isinstance(store.format, GgufFormat) and (kinds := _kept_kinds(store, store.format)):
+        return f"the host decides what is copied, since the device has no kernels for GGUF's {', '.join(kinds)}"
     if importlib.util.find_spec("triton") is None:
         return "the host decides what is copied, since Triton is not installed; pip install triton"
     return None
+
+
+def _kept_kinds(store: MemoryStore, form: GgufFormat) -> list[str]:
+    """The types of the experts in `store` that are only kept, not rearranged."""
+    told = (part for blocks in store.blocks for parts in form.parts(blocks[0]).values() for part in parts)
+    return sorted({kind for part in told if (kind := kept_kind(part.number, part.rows)) is not None})

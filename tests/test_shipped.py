@@ -115,17 +115,13 @@ def test_exact_policies_give_the_logits_of_the_widened_model(kind: str, dtype: s
     assert read_header(pack).block_bytes < 1.2 * number + 4096
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", SHIPPED)
-def test_on_a_gpu_exact_policies_give_the_logits_of_all_experts_resident(kind: str, tmp_path: Path) -> None:
-    """By the device's engine. In float32 they are close to a CPU's."""
-    _, write = SHIPPED[kind]
-    folder = write(tmp_path / "model")
-    expected = logits_of(load_resident(folder, Loading(dtype="float32"), torch.device("cpu")), None)
+def exact_on_a_gpu(folder: Path, **settings: Any) -> None:
+    """By the device's engine, exact policies give the logits of all experts resident. In float32 they are close to a CPU's."""
+    expected = logits_of(load_resident(folder, Loading(dtype="float32", **settings), torch.device("cpu")), None)
     for dtype in ("bfloat16", "float32"):
         found: list[torch.Tensor] = []
         for policy, share in (("on_demand", 1.0), ("on_demand", 0.5), ("prefetch", 0.5)):
-            model = load_to_host(folder, Loading(dtype=dtype))
+            model = load_to_host(folder, Loading(dtype=dtype, **settings))
             slots = int(share * sum(layer.num_experts for layer in find_moe_layers(model)))
             with offloaded(model, policy=policy, slots=slots, device="cuda") as offload:
                 assert offload.why_host is None
@@ -133,6 +129,13 @@ def test_on_a_gpu_exact_policies_give_the_logits_of_all_experts_resident(kind: s
             assert torch.equal(found[0], found[-1]), (dtype, policy, share)
         if dtype == "float32":
             torch.testing.assert_close(found[0].cpu(), expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", SHIPPED)
+def test_on_a_gpu_exact_policies_give_the_logits_of_all_experts_resident(kind: str, tmp_path: Path) -> None:
+    _, write = SHIPPED[kind]
+    exact_on_a_gpu(write(tmp_path / "model"))
 
 
 def test_what_cannot_be_kept_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -24,12 +24,14 @@ from torch import nn
 from ...predictors.experts import OnOutputs
 from ..engine import Counters, Decision, Engine
 from ..formats import ExpertFormat
+from ..formats.gguf import GgufFormat
 from ..formats.quantized import QuantizedFormat
 from ..host.cache import Key
 from ..host.slots import ExpertSlots
 from ..observer import Observer
 from ..store import MemoryStore
 from .arithmetic import ExpertArithmetic
+from .gguf import GgufArithmetic
 from .hits import DeviceHitCount
 from .quantized import QuantizedArithmetic
 from .tables import Books, LayerTables, Link
@@ -54,8 +56,12 @@ class Announced(NamedTuple):
     copied: torch.Event | None
 
 
-def arithmetic_of(experts: nn.Module, form: ExpertFormat, memory: torch.Tensor) -> ExpertArithmetic:
-    """The arithmetic of one layer's experts in `memory` `[slots, bytes]`, uint8."""
+def arithmetic_of(
+    experts: nn.Module, form: ExpertFormat, memory: torch.Tensor, blocks: torch.Tensor
+) -> ExpertArithmetic:
+    """The arithmetic of one layer's experts in `memory` `[slots, bytes]`, uint8. Their `blocks` `[experts, bytes]` are in host memory."""
+    if isinstance(form, GgufFormat):
+        return GgufArithmetic(experts, form, memory, blocks[0])
     if isinstance(form, QuantizedFormat):
         return QuantizedArithmetic(experts, form, memory)
     return ExpertArithmetic(experts, form, memory)
@@ -83,7 +89,10 @@ class DeviceSlots(Engine):
             LayerTables(Books.of(row, experts, share), counters, blocks, self._link, score)
             for row, share, counters, blocks, score in parts
         ]
-        self._arithmetic = [arithmetic_of(module, store.format, memory) for module in modules]
+        self._arithmetic = [
+            arithmetic_of(module, store.format, memory, blocks)
+            for module, blocks in zip(modules, store.blocks, strict=True)
+        ]
         self._guesses: torch.Stream | None = None
         self._copies: torch.Stream | None = None
         if device.type != "cpu":

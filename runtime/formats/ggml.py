@@ -17,8 +17,8 @@ AT_ONCE = 1 << 19
 NIBBLE = 15
 Scales = tuple[torch.Tensor, torch.Tensor | None]
 """Of each group of weights its scale, and what is subtracted from its weights; float32 `[groups of a block, blocks]`."""
-PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
-"""Types that are no blocks."""
+PLAIN = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
+"""Types that are no blocks, by GGML's number."""
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,21 @@ def widened(
     if kind is not None:
         return kind.widen(found, shape, dtype, in_dtype)
     if number in PLAIN:
-        return found.view(PLAIN[number]).view(shape).to(dtype)
+        return found.view(PLAIN[number][1]).view(shape).to(dtype)
     from transformers.integrations.gguf.dequant import dequantize  # older releases have none
 
     return dequantize(found, number, dtype if in_dtype else torch.float32).view(shape).to(dtype)
+
+
+def kept_kind(number: int, rows: int) -> str | None:
+    """The name of the type `number` if a weight of so many rows is kept as it is in the file. None if it is rearranged."""
+    if _kind(number, rows) is not None:
+        return None
+    if number in PLAIN:
+        return PLAIN[number][0]
+    from transformers.integrations.gguf.dequant import GGML_NAME  # older releases have none
+
+    return f"{GGML_NAME[number]} with {rows} rows" if number in BY_NUMBER else GGML_NAME[number]
 
 
 def _kind(number: int, rows: int) -> GgmlType | None:

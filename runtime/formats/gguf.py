@@ -73,6 +73,11 @@ class GgufFormat(ShippedFormat):
     def rooms(self) -> dict[str, int]:
         return {name: self.places[name].bytes for name in self.full.places}
 
+    def parts(self, block: torch.Tensor) -> dict[str, list[Part]]:
+        """What a `block` `[bytes]`, uint8, tells of each weight. The blocks of a layer tell the same."""
+        views = self.views(block)
+        return {name: _parts(views[name + SCALES]) for name in self.rooms}
+
     @property
     def loaded(self) -> dict[str, Place]:
         return {name: Place(torch.uint8, torch.Size([4 * HEAD + room]), 0) for name, room in self.rooms.items()}
