@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -74,7 +81,9 @@ def check_generation(
     `arguments_of` returns the arguments that a job would give to `generate`, as `taken_over` does. They are tried on a tiny model
     of the same vocabulary, since only `generate` knows which values it takes. Raises `UserError`.
     """
-    size, config = read_model_config(name).get_text_config().vocab_size, read_generation_config(name)
+    model_config = read_model_config(name)
+    _check_cache(name, model_config)
+    size, config = model_config.get_text_config().vocab_size, read_generation_config(name)
     tiny: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     with torch.random.fork_rng():
         model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=size, **tiny)).eval()
@@ -86,6 +95,21 @@ def check_generation(
             raise
         except Exception as error:  # transformers raises whatever a wrong value leads to
             raise _unusable(name, error) from error
+
+
+def _check_cache(name: str | Path, config: PretrainedConfig) -> None:
+    """Raises `UserError` for a model that transformers can't generate with: one whose cache has no layer that counts tokens."""
+    try:
+        cache = DynamicCache(config=config.get_text_config(decoder=True))
+    except Exception:  # transformers makes it another one
+        return
+    try:
+        cache.get_seq_length()
+    except ValueError as error:
+        raise UserError(
+            f"transformers can't generate with {name}, since no layer of it has attention that counts the tokens in its cache; call "
+            "its generate in Python with use_cache=False"
+        ) from error
 
 
 def read_generation_config(name: str | Path) -> GenerationConfig:

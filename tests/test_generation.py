@@ -13,13 +13,14 @@ import torch
 from conftest import IS_OLDER_RELEASE
 from predict_train.data_collection import collect as collect_module
 from predict_train.data_collection.batches import TokenBatch
+from predict_train.data_collection.catalog import LAYERS, PECULIAR, tiny_model
 from predict_train.data_collection.columns import POSITION, SEQUENCE, TOKEN_IDS
 from predict_train.data_collection.hooks import Recorder
 from predict_train.data_collection.passes import run_batch
 from predict_train.data_collection.settings import CollectConfig
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.predictors.generation import REPLACED, read_generation_config
+from predict_train.predictors.generation import REPLACED, check_generation, read_generation_config
 from predict_train.runtime import offloaded
 from predict_train.runtime.asked import wants_static_cache
 from predict_train.runtime.generate import generate
@@ -217,3 +218,23 @@ def test_a_static_cache_is_used_where_nothing_speaks_against_it() -> None:
         assert wants_static_cache((ids,), most | dict.fromkeys(own) | {"use_cache": True}, GenerationConfig(**own))
     for name in ("cache", "past_key_values", "assistant_model", "custom_generate"):
         assert not wants_static_cache((ids,), most | {name: object()}, GenerationConfig())
+
+
+@pytest.mark.skipif(IS_OLDER_RELEASE, reason="older releases count the tokens in another way")
+def test_a_model_of_linear_attention_only_generates_without_a_cache(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in plain transformers, whose cache counts tokens in other layers. The commands use one, so they refuse such a model first."""
+    monkeypatch.setitem(PECULIAR, "qwen3_next", {"layer_types": ["linear_attention"] * LAYERS})
+    model, arguments = tiny_model("qwen3_next"), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(prompt(1, 5), use_cache=False, **arguments)
+    with pytest.raises(ValueError, match="get_seq_length"):
+        model.generate(prompt(1, 5), **arguments)
+    with offloaded(model, slots=5, device="cpu"):
+        assert torch.equal(model.generate(prompt(1, 5), use_cache=False, **arguments), expected)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError,
+        match=r"no layer of it has attention .* in its cache; call its generate in Python with use_cache=False",
+    ):
+        check_generation(tmp_path, tokenizer, lambda _: {})
