@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import build_model
 from predict_train.data_collection.catalog import tiny_model
-from predict_train.runtime import load_offloaded
+from predict_train.runtime import load_offloaded, offload_experts
 from predict_train.runtime.errors import OffloadError
 from safetensors.torch import load_file, save_file
 from test_offload import prompt
@@ -62,30 +62,33 @@ def said(model: PreTrainedModel, **arguments: Any) -> tuple[list[int], list[int]
     )
     ids = prompt(1, 9)
     usual: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": TOKENS, "do_sample": False}
-    tokens = model.generate(ids, **usual, eos_token_id=None, pad_token_id=0, **arguments)
+    torch.manual_seed(5)
+    tokens = model.generate(ids, eos_token_id=None, pad_token_id=0, **(usual | arguments))
     hook.remove()
     return tokens[0].tolist(), passes[1:]
 
 
-@pytest.mark.parametrize("kind", ["memory", "pack", "int8"])
-def test_what_heads_draft_changes_no_token(kind: str, tmp_path: Path) -> None:
-    """And as many of their drafts are right as in plain transformers."""
+def test_what_heads_draft_changes_no_token(tmp_path: Path) -> None:
+    """And as many of their drafts are right as in plain transformers. With experts in memory, in a file, and quantised."""
     folder = write_checkpoint(tmp_path / "model")
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens, passes = said(plain, use_mtp=True)
+    drawn = said(plain, use_mtp=True, do_sample=True)
     assert tokens == said(plain)[0]
     assert set(passes) == {2}
     assert TOKENS / 2 < len(passes) < 0.9 * TOKENS, "some drafts are right and some are not"
-    given: dict[str, Any] = {"pack": {"pack": tmp_path / "experts"}, "int8": {"quantize": "int8"}}.get(kind, {})
     for policy in ("on_demand", "prefetch"):
-        model = load_offloaded(folder, policy=policy, slots=6, device="cpu", dtype="float32", **given)
-        found = said(model, use_mtp=True)
-        assert found[0] == said(model)[0]
-        assert kind == "int8" or found == (tokens, passes)
-    if kind == "memory":
-        model.expert_offload.detach()
-        assert "generate" not in vars(model)
-        assert said(model, use_mtp=True) == (tokens, passes)
+        for store in ({}, {"pack": tmp_path / "experts"}):
+            model = load_offloaded(folder, policy=policy, slots=6, device="cpu", dtype="float32", **store)
+            assert said(model, use_mtp=True) == (tokens, passes)
+        assert said(model, use_mtp=True, do_sample=True) == drawn
+        quantised = load_offloaded(folder, policy=policy, slots=6, device="cpu", dtype="float32", quantize="int8")
+        assert said(quantised, use_mtp=True)[0] == said(quantised)[0]
+    model = offload_experts(plain, slots=6, device="cpu")
+    assert said(model, use_mtp=True) == (tokens, passes)
+    model.expert_offload.detach()
+    assert "generate" not in vars(model)
+    assert said(model, use_mtp=True) == (tokens, passes)
 
 
 def test_heads_that_cannot_be_read_are_refused_as_generate_begins(tmp_path: Path) -> None:
