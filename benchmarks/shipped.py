@@ -80,17 +80,15 @@ def write_gguf(source: Path, out: Path, kind: str) -> None:
 
 def ggml_blocks(kind: GgmlType) -> torch.Tensor:
     """Random codes and scales of a GGML type for a weight, in the order in which they are widened."""
-    count = WIDTH * WIDTH // kind.weights
-    head = (
-        torch.rand(count, kind.head.stop - kind.head.start)
-        .half()
-        .view(torch.uint8)[:, : kind.head.stop - kind.head.start]
-    )
-    return torch.cat([torch.randint(0, 256, (WIDTH * WIDTH * kind.bits // 8,), dtype=torch.uint8), head.T.flatten()])
+    heads = WIDTH * WIDTH // kind.weights * sum(kind.fields)
+    codes = torch.randint(0, 256, (WIDTH * WIDTH * kind.bits // 8,), dtype=torch.uint8)
+    return torch.cat([codes, torch.rand(heads // 2).half().view(torch.uint8)])
 
 
 def widened_product(kind: GgmlType, blocks: list[torch.Tensor], x: torch.Tensor, number: int) -> torch.Tensor:
-    return F.linear(x, kind.widen(blocks[number], (WIDTH, WIDTH), x.dtype))
+    wide = torch.empty(WIDTH, WIDTH, dtype=x.dtype)
+    kind.widen(blocks[number], wide)
+    return F.linear(x, wide)
 
 
 @torch.no_grad()

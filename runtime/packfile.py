@@ -36,12 +36,15 @@ from .formats.gguf import GgufFormat
 from .formats.quantized import QuantizedFormat
 from .formats.registry import QUANTIZED, format_of, named, quantization_of
 from .gatherer import sample_experts
+from .quantization import Shipped
 from .store import Bytes
 
 FORMAT_VERSION = 1
 QUANTIZED_VERSION = 2
 """Older releases read no quantised experts, so these have another version. The header does not tell how quantised blocks are laid
 out: this follows from `runtime.formats`, so a change there needs a new version."""
+GGUF_VERSION = 3
+"""Of experts in GGUF's types, whose bytes version 2 had in another order."""
 START = struct.Struct("<8sQQQQ")
 MAGIC = b"EXPERTS\n"
 
@@ -97,7 +100,9 @@ class Header(BaseModel):
     @property
     def version(self) -> int:
         """The format version of the file."""
-        return FORMAT_VERSION if self.quantized is None else QUANTIZED_VERSION
+        if self.quantized is None:
+            return FORMAT_VERSION
+        return GGUF_VERSION if self.quantized == Shipped.GGUF else QUANTIZED_VERSION
 
     def format(self) -> ExpertFormat:
         """The format of the blocks. Raises `ValueError` where parts of the header contradict each other."""
@@ -291,9 +296,9 @@ def read_header(path: str | Path) -> Header:
         if len(page) < PAGE or not page.startswith(MAGIC):
             raise StoreError(f"{path} is no packed file; make one with predict-train pack")
         _, version, offset, length, checksum = START.unpack_from(page)
-        if version not in (FORMAT_VERSION, QUANTIZED_VERSION):
+        if version not in (FORMAT_VERSION, QUANTIZED_VERSION, GGUF_VERSION):
             raise StoreError(
-                f"{path} has format version {version}, and this release reads up to {QUANTIZED_VERSION}; pack the model again"
+                f"{path} has format version {version}, and this release reads up to {GGUF_VERSION}; pack the model again"
             )
         if offset + length != size:
             raise StoreError(f"{path} is cut short or was added to; pack the model again")

@@ -17,7 +17,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.experts import expert_modules
 from predict_train.runtime import load_experts, load_offloaded
-from predict_train.runtime.formats.ggml import TYPES, arranged, widened
+from predict_train.runtime.formats.ggml import TYPES, arranged, widen
 from predict_train.runtime.pack import pack
 from predict_train.runtime.packfile import read_header
 from predict_train.runtime.settings import Loading
@@ -161,11 +161,23 @@ def test_exact_policies_give_the_logits_of_the_widened_model(architecture: str, 
         assert read_header(file).block_bytes < 1.1 * 256 * 256 * (8.5 + 5.5 + 6.5625) / 8
 
 
+def widened(
+    number: int, found: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, in_dtype: bool = False
+) -> torch.Tensor:
+    wide = torch.full(shape, torch.nan, dtype=dtype)
+    widen(number, found, wide, in_dtype)
+    return wide
+
+
 @pytest.mark.parametrize("name", [*TYPES, "Q2_K", "Q3_K", "F16", "BF16"])
-def test_weights_of_every_type_are_widened_as_by_transformers(name: str) -> None:
-    """Both as by its older code, in float32, and as by its newer one, in the model's dtype; however many rows a weight has."""
+def test_weights_of_every_type_are_widened_as_by_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both as by its older code, in float32, and as by its newer one, in the model's dtype; however many rows a weight has.
+
+    The larger weight is widened in pieces, of which the last one is smaller.
+    """
     from transformers.integrations.gguf.dequant import dequantize
 
+    monkeypatch.setattr("predict_train.runtime.formats.ggml.AT_ONCE", 4 * 8 * 512)
     kind, generator = Kind[name], np.random.default_rng(0)
     for shape in ((48, 512), (6, 256)):
         raw = torch.from_numpy(packed(generator.normal(0, 0.1, shape), kind)).view(torch.uint8)

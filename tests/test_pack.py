@@ -230,7 +230,7 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("cut in the blocks", lambda data: data[: len(data) // 2], "cut short"),
     ("cut in the header", lambda data: data[:-1], "cut short"),
     ("longer", lambda data: data + b"\0", "was added to"),
-    ("of the future", lambda data: data[:8] + b"\x63" + data[9:], "format version 99, and this release reads up to 2"),
+    ("of the future", lambda data: data[:8] + b"\x63" + data[9:], "format version 99, and this release reads up to 3"),
     ("not JSON", lambda data: data[:-2] + b"\xff\xff", "header of .* is broken"),
     ("a list", lambda data: rewritten(data, lambda h: [h]), "header of .* is broken"),
     ("without layers", lambda data: rewritten(data, lambda h: h | {"layers": None}), "layers"),

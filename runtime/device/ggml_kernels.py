@@ -16,18 +16,41 @@ Q4_K, Q5_K, Q6_K = tl.constexpr(12), tl.constexpr(13), tl.constexpr(14)
 
 
 @triton.jit
-def _bits(plane, row, column, mask, TOTAL: tl.constexpr, IN: tl.constexpr, BITS: tl.constexpr):
-    """Of the codes of the rows `row` at `column [groups, inputs of a group]` the bits that a plane has of them, int32."""
-    rows: tl.constexpr = TOTAL * BITS // 8  # of bytes
-    bytes = tl.load(plane + (row % rows)[:, None, None] * IN + column[None, :, :], mask=mask[:, :, None], other=0)
-    return (bytes.to(tl.int32) >> (row // rows * BITS)[:, None, None]) & ((1 << BITS) - 1)
+def _byte(weight, number, place, mask, STRIDE: tl.constexpr):
+    """Of the bytes that the parts of a weight share, those of a `number`, int32. They begin STRIDE bytes apart."""
+    return tl.load(weight + number * STRIDE + place, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
-def _half(low, blocks, mask):
-    """Numbers of 16 bits as float32, from the addresses of their low bytes. Their high bytes are `blocks` bytes further on."""
-    bits = tl.load(low, mask=mask, other=0).to(tl.int16) | (tl.load(low + blocks, mask=mask, other=0).to(tl.int16) << 8)
-    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+def _codes(weight, row, column, mask, TOTAL: tl.constexpr, IN: tl.constexpr, KIND: tl.constexpr):
+    """The codes of the rows `row` at `column [groups, inputs of a group]`, int32. See `IN_TWO` and the others in `formats.ggml`."""
+    parts: tl.constexpr = 1 if KIND == Q8_0 else (8 if KIND == Q5_K else (4 if KIND == Q6_K else 2))
+    rows: tl.constexpr = TOTAL // parts
+    part, mask = (row // rows)[:, None, None], mask[:, :, None]
+    place = (row % rows)[:, None, None] * IN + column[None, :, :]
+    if KIND == Q8_0:
+        codes = _byte(weight, 0, place, mask, rows * IN)
+    elif KIND == Q5_K:
+        is_late, is_last = mask & (part >= 5), mask & (part == 7)
+        found = _byte(weight, part - tl.where(part < 5, 0, 5), place, mask, rows * IN)
+        more = _byte(weight, tl.where(part == 6, 4, 3), place, is_late, rows * IN)
+        last = _byte(weight, 4, place, is_last, rows * IN)
+        high = tl.where(part == 7, ((more >> 4) & 8) | ((last >> 3) & 16), (more >> 2) & 24)
+        codes = tl.where(part < 5, found & 31, (found >> 5) | high)
+    elif KIND == Q6_K:
+        is_late = mask & (part == 3)
+        found = _byte(weight, part % 3, place, mask, rows * IN)
+        more, last = _byte(weight, 1, place, is_late, rows * IN), _byte(weight, 2, place, is_late, rows * IN)
+        codes = tl.where(part < 3, found >> 2, ((found & 3) << 4) | ((more & 3) << 2) | (last & 3))
+    else:
+        codes = (_byte(weight, 0, place, mask, rows * IN) >> (4 * part)) & 15
+    return codes
+
+
+@triton.jit
+def _halves(bits):
+    """Numbers of 16 bits in the low bits of words, as float32."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -39,24 +62,26 @@ def _scales(heads, row, group, mask, TOTAL: tl.constexpr, IN: tl.constexpr, KIND
     each: tl.constexpr = 1 if KIND < Q4_K else (16 if KIND == Q6_K else 8)  # groups of a block
     wide: tl.constexpr = 16 * each if KIND == Q6_K else 32 * each
     blocks: tl.constexpr = TOTAL * IN // wide
-    head = heads + row[:, None] * (IN // wide) + (group // each)[None, :]
-    own = (group % each)[None, :]
+    block, own = row[:, None] * (IN // wide) + (group // each)[None, :], (group % each)[None, :]
+    halves = heads.to(tl.pointer_type(tl.int16))
     if KIND == Q6_K:
-        code = tl.load(head + own * blocks, mask=mask, other=0).to(tl.int8, bitcast=True)
-        scale = code.to(tl.float32) * _half(head + 16 * blocks, blocks, mask)
+        code = tl.load(heads + block * 16 + own, mask=mask, other=0).to(tl.int8, bitcast=True)
+        scale = code.to(tl.float32) * _halves(tl.load(halves + 8 * blocks + block, mask=mask, other=0))
         least = tl.zeros_like(scale)
     elif KIND >= Q4_K:
-        low = tl.load(head + (4 + own % 4) * blocks, mask=mask, other=0)
-        middle = tl.load(head + (8 + own % 4) * blocks, mask=mask, other=0)
-        high = tl.load(head + (12 + own % 4) * blocks, mask=mask, other=0)
-        is_first = own < 4
-        step = tl.where(is_first, low & 63, (high & 15) | (low >> 6 << 4))
-        below = tl.where(is_first, middle & 63, (high >> 4) | (middle >> 6 << 4))
-        scale = step.to(tl.float32) * _half(head, blocks, mask)
-        least = below.to(tl.float32) * _half(head + 2 * blocks, blocks, mask)
+        words, shift = heads.to(tl.pointer_type(tl.int32)) + block, 8 * (own % 4)
+        both = tl.load(words, mask=mask, other=0)
+        low = tl.load(words + blocks, mask=mask, other=0) >> shift
+        middle = tl.load(words + 2 * blocks, mask=mask, other=0) >> shift
+        high = tl.load(words + 3 * blocks, mask=mask, other=0) >> shift
+        step = tl.where(own < 4, low & 63, (high & 15) | ((low >> 2) & 48))
+        below = tl.where(own < 4, middle & 63, ((high >> 4) & 15) | ((middle >> 2) & 48))
+        scale, least = step.to(tl.float32) * _halves(both), below.to(tl.float32) * _halves(both >> 16)
     else:
-        scale = _half(head, blocks, mask)
-        least = -_half(head + 2 * blocks, blocks, mask) if KIND == Q4_1 else tl.zeros_like(scale)
+        scale = _halves(tl.load(halves + block, mask=mask, other=0))
+        least = tl.zeros_like(scale)
+        if KIND == Q4_1:
+            least -= _halves(tl.load(halves + blocks + block, mask=mask, other=0))
     return scale, least
 
 
@@ -82,8 +107,7 @@ def _dot_ggml(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The rows `row [ROWS]` of a `weight` of TOTAL rows and the type KIND times `x [IN]`, in float32."""
-    low: tl.constexpr = 8 if KIND == Q8_0 else 4
-    high: tl.constexpr = 1 if KIND == Q5_K else (2 if KIND == Q6_K else 0)
+    bits: tl.constexpr = 8 if KIND == Q8_0 else (5 if KIND == Q5_K else (6 if KIND == Q6_K else 4))
     size: tl.constexpr = 16 if KIND == Q6_K else 32
     groups: tl.constexpr = COLUMNS // size
     inner, total = tl.arange(0, size), tl.zeros((ROWS, groups, size), tl.float32)
@@ -91,12 +115,10 @@ def _dot_ggml(
         group = begin + tl.arange(0, groups)
         known = group < IN // size
         column, some = group[:, None] * size + inner[None, :], mask[:, None] & known[None, :]
-        codes = _bits(weight, row, column, some, TOTAL, IN, low)
-        if high > 0:
-            codes |= _bits(weight + TOTAL * IN * low // 8, row, column, some, TOTAL, IN, high) << low
-        scale, least = _scales(weight + TOTAL * IN * (low + high) // 8, row, group, some, TOTAL, IN, KIND)
+        codes = _codes(weight, row, column, some, TOTAL, IN, KIND)
+        scale, least = _scales(weight + TOTAL * IN * bits // 8, row, group, some, TOTAL, IN, KIND)
         values = tl.load(x + column, mask=known[:, None], other=0).to(tl.float32)
-        total += _widened(codes, scale, least, low + high, KIND, IN_DTYPE, dtype) * values[None, :, :]
+        total += _widened(codes, scale, least, bits, KIND, IN_DTYPE, dtype) * values[None, :, :]
     return tl.sum(tl.sum(total, 2), 1)
 
 
@@ -112,7 +134,7 @@ def ggml_linear(
     `[OUT, IN]` of GGML's type KIND begins at byte `weight` of it. Unless UP is 0, another one of that type begins at byte `up`, and
     `silu(first product) * second product` is the output. IN_DTYPE says how both are widened.
 
-    A byte has codes of rows that are far apart. So a program multiplies PART rows of each of PARTS parts of the weight.
+    A byte has bits of codes of rows that are far apart. So a program multiplies PART rows of each of PARTS parts of the weight.
     """
     pair, index = tl.program_id(0), tl.arange(0, PARTS * PART)
     dtype: tl.constexpr = output.dtype.element_ty

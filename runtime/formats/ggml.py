@@ -1,29 +1,60 @@
 """GGML's types of weights: how their blocks are rearranged, without loss, and how they are widened.
 
 In a GGUF file a block holds the scales and the codes of 32 or 256 weights of a row. Here all codes of a weight come first and all
-scales after them, so that an operation works on many numbers that lie side by side. A byte holds the codes of rows that are far
+scales after them, so that an operation works on many numbers that lie side by side. A byte holds bits of codes of rows that are far
 apart. Types that are not in `TYPES` are kept as they are, and transformers widens them, which takes several times as long.
+
+Widening is a few passes over memory: codes are unpacked, become float32, are multiplied by scales, and are rounded. Most of the rest
+is the time in which torch starts an operation. So there are few of them, over many weights at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-AT_ONCE = 1 << 19
+AT_ONCE = 1 << 20
 """Weights that are widened at once, so that they stay in a processor's cache."""
 NIBBLE = 15
 Scales = tuple[torch.Tensor, torch.Tensor | None]
-"""Of each group of weights its scale, and what is subtracted from its weights; float32 `[groups of a block, blocks]`."""
+"""Of each group of weights its scale, and what is subtracted from its weights; float32 `[blocks, groups of a block]`."""
 PLAIN = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
 """Types that are no blocks, by GGML's number."""
 
 
+class Move(NamedTuple):
+    """Where some bits of codes are. The rows of a weight are split into equal parts, and some bytes hold one code of each part."""
+
+    codes: slice
+    """Of which parts."""
+    bytes: slice
+    """In which of the bytes."""
+    up: int
+    """By so many places the bits are moved up from their places in the bytes to those in the codes; down, if it is negative."""
+    mask: int
+    """Their places in the codes."""
+
+
+def _moves(*moves: tuple[int, int, int, int, int]) -> tuple[Move, ...]:
+    """Moves of so many codes, from the first of them and the first of the bytes on; then as in `Move`."""
+    return tuple(Move(slice(c, c + n), slice(b, b + n), up, mask) for n, c, b, up, mask in moves)
+
+
+IN_TWO = _moves((1, 0, 0, 0, 0x0F), (1, 1, 0, -4, 0x0F))
+IN_TWO_SIGNED = _moves((1, 0, 0, 4, 0xF0), (1, 1, 0, 0, 0xF0))
+IN_FIVE = _moves((5, 0, 0, 0, 0x1F), (3, 5, 0, -5, 0x07), (2, 5, 3, -2, 0x18), (1, 7, 3, -4, 0x08), (1, 7, 4, -3, 0x10))
+"""8 codes of 5 bits in 5 bytes: 5 codes in the low bits, and the last 3 in what is above them."""
+IN_THREE_SIGNED = _moves((3, 0, 0, 0, 0xFC), (1, 3, 0, 6, 0xC0), (1, 3, 1, 4, 0x30), (1, 3, 2, 2, 0x0C))
+"""4 codes of 6 bits in 3 bytes: 3 codes in the high bits, and the last one in what is below them."""
+WHOLE = _moves((1, 0, 0, 0, 0xFF))
+
+
 @dataclass(frozen=True)
 class GgmlType:
-    """A type: `weight = code * scale - least`. Codes are signed where nothing is subtracted."""
+    """A type: `weight = code * scale - least`."""
 
     number: int
     """GGML's own."""
@@ -31,138 +62,157 @@ class GgmlType:
     """Of a block."""
     bytes: int
     """Of a block."""
-    planes: tuple[int, ...]
-    """How the bits of a code are split, the lowest first. A plane has the same bits of all codes."""
+    bits: int
+    """Of a code."""
+    moves: tuple[Move, ...]
+    is_signed: bool
+    """Whether codes are signed, and nothing is subtracted. Unpacked codes are in the highest bits of a byte then, else in the lowest."""
     group: int
     """Weights that share a scale."""
     head: slice
     """The bytes of a block that hold its scales."""
+    fields: tuple[int, ...]
+    """How many of these bytes lie together."""
     codes: Callable[[torch.Tensor], torch.Tensor]
     """The codes in blocks `[..., bytes]`, uint8: `[..., weights]`, uint8. Those that stand for signed numbers begin at 0."""
-    scales: Callable[[torch.Tensor], Scales]
-    """The scales in the heads of blocks `[bytes of a head, blocks]`, uint8."""
-
-    @property
-    def bits(self) -> int:
-        return sum(self.planes)
+    scales: Callable[[torch.Tensor, int], Scales]
+    """The scales in so many heads, uint8 `[all bytes]`, of which each field comes for all blocks before the next field."""
 
     @property
     def parts(self) -> int:
-        """In how many parts the rows of a weight are split. One code of each may share a byte."""
-        return max(8 // bits for bits in self.planes)
+        """In how many parts the rows of a weight are split."""
+        return max(move.codes.stop for move in self.moves)
 
     def arrange(self, raw: torch.Tensor) -> torch.Tensor:
         """The bytes `[rows, bytes of a row]` of a weight, which come as in a file, in the order that `widen` reads: `[all bytes]`."""
         blocks = raw.unflatten(-1, (-1, self.bytes))
-        head = blocks[..., self.head].flatten(0, 1).T
-        codes, found, below = self.codes(blocks).flatten(1), [head.flatten()], 0
-        if self.scales(head[:, :1])[1] is None:
-            codes = codes ^ (1 << self.bits - 1)  # a number less the middle of all, as a signed one
-        for bits in self.planes:
-            first, *others = (codes >> below & (1 << bits) - 1).unflatten(0, (8 // bits, -1))
-            plane = first.clone()
-            for number, field in enumerate(others, 1):
-                plane |= field << bits * number
-            found.insert(-1, plane.flatten())
-            below += bits
-        return torch.cat(found)
+        codes = self.codes(blocks).flatten(1)
+        if self.is_signed:
+            codes = codes << 8 - self.bits ^ 128  # a number less the middle of all, as a signed one
+        codes = codes.unflatten(0, (self.parts, -1))
+        packed = torch.zeros(self.parts * self.bits // 8, *codes.shape[1:], dtype=torch.uint8, device=raw.device)
+        for move in self.moves:
+            bits = codes[move.codes] & move.mask
+            packed[move.bytes] |= bits >> move.up if move.up > 0 else bits << -move.up
+        heads = blocks[..., self.head].flatten(0, 1).split(self.fields, -1)
+        return torch.cat([packed.flatten(), *(field.flatten() for field in heads)])
 
     def are_finite(self, arranged: torch.Tensor, shape: tuple[int, int]) -> bool:
         """Whether the scales in the bytes that `arrange` returned are."""
-        return all(
-            found is None or bool(found.isfinite().all()) for found in self.scales(self._split(arranged, shape)[1])
-        )
+        found = self.scales(self._split(arranged, shape)[1], shape[0] * shape[1] // self.weights)
+        return all(scales is None or bool(scales.isfinite().all()) for scales in found)
 
-    def widen(
-        self, arranged: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, in_dtype: bool = False
-    ) -> torch.Tensor:
-        """The weight of `shape` `[rows, inputs]` in `dtype`, from the bytes that `arrange` returned.
+    def widen(self, arranged: torch.Tensor, into: torch.Tensor, in_dtype: bool = False) -> None:
+        """Writes a weight `into` a tensor `[rows, inputs]`, from the bytes that `arrange` returned.
 
-        It is computed in float32 and then rounded, or `in_dtype`: the scales and the result of each operation are rounded.
+        It is computed in float32 and then rounded, or `in_dtype` of `into`: the scales and the result of each operation are rounded.
         """
-        rows, inputs = shape
-        planes, head = self._split(arranged, shape)
-        each = (self.parts, rows // self.parts, inputs // self.weights, -1, 1)
-        scale, least = (
-            None if found is None else found.to(dtype if in_dtype else torch.float32).float().T.reshape(each)
-            for found in self.scales(head)
-        )
-        assert scale is not None
-        scale *= 2.0 ** (self.bits - 8)  # codes come in the highest bits
-        wide = torch.empty(*each[:2], inputs, dtype=dtype, device=arranged.device)
-        at_once = max(1, min(AT_ONCE // (self.parts * inputs), rows // self.parts))
-        codes = torch.empty(self.parts, at_once, inputs, dtype=torch.uint8, device=arranged.device)
-        numbers = torch.empty_like(codes, dtype=torch.float32)
-        groups = (*scale.shape[2:4], self.group)
-        for begin in range(0, rows // self.parts, at_once):
-            some = slice(begin, begin + at_once)
-            into = wide[:, some]
-            found = self._unpack([plane[:, some] for plane in planes], codes[:, : into.shape[1]])
-            moved = numbers[:, : into.shape[1]].copy_(found if least is not None else found.view(torch.int8))
-            moved.unflatten(-1, groups).mul_(scale[:, some])
-            if in_dtype or least is None:
-                into.copy_(moved)
-            if least is not None:
-                (into if in_dtype else moved).unflatten(-1, groups).sub_(least[:, some])
-            if not in_dtype and least is not None:
-                into.copy_(moved)
-        return wide.flatten(0, 1)
+        (rows, inputs), parts = into.shape, self.parts
+        packed, head = self._split(arranged, (rows, inputs))
+        scale, least = self.scales(head, rows * inputs // self.weights)
+        if in_dtype:
+            scale, least = scale.to(into.dtype).float(), None if least is None else least.to(into.dtype)
+        if self.is_signed:
+            scale = scale * 2.0 ** (self.bits - 8)
+        wide, groups = into.view(parts, -1, inputs), (parts, -1, inputs // self.group, 1)
+        scale, least = scale.view(groups), None if least is None else least.view(groups)
+        at_once = max(1, AT_ONCE // (parts * inputs))
+        for begin in range(0, rows // parts, at_once):
+            if at_once < rows // parts:
+                some = slice(begin, begin + at_once)
+                below = None if least is None else least[:, some]
+                self._widen(packed[:, some], scale[:, some], below, wide[:, some], in_dtype)
+            else:
+                self._widen(packed, scale, least, wide, in_dtype)
 
-    def _split(self, arranged: torch.Tensor, shape: tuple[int, int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """The planes `[parts that bytes stand for, rows of a part, inputs]`, and the heads `[bytes, blocks]`."""
-        rows, inputs = shape
-        sizes = [rows * inputs * bits // 8 for bits in self.planes]
-        *planes, head = arranged.split([*sizes, arranged.numel() - sum(sizes)])
-        found = [p.view(self.parts * bits // 8, -1, inputs) for p, bits in zip(planes, self.planes, strict=True)]
-        return found, head.view(-1, rows * inputs // self.weights)
+    def _widen(
+        self, packed: torch.Tensor, scale: torch.Tensor, least: torch.Tensor | None, into: torch.Tensor, in_dtype: bool
+    ) -> None:
+        """Some rows of all parts; `into` is `[parts, rows, inputs]`."""
+        parts, rows, inputs = into.shape
+        is_wide, size = into.dtype == torch.float32, parts * rows * inputs
+        # One piece of memory. Of several ones the system takes back what is freed, and has to clear it for the next weight.
+        scratch = into.new_empty((1 if is_wide else 5) * size + 3 * rows * inputs, dtype=torch.uint8)
+        moved = into if is_wide else scratch[: 4 * size].view(torch.float32).view(into.shape)
+        codes = self._unpack(packed, scratch[0 if is_wide else 4 * size :].view(-1, rows, inputs))
+        moved.copy_(codes.view(torch.int8) if self.is_signed else codes)
+        groups = (parts, rows, -1, self.group)
+        moved.view(groups).mul_(scale)
+        if in_dtype and not is_wide:
+            into.copy_(moved)
+            moved = into
+        if least is not None:
+            moved.view(groups).sub_(least)
+        if moved is not into:
+            into.copy_(moved)
 
-    def _unpack(self, planes: list[torch.Tensor], codes: torch.Tensor) -> torch.Tensor:
-        """The codes `[parts, rows, inputs]`, uint8, in the highest bits, from some rows of all planes; they may be put into `codes`."""
+    def _split(self, arranged: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bytes of codes `[bytes of one code of each part, rows of a part, inputs]`, and those of the heads `[all bytes]`."""
+        rows, inputs = shape
+        size = rows * inputs * self.bits // 8
+        return arranged[:size].view(self.parts * self.bits // 8, -1, inputs), arranged[size:]
+
+    def _unpack(self, packed: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+        """The codes `[parts, rows, inputs]`, uint8, of some rows of all parts.
+
+        `scratch` `[parts + 3, rows, inputs]`, uint8, is changed; they may be in it.
+        """
         if self.bits == 8:
-            return planes[0]
-        at = 8 - self.bits
-        for bits, plane in zip(self.planes, planes, strict=True):
-            found = codes if at + self.bits == 8 else torch.empty_like(codes)
-            for number, field in enumerate(found.unflatten(0, (8 // bits, -1))):
-                _move(plane, at - bits * number, ((1 << bits) - 1) << at, field)
-            if found is not codes:
-                codes |= found
-            at += bits
-        return codes
+            return packed
+        done = 0
+        for move in self.moves:
+            bits, place = packed[move.bytes], scratch[move.codes]
+            if move.codes.start >= done:
+                _move(bits, move, place)
+                done = move.codes.stop
+            else:
+                found = scratch[self.parts : self.parts + len(place)]
+                _move(bits, move, found)
+                place.bitwise_or_(found)
+        return scratch[: self.parts]
 
 
-def _move(plane: torch.Tensor, by: int, mask: int, into: torch.Tensor) -> None:
-    """Bits of `plane`, moved up `by` places and masked."""
-    if by > 0:
-        torch.bitwise_left_shift(plane, by, out=into)
-    elif by < 0:
-        torch.bitwise_right_shift(plane, -by, out=into)
-    torch.bitwise_and(plane if by == 0 else into, mask, out=into)
+def _move(packed: torch.Tensor, move: Move, into: torch.Tensor) -> None:
+    """Bits of `packed`, moved up and masked."""
+    if move.up == 0:
+        torch.bitwise_and(packed, move.mask, out=into)
+        return
+    if move.up > 0:
+        torch.bitwise_left_shift(packed, move.up, out=into)
+    else:
+        torch.bitwise_right_shift(packed, -move.up, out=into)
+    if move.mask != (255 << move.up & 255 if move.up > 0 else 255 >> -move.up):
+        into.bitwise_and_(move.mask)
 
 
-def _half(rows: torch.Tensor) -> torch.Tensor:
-    """Numbers of 16 bits `[2, blocks]`, uint8, as float32 `[1, blocks]`."""
-    return rows.T.contiguous().view(torch.float16).float().T
+def _halves(head: torch.Tensor) -> torch.Tensor:
+    """Numbers of 16 bits in bytes, as float32."""
+    return head.view(torch.float16).float()
 
 
-def _scale(head: torch.Tensor) -> Scales:
-    return _half(head), None
+def _scale(head: torch.Tensor, blocks: int) -> Scales:
+    return _halves(head).view(blocks, 1), None
 
 
-def _scale_and_least(head: torch.Tensor) -> Scales:
-    return _half(head[:2]), -_half(head[2:])
+def _scale_and_least(head: torch.Tensor, blocks: int) -> Scales:
+    scale, least = _halves(head).view(2, blocks, 1)
+    return scale, least.neg_()
 
 
-def _scales_of_8(head: torch.Tensor) -> Scales:
-    """Scale and `least` of 8 groups, each in 6 bits: GGML's `get_scale_min_k4`."""
-    low, middle, high = head[4:8], head[8:12], head[12:]
-    scale = torch.cat([low & 63, high & NIBBLE | low >> 6 << 4])
-    least = torch.cat([middle & 63, high >> 4 | middle >> 6 << 4])
-    return scale * _half(head[:2]), least * _half(head[2:4])
+def _scales_of_8(head: torch.Tensor, blocks: int) -> Scales:
+    """Scale and `least` of 8 groups, each in 6 bits: GGML's `get_scale_min_k4`. A word has bytes of 4 groups."""
+    words = head.view(torch.int32).view(4, blocks)
+    first, high = words[1:3], words[3]
+    last = (first >> 2).bitwise_and_(0x30303030)
+    last.bitwise_or_(torch.stack([high, high >> 4]).bitwise_and_(0x0F0F0F0F))
+    codes = torch.stack([first & 0x3F3F3F3F, last], -1).view(torch.uint8)
+    scale, least = codes.float().mul_(_halves(head[: 4 * blocks]).view(blocks, 2).T.unsqueeze(-1))
+    return scale, least
 
 
-def _scales_of_16(head: torch.Tensor) -> Scales:
-    return head[:16].view(torch.int8) * _half(head[16:]), None
+def _scales_of_16(head: torch.Tensor, blocks: int) -> Scales:
+    codes, scale = head.split([16 * blocks, 2 * blocks])
+    return codes.view(torch.int8).view(blocks, 16) * _halves(scale).view(blocks, 1), None
 
 
 def _nibbles(bytes_: torch.Tensor, together: int) -> torch.Tensor:
@@ -178,16 +228,22 @@ def _fields(bytes_: torch.Tensor, bits: int, together: int) -> torch.Tensor:
 
 
 TYPES = {
-    "Q4_0": GgmlType(2, 32, 18, (4,), 32, slice(0, 2), lambda b: _nibbles(b[..., 2:], 16), _scale),
-    "Q4_1": GgmlType(3, 32, 20, (4,), 32, slice(0, 4), lambda b: _nibbles(b[..., 4:], 16), _scale_and_least),
-    "Q8_0": GgmlType(8, 32, 34, (8,), 32, slice(0, 2), lambda b: b[..., 2:] ^ 128, _scale),
-    "Q4_K": GgmlType(12, 256, 144, (4,), 32, slice(0, 16), lambda b: _nibbles(b[..., 16:], 32), _scales_of_8),
+    "Q4_0": GgmlType(
+        2, 32, 18, 4, IN_TWO_SIGNED, True, 32, slice(0, 2), (2,), lambda b: _nibbles(b[..., 2:], 16), _scale
+    ),
+    "Q4_1": GgmlType(
+        3, 32, 20, 4, IN_TWO, False, 32, slice(0, 4), (2, 2), lambda b: _nibbles(b[..., 4:], 16), _scale_and_least
+    ),
+    "Q8_0": GgmlType(8, 32, 34, 8, WHOLE, True, 32, slice(0, 2), (2,), lambda b: b[..., 2:] ^ 128, _scale),
+    "Q4_K": GgmlType(
+        12, 256, 144, 4, IN_TWO, False, 32, slice(0, 16), (4, 4, 4, 4), lambda b: _nibbles(b[..., 16:], 32), _scales_of_8
+    ),
     "Q5_K": GgmlType(
-        13, 256, 176, (4, 1), 32, slice(0, 16),
+        13, 256, 176, 5, IN_FIVE, False, 32, slice(0, 16), (4, 4, 4, 4),
         lambda b: _nibbles(b[..., 48:], 32) | _fields(b[..., 16:48], 1, 32) << 4, _scales_of_8,
     ),
     "Q6_K": GgmlType(
-        14, 256, 210, (4, 2), 16, slice(192, 210),
+        14, 256, 210, 6, IN_THREE_SIGNED, True, 16, slice(192, 210), (16, 2),
         lambda b: _nibbles(b[..., :128], 64) | _fields(b[..., 128:192], 2, 32) << 4, _scales_of_16,
     ),
 }  # fmt: skip
@@ -195,32 +251,32 @@ BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
 
 
 def arranged(number: int, raw: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor | None:
-    """The bytes `[rows, bytes of a row]` of a weight of the type `number` as `widened` reads them, `[all bytes]`.
+    """The bytes `[rows, bytes of a row]` of a weight of the type `number` as `widen` reads them, `[all bytes]`.
 
     None where its scales, or its numbers, are not finite.
     """
     kind = _kind(number, shape[0])
     if kind is None:
-        return raw.flatten() if widened(number, raw.flatten(), shape, torch.float32).isfinite().all() else None
+        widen(number, raw.flatten(), wide := torch.empty(shape, device=raw.device))
+        return raw.flatten() if wide.isfinite().all() else None
     found = kind.arrange(raw)
     return found if kind.are_finite(found, shape) else None
 
 
-def widened(
-    number: int, found: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, in_dtype: bool = False
-) -> torch.Tensor:
-    """A weight of the type `number`, of `shape` `[rows, inputs]`, in `dtype`, from the bytes that `arranged` returned.
+def widen(number: int, found: torch.Tensor, into: torch.Tensor, in_dtype: bool = False) -> None:
+    """Writes a weight of the type `number` `into` a tensor `[rows, inputs]`, from the bytes that `arranged` returned.
 
     For `in_dtype` see `GgmlType.widen`.
     """
-    kind = _kind(number, shape[0])
+    kind = _kind(number, len(into))
     if kind is not None:
-        return kind.widen(found, shape, dtype, in_dtype)
-    if number in PLAIN:
-        return found.view(PLAIN[number][1]).view(shape).to(dtype)
-    from transformers.integrations.gguf.dequant import dequantize  # older releases have none
+        kind.widen(found, into, in_dtype)
+    elif number in PLAIN:
+        into.copy_(found.view(PLAIN[number][1]).view(into.shape))
+    else:
+        from transformers.integrations.gguf.dequant import dequantize  # older releases have none
 
-    return dequantize(found, number, dtype if in_dtype else torch.float32).view(shape).to(dtype)
+        into.copy_(dequantize(found, number, into.dtype if in_dtype else torch.float32).view(into.shape))
 
 
 def kept_kind(number: int, rows: int) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from ..errors import StoreError
 from . import Place, laid_out
 from .full import FullFormat
-from .ggml import arranged, widened
+from .ggml import arranged, widen
 from .quantized import SCALES, Shaped
 from .shipped import ShippedFormat
 
@@ -104,11 +104,11 @@ class GgufFormat(ShippedFormat):
     @staticmethod
     def widen(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         parts = _parts(scales)
-        found = [
-            widened(part.number, values, (part.rows, part.inputs), dtype, bool(part.in_dtype))
-            for part, values, _ in _each(parts, packed, packed)
-        ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        wide = torch.empty(sum(part.rows for part in parts), parts[0].inputs, dtype=dtype, device=packed.device)
+        pieces = wide.split([part.rows for part in parts])
+        for (part, values, _), into in zip(_each(parts, packed, packed), pieces, strict=True):
+            widen(part.number, values, into, bool(part.in_dtype))
+        return wide
 
 
 def _each(
