@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from predict_train.runtime import offloaded
+from predict_train.runtime import load_offloaded, offloaded
 from predict_train.runtime.automatic import BLOCK, BLOCKS, CLOSE_TRIED_AGAIN_AFTER, TRIED_AGAIN_AFTER, Trial
+from predict_train.runtime.host.price import Prices
 from predict_train.runtime.measure.stopwatch import Stopwatch
+from test_gguf import MIXED, by_transformers, made, write
 from test_offload import greedy, prompt
-from transformers import PreTrainedModel
+from test_quantized import logits
+from test_shipped import SHIPPED
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @given(st.floats(0.01, 10), st.floats(0.01, 10), st.lists(st.integers(0, BLOCK * BLOCKS - 1), max_size=4, unique=True))
@@ -59,3 +68,42 @@ def test_tokens_are_those_of_the_resident_model(tiny_moe: PreTrainedModel) -> No
         with offload.observed(stopwatch):
             assert torch.equal(greedy(tiny_moe, prompt(1, 6), tokens), expected)
         assert stopwatch.speculating > 0
+
+
+def in_gguf(folder: Path) -> tuple[dict[str, Any], PreTrainedModel]:
+    """Writes a GGUF file of several types. Returns how it is loaded, and the model that transformers widens."""
+    write(made("qwen3_moe"), folder, MIXED)
+    return {"gguf": "model.gguf"}, by_transformers(folder, torch.float32)
+
+
+def as_shipped(kind: str) -> Callable[[Path], tuple[dict[str, Any], PreTrainedModel]]:
+    def written(folder: Path) -> tuple[dict[str, Any], PreTrainedModel]:
+        SHIPPED[kind][1](folder)
+        return {}, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().float()
+
+    return written
+
+
+@pytest.mark.parametrize("write_model", [as_shipped("fp8, qwen3_moe"), as_shipped("mxfp4, gpt_oss"), in_gguf])
+def test_experts_as_they_are_shipped_give_the_logits_of_the_widened_model(
+    write_model: Callable[[Path], tuple[dict[str, Any], PreTrainedModel]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whichever copies are thought to be worth their price."""
+    settings, widened = write_model(tmp_path)
+    expected, drawn, asked = logits(widened), random.Random(0), []
+
+    def at_random(*_: Any, **__: Any) -> bool:
+        asked.append(drawn.random() < 0.5)
+        return asked[-1]
+
+    for decide in (None, at_random):
+        if decide is not None:
+            monkeypatch.setattr(Prices, "is_worth", decide)
+            monkeypatch.setattr(Prices, "prefetches", property(lambda _: True))
+        model = load_offloaded(tmp_path, policy="auto", dtype="float32", slots=5, device="cpu", **settings)
+        assert torch.equal(logits(model), expected)
+        assert model.expert_offload.counters.speculation_hit_rate is not None
+        model.expert_offload.detach()
+    assert set(asked) == {True, False}
