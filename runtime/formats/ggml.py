@@ -36,11 +36,19 @@ class Move(NamedTuple):
     """By so many places the bits are moved up from their places in the bytes to those in the codes; down, if it is negative."""
     mask: int
     """Their places in the codes."""
+    size: int
+    """Of how many parts."""
+    adds: bool
+    """Whether moves before have put other bits into these codes."""
 
 
 def _moves(*moves: tuple[int, int, int, int, int]) -> tuple[Move, ...]:
-    """Moves of so many codes, from the first of them and the first of the bytes on; then as in `Move`."""
-    return tuple(Move(slice(c, c + n), slice(b, b + n), up, mask) for n, c, b, up, mask in moves)
+    """Moves of so many codes, from the first of them and the first of the bytes on; then `up` and `mask`."""
+    found, done = [], 0
+    for count, code, byte, up, mask in moves:
+        found.append(Move(slice(code, code + count), slice(byte, byte + count), up, mask, count, code < done))
+        done = max(done, code + count)
+    return tuple(found)
 
 
 IN_TWO = _moves((1, 0, 0, 0, 0x0F), (1, 1, 0, -4, 0x0F))
@@ -82,6 +90,11 @@ class GgmlType:
     def parts(self) -> int:
         """In how many parts the rows of a weight are split."""
         return max(move.codes.stop for move in self.moves)
+
+    @property
+    def unpacked(self) -> int:
+        """For how many parts `_unpack` needs memory: for all codes, and for bits that are added to some. None where codes are bytes."""
+        return 0 if self.bits == 8 else self.parts + max((move.size for move in self.moves if move.adds), default=0)
 
     def arrange(self, raw: torch.Tensor) -> torch.Tensor:
         """The bytes `[rows, bytes of a row]` of a weight, which come as in a file, in the order that `widen` reads: `[all bytes]`."""
@@ -130,17 +143,16 @@ class GgmlType:
     ) -> None:
         """Some rows of all parts; `into` is `[parts, rows, inputs]`."""
         parts, rows, inputs = into.shape
-        is_wide, size = into.dtype == torch.float32, parts * rows * inputs
         # One piece of memory. Of several ones the system takes back what is freed, and has to clear it for the next weight.
-        scratch = into.new_empty((1 if is_wide else 5) * size + 3 * rows * inputs, dtype=torch.uint8)
-        moved = into if is_wide else scratch[: 4 * size].view(torch.float32).view(into.shape)
-        codes = self._unpack(packed, scratch[0 if is_wide else 4 * size :].view(-1, rows, inputs))
+        size = 0 if into.dtype == torch.float32 else 4 * into.numel()
+        scratch = into.new_empty(size + self.unpacked * rows * inputs, dtype=torch.uint8)
+        moved = scratch[:size].view(torch.float32).view(into.shape) if size else into
+        codes = self._unpack(packed, scratch[size:].view(-1, rows, inputs))
         moved.copy_(codes.view(torch.int8) if self.is_signed else codes)
         groups = (parts, rows, -1, self.group)
         moved.view(groups).mul_(scale)
-        if in_dtype and not is_wide:
-            into.copy_(moved)
-            moved = into
+        if in_dtype and moved is not into:
+            moved = into.copy_(moved)
         if least is not None:
             moved.view(groups).sub_(least)
         if moved is not into:
@@ -155,19 +167,15 @@ class GgmlType:
     def _unpack(self, packed: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
         """The codes `[parts, rows, inputs]`, uint8, of some rows of all parts.
 
-        `scratch` `[parts + 3, rows, inputs]`, uint8, is changed; they may be in it.
+        `scratch` `[unpacked, rows, inputs]`, uint8, is changed; they are in it unless they are bytes.
         """
         if self.bits == 8:
             return packed
-        done = 0
         for move in self.moves:
-            bits, place = packed[move.bytes], scratch[move.codes]
-            if move.codes.start >= done:
-                _move(bits, move, place)
-                done = move.codes.stop
-            else:
-                found = scratch[self.parts : self.parts + len(place)]
-                _move(bits, move, found)
+            place = scratch[move.codes]
+            found = scratch[self.parts : self.parts + move.size] if move.adds else place
+            _move(packed[move.bytes], move, found)
+            if move.adds:
                 place.bitwise_or_(found)
         return scratch[: self.parts]
 
