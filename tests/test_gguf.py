@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from predict_train.predictors.errors import UserError
 from predict_train.predictors.experts import expert_modules
 from predict_train.runtime import load_experts, load_offloaded
 from predict_train.runtime.formats.ggml import TYPES, arranged, widen
+from predict_train.runtime.formats.scratch import Scratch
 from predict_train.runtime.pack import pack
 from predict_train.runtime.packfile import read_header
 from predict_train.runtime.settings import Loading
@@ -191,6 +193,23 @@ def test_weights_of_every_type_are_widened_as_by_transformers(name: str, monkeyp
             if name not in ("F16", "BF16"):
                 newer = dequantize(raw, int(kind), dtype).view(shape)
                 assert torch.equal(widened(kind, found, shape, dtype, in_dtype=True), newer), (shape, dtype)
+
+
+def test_weights_may_be_widened_in_inference_mode_first_and_without_it_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And by several threads at once."""
+    monkeypatch.setattr("predict_train.runtime.formats.ggml.SCRATCH", Scratch())
+    raw = [torch.from_numpy(packed(np.random.default_rng(n).normal(0, 1, (64, 256)), Kind.Q4_0)) for n in range(8)]
+    found = [arranged(Kind.Q4_0, one, (64, 256)) for one in raw]
+
+    def widened_by(number: int) -> torch.Tensor:
+        with torch.inference_mode(number % 3 == 0):
+            return widened(Kind.Q4_0, found[number], (64, 256), torch.bfloat16)
+
+    expected = [torch.from_numpy(gguf.dequantize(one.numpy(), Kind.Q4_0)).bfloat16() for one in raw]
+    with ThreadPoolExecutor(4) as pool:
+        for numbers in ([0, 1], range(8), range(8)):
+            for number, wide in zip(numbers, pool.map(widened_by, numbers), strict=True):
+                assert torch.equal(wide, expected[number])
 
 
 def test_scales_that_are_not_finite_are_seen() -> None:

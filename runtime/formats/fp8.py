@@ -11,6 +11,7 @@ import torch
 
 from ..errors import StoreError
 from .quantized import SCALES, Shaped
+from .scratch import SCRATCH
 from .shipped import ShippedFormat
 
 BLOCK = 128
@@ -59,7 +60,10 @@ class Fp8Format(ShippedFormat):
         factors = (scales * LACKING).repeat_interleave(columns, 1)[:, None]
         at_once = max(1, AT_ONCE // (rows * inputs)) * rows
         wide = torch.empty(outputs, inputs, dtype=dtype, device=packed.device)
-        moved = wide if dtype == torch.float32 else wide.new_empty(min(at_once, outputs), inputs, dtype=torch.float32)
+        moved = wide
+        if dtype != torch.float32:
+            some = min(at_once, outputs)
+            moved = SCRATCH.take(4 * some * inputs, wide.device).view(torch.float32).view(some, inputs)
         for begin in range(0, outputs, at_once):
             part = packed[begin : begin + at_once]
             into = wide[begin : begin + at_once] if moved is wide else moved[: len(part)]

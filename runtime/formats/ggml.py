@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .scratch import SCRATCH
+
 AT_ONCE = 1 << 20
 """Weights that are widened at once, so that they stay in a processor's cache."""
 NIBBLE = 15
@@ -143,9 +145,8 @@ class GgmlType:
     ) -> None:
         """Some rows of all parts; `into` is `[parts, rows, inputs]`."""
         parts, rows, inputs = into.shape
-        # One piece of memory. Of several ones the system takes back what is freed, and has to clear it for the next weight.
         size = 0 if into.dtype == torch.float32 else 4 * into.numel()
-        scratch = into.new_empty(size + self.unpacked * rows * inputs, dtype=torch.uint8)
+        scratch = SCRATCH.take(size + self.unpacked * rows * inputs, into.device)
         moved = scratch[:size].view(torch.float32).view(into.shape) if size else into
         codes = self._unpack(packed, scratch[size:].view(-1, rows, inputs))
         moved.copy_(codes.view(torch.int8) if self.is_signed else codes)
