@@ -16,7 +16,7 @@ from .shipped import ShippedFormat
 
 BLOCK = 128
 """Outputs, and inputs, that share a scale. Weights with fewer are a block by themselves."""
-AT_ONCE = 1 << 19
+AT_ONCE = 1 << 20
 """Weights that are widened at once, so that they stay in a processor's cache."""
 MOVED = 1 << 20
 """By moving e4m3's 7 bits up by 20 places they come to float32's."""
