@@ -17,7 +17,7 @@ from predict_train.predictors.checkpoint import Predictors, TargetLayer
 from predict_train.predictors.confidence import Confidence
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.runtime import offloaded
-from predict_train.runtime.host.price import AT_FIRST, TRIED, TRIED_EVERY, LinkUse, Prices
+from predict_train.runtime.host.price import AT_FIRST, CAUTION, TRIED, TRIED_EVERY, LinkUse, Prices, Unguessed
 from predict_train.runtime.measure.routing import Statistics, draw_routing
 from predict_train.runtime.measure.simulation import Costs, nearest, simulate
 from predict_train.runtime.settings import OffloadConfig
@@ -39,7 +39,7 @@ class Ran:
             self.prices.begin_pass(1)
             for layer in range(LAYERS):
                 self.now += before
-                self.prices.enter(layer, [], missing)
+                self.prices.enter(layer, range(missing), missing)
                 self.now += executing + stalled
                 self.prices.stalled(stalled)
                 self.prices.left()
@@ -66,7 +66,7 @@ def test_what_is_never_needed_is_never_copied(ran: Ran, layer: int, ahead: int, 
 def test_nothing_begins_that_the_router_decides_before(ran: Ran, chance: float) -> None:
     """So many copies are to be made before it that it would not even begin in time."""
     until = 20.0  # more than all layers take
-    assert not ran.is_worth(chance, ahead=int(until / ran.copy) + 1)
+    assert not ran.is_worth(chance, ahead=int(until / ran.copy) + 2)
 
 
 @given(chances, st.floats(0.001, 0.9))
@@ -76,7 +76,7 @@ def test_all_candidates_are_copied_while_the_link_is_idle_and_slots_are_free(cha
     # Where another expert has to go, a guess has to be right more often.
     again = ran.prices.link.again
     assert 0 < again < 5
-    assert ran.is_worth(chance) == (chance > (1 - chance) * (again + ran.prices.link.queue))
+    assert ran.is_worth(chance) == (chance > (1 - chance) * CAUTION * (again + ran.prices.link.queue))
 
 
 @given(runs, chances, chances, st.integers(0, 3), st.booleans())
@@ -103,7 +103,7 @@ def test_a_slow_copy_is_only_for_guesses_that_are_sure(chance: float) -> None:
     waits = ran.prices._times[1].missing.value
     assert waits == pytest.approx(1, abs=0.01)
     others = (ran.prices.link.again + ran.prices.link.queue) * 20.0
-    assert ran.is_worth(chance) == (chance * saved > (1 - chance) * (late * waits + others))
+    assert ran.is_worth(chance) == (chance * saved > (1 - chance) * CAUTION * (late * waits + others))
 
 
 def test_a_guess_two_layers_ahead_has_more_time_but_holds_up_the_layer_between() -> None:
@@ -188,9 +188,25 @@ def test_a_copy_that_slows_the_computation_as_long_as_it_takes_saves_nothing() -
     for copies in range(20):
         for number in range(copies):
             ran.prices.link.copied((number, copies), None)
-        ran.prices.link.end_pass(8 + 0.6 * copies, 0.5, 0.0)
+        # Beside the computation, or waited for.
+        ran.prices.link.waited(0.0 if copies % 2 else 0.5 * copies)
+        ran.prices.link.end_pass(8 + (0.6 if copies % 2 else 0.5) * copies, 0.5, 0.0)
         ran.prices.link.begin_pass(1)
     assert not ran.is_worth(1.0)
+
+
+@given(st.integers(1, 8), st.floats(0.01, 5), st.floats(0.0, 5))
+def test_what_a_layer_would_have_waited_without_a_guess(needed: int, copy: float, executing: float) -> None:
+    """As a link that copies one after another and a layer that executes one after another have it."""
+    for missing in range(1, needed + 1):
+        told, one = Unguessed(), executing / needed
+        told.add(missing, needed, copy, executing)
+        now, waited = (needed - missing) * one, 0.0
+        for number in range(1, missing + 1):
+            waited += max(0.0, number * copy - now)
+            now = max(now, number * copy) + one
+        assert told.copies == missing
+        assert told.stalled == pytest.approx(waited)
 
 
 def test_guesses_that_do_not_pay_are_made_now_and_then_only() -> None:
@@ -203,14 +219,18 @@ def test_guesses_that_do_not_pay_are_made_now_and_then_only() -> None:
         made += guesses
         ran.prices.begin_pass(1)
         for layer in range(LAYERS):
+            is_there = guesses and pays
             if guesses:
                 ran.prices.guessed(1e-3)
                 ran.prices.announce(layer, [7], {7: 1.0 if pays else 0.0}, {7})
-                ran.prices.is_worth(layer, 7, 0, 0, True)
+                if ran.prices.is_worth(layer, 7, 0, 0, True):
+                    ran.prices.copied((layer, 7), None)
             ran.now += 1
-            ran.prices.enter(layer, [7] if pays else [], 1)
-            ran.now += 0.1
-            ran.prices.stalled(0.1)
+            ran.prices.enter(layer, [7], 0 if is_there else 1)
+            if not is_there:
+                ran.prices.copied((layer, 7), None)
+                ran.now += 0.1
+                ran.prices.stalled(0.1)
             ran.prices.left()
         if token == 2 * TRIED_EVERY - 1:
             assert made <= AT_FIRST + 3 * TRIED

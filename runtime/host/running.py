@@ -6,8 +6,10 @@ import math
 
 NEWEST = 0.05
 """The least weight of a new value in a running mean."""
-MOST_PAIRS = round(2 / NEWEST) - 1
-"""So many values of the same weight make a mean as sure as a running one is in the end."""
+RARE = 0.01
+"""The same for what few of the values tell."""
+MOST_VALUES = round(2 / RARE) - 1
+"""So many values of the same weight make such a mean as sure as it is in the end."""
 KNOWN = 4.0
 """So many cases is worth what is known of a share beforehand."""
 
@@ -42,24 +44,31 @@ class Share:
         return (self._cases + KNOWN * before) / (self._seen + KNOWN)
 
 
-class Slope:
-    """How much `y` grows with `x`, lately: least squares."""
+class Effect:
+    """How much `y` grows with `x` where another quantity stays the same, lately: least squares."""
 
     def __init__(self) -> None:
-        self._x, self._y, self._xx, self._xy, self._yy = Mean(), Mean(), Mean(), Mean(), Mean()
+        self._weight = 0.0
+        self._means = [0.0] * 3  # of the other, x and y
+        self._products = [0.0] * 6  # of each with itself and those after it
 
-    def add(self, x: float, y: float) -> None:
-        means = self._x, self._y, self._xx, self._xy, self._yy
-        for mean, value in zip(means, (x, y, x * x, x * y, y * y), strict=True):
-            mean.add(value)
+    def add(self, other: float, x: float, y: float) -> None:
+        self._weight += 1.0
+        share = max(RARE, 1 / self._weight)
+        values, products = (other, x, y), (other * other, other * x, other * y, x * x, x * y, y * y)
+        self._means = [mean + (value - mean) * share for mean, value in zip(self._means, values, strict=True)]
+        self._products = [mean + (value - mean) * share for mean, value in zip(self._products, products, strict=True)]
 
     @property
     def least(self) -> float:
-        """The slope less its standard error; 0 while `x` is always the same, or there are too few pairs for an error."""
-        x, y, pairs = float(self._x), float(self._y), min(MOST_PAIRS, self._x.weight)
-        spread = float(self._xx) - x * x
-        if pairs < 3 or spread <= 1e-6 * x * x:
+        """The effect less its standard error; 0 while the other tells all of `x`, or there are too few values for an error."""
+        other, x, y = self._means
+        oo, ox, oy, xx, xy, yy = self._products
+        oo, ox, oy = oo - other * other, ox - other * x, oy - other * y
+        xx, xy, yy = xx - x * x, xy - x * y, yy - y * y
+        if oo > 0:  # what the other explains is left out
+            xx, xy, yy = xx - ox * ox / oo, xy - ox * oy / oo, yy - oy * oy / oo
+        freedom = min(MOST_VALUES, self._weight) - 3
+        if freedom <= 0 or xx <= 1e-4 * x * x:
             return 0.0
-        slope = (float(self._xy) - x * y) / spread
-        rest = max(0.0, float(self._yy) - y * y - slope * slope * spread)
-        return slope - math.sqrt(rest / spread / (pairs - 2))
+        return xy / xx - math.sqrt(max(0.0, yy - xy * xy / xx) / xx / freedom)
