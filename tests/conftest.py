@@ -59,6 +59,22 @@ def skip_if_lacking(model_type: str) -> None:
         pytest.skip(f"transformers {transformers.__version__}: {reason}")
 
 
+ROOMS = ("predictors", "data_collection", "train", "runtime")
+OWN_FILE = """
+import os
+
+if "ONLY_OURS" in os.environ:
+    raise SystemExit(f"{__name__}.py of the user was imported in the place of the room")
+OWNER = "the user"
+"""
+
+
+def write_own_files(folder: Path) -> None:
+    """The user's own train.py and the others. Where a command runs by itself (ONLY_OURS), nobody has a reason to import them."""
+    for room in ROOMS:
+        (folder / f"{room}.py").write_text(OWN_FILE)
+
+
 END_OF_TEXT = "<|endoftext|>"
 SHAPE: dict[str, Any] = {
     "vocab_size": 257,

@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -349,40 +350,37 @@ def by_token(folder: Path) -> dict[str, torch.Tensor]:
     return {name: column[order] for name, column in columns.items()}
 
 
-def test_two_processes_make_the_same_trace_killed_and_resumed(settings, whole, tmp_path):
+def one_of_two(rank: int, port: int, arguments: list[str]) -> None:
+    """The job of one process of a `collect` that a launcher has begun as two."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "NODE_RANK": "0"}
+    os.environ |= world | {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+    command_line(arguments, None)
+
+
+def test_two_processes_make_the_same_trace_killed_and_resumed(begin, settings, whole, tmp_path):
     config = CollectConfig(**settings, out=tmp_path / "trace", resume=True)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    everything = [*torchrun, "-m", "predict_train", *flags(config)]
 
-    log = tmp_path / "log.txt"
+    def begin_both() -> list[BaseProcess]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [begin(one_of_two, rank, port, flags(config)) for rank in (0, 1)]
 
-    @contextlib.contextmanager
-    def begin() -> Iterator[subprocess.Popen[bytes]]:
-        with log.open("w") as output, subprocess.Popen(everything, stdout=output, stderr=output) as launcher:
-            try:
-                yield launcher
-            finally:
-                if launcher.poll() is None:
-                    kill_workers(launcher)
-                    launcher.kill()
-
-    def kill_workers(launcher: subprocess.Popen[bytes]) -> None:
-        for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
-
-    with begin() as first:
-        until = time.monotonic() + 130
-        while not all(len(list(config.out.glob(f"shard-000{rank}-*.safetensors"))) >= 2 for rank in (0, 1)):
-            assert first.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.005)
-        kill_workers(first)
-        assert first.wait(60) != 0
+    both = begin_both()
+    until = time.monotonic() + 130
+    while not all(len(list(config.out.glob(f"shard-000{rank}-*.safetensors"))) >= 2 for rank in (0, 1)):
+        assert all(child.is_alive() for child in both), [child.log.read_text() for child in both]
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    for child in both:
+        child.kill()
+        child.join(60)
     assert not (config.out / "manifest.json").exists()
     with pytest.raises(UserError, match="was started by 2 processes, not 1"):
         collect(config, Console(quiet=True))
-    with begin() as second:
-        assert second.wait(130) == 0, log.read_text()
+    for child in begin_both():
+        child.join(130)
+        assert child.exitcode == 0, child.log.read_text()
     expected, found = by_token(whole), by_token(config.out)
     for name in expected:
         # A batch is the same batch in whatever process, so even the rounding is.

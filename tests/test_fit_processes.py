@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_own_files
 from predict_train.data_collection.trace import Trace
 from predict_train.train.data import TraceBlocks, TraceData, TraceLoader
 
@@ -63,10 +64,13 @@ def test_processes_share_each_step_and_see_each_row_once(collected, world):
 
 
 def test_two_gloo_processes_reach_what_one_does(collected, tmp_path):
+    """They are begun in a folder with files of the user that have the names of the rooms."""
+    write_own_files(tmp_path)
     settings = ("--epochs", 2, "--precision", "32-true", "--no-reuse")
     run(collected, tmp_path / "one", *settings)
     both = command(collected, tmp_path / "two", *settings, "--devices", 2, "--strategy", "ddp")
-    done = subprocess.run(both, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ONLY_OURS": "1"}
+    done = subprocess.run(both, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean hit rate") == 1
     one, two = result(tmp_path / "one"), result(tmp_path / "two")

@@ -19,23 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOMS, write_own_files
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("predictors", "data_collection", "train", "runtime")
 PACKAGE = "predict_train"
 EMBEDDED = ("checkpoints/tiny-moe", "checkpoints/tiny-moe-predictors")
 COMMANDS = (
     "collect", "fit", "export", "inspect", "models", "generate", "chat", "serve", "evaluate", "demo", "bench", "plan", "pack",
 )  # fmt: skip
-
-# The user's own train.py and the others. Where a command runs by itself, nobody has a reason to import them.
-OWN_FILE = """
-import os
-
-if "ONLY_OURS" in os.environ:
-    raise SystemExit(f"{__name__}.py of the user was imported in the place of the room")
-OWNER = "the user"
-"""
 
 # The user's own program: it has the user's files and ours side by side, and runs every command, all in one process.
 OWN_PROGRAM = """
@@ -111,16 +102,11 @@ class Place:
     """The folder that holds `predict_train/`."""
     python: Path
     environment: dict[str, str]
-    start: list[str]
-    """How a command is begun there."""
 
     def run(self, folder: Path, *arguments: object, **variables: str) -> str:
         """Runs Python with these arguments in `folder`, which has to succeed; returns what it printed."""
-        return self.execute(folder, [str(self.python)], *arguments, **variables)
-
-    def execute(self, folder: Path, start: list[str], *arguments: object, **variables: str) -> str:
         done = subprocess.run(
-            [*start, *map(str, arguments)],
+            [*map(str, [self.python, *arguments])],
             cwd=folder,
             env=self.environment | variables,
             capture_output=True,
@@ -164,8 +150,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if request.param == "checkout":
         python = Path(sys.executable)
-        start = [sys.executable, "-m", PACKAGE]
-        return Place(ROOT, python, environment | {"PYTHONPATH": str(ROOT)}, start)
+        return Place(ROOT, python, environment | {"PYTHONPATH": str(ROOT)})
     file: Path = request.getfixturevalue("wheel")
     # An environment of its own, with the libraries of this one but not what is installed editably in this one.
     folder = tmp_path_factory.mktemp("environment")
@@ -176,15 +161,14 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     (home / "libraries.pth").write_text("\n".join(libraries))
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", "install", "--quiet"]
     subprocess.run([*map(str, pip), "--no-deps", "--no-index", str(file)], check=True)
-    return Place(home, python, environment, [str(folder / "bin" / "predict-train")])
+    return Place(home, python, environment)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, place: Place) -> Path:  # noqa: ARG001 - one for each place
     """The user's folder."""
     made = tmp_path_factory.mktemp("user")
-    for room in ROOMS:
-        (made / f"{room}.py").write_text(OWN_FILE)
+    write_own_files(made)
     (made / "program.py").write_text(OWN_PROGRAM)
     return made
 
@@ -249,27 +233,6 @@ def test_processes_of_torchrun_collect(place, folder, tiny_moe_folder, text_corp
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     place.run(folder, *torchrun, "-m", PACKAGE, *arguments, "--out", "shared", ONLY_OURS="1")
     assert json.loads((folder / "shared" / "manifest.json").read_text())["processes"] == 2
-
-
-@pytest.mark.parametrize("place", ["checkout"], indirect=True)
-def test_processes_of_fit_train(place, folder, found):  # noqa: ARG001 - it made the trace
-    arguments = [
-        "fit",
-        "trace",
-        "--out",
-        "together",
-        "--epochs",
-        1,
-        "--width",
-        8,
-        "--no-reuse",
-        "--devices",
-        2,
-        "--device",
-        "cpu",
-    ]
-    place.execute(folder, place.start, *arguments, ONLY_OURS="1")
-    assert (folder / "together" / "result.json").exists()
 
 
 def test_the_wheel_holds_all_of_the_rooms_and_takes_one_name(wheel):
