@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from predict_train.train.fit import FitConfig, fit
 from predict_train.train.settings import ExportConfig
 from rich.console import Console
 from transformers import AutoModelForCausalLM
+
+from benchmarks import default_vectors
 
 # A post-norm with a shared expert, a router with arguments and 3-D input; no norm; attention beside the block; experts in
 # a space of their own, and dense layers between; a scaled stream; a router whose argument is a buffer.
@@ -63,14 +64,14 @@ def test_a_traces_speculators_are_the_models(recorded):
         assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True)), target
 
 
-def test_the_benchmark_of_default_vectors_speculates_as_the_trace_does(recorded, tmp_path):
+def test_the_benchmark_of_default_vectors_speculates_as_the_trace_does(recorded, tmp_path, monkeypatch):
     """With the trace's own vectors it finds what `collect` found: a post-norm behind them is not forgotten."""
     trace = recorded[1]
     entries = Trace.open(trace).manifest.layers
     if not any(entry.post_norm for entry in entries):
         pytest.skip("no post-norm")
-    arguments = ["benchmarks.default_vectors", str(trace), str(trace), "--out", str(tmp_path / "out.json")]
-    subprocess.run([sys.executable, "-m", *arguments], check=True, cwd=Path(__file__).parents[1], capture_output=True)
+    monkeypatch.setattr(sys, "argv", ["default_vectors", str(trace), str(trace), "--out", str(tmp_path / "out.json")])
+    default_vectors.main()
     found = json.loads((tmp_path / "out.json").read_text())["training_free"]
     expected = {str(entry.layer): entry.training_free for entry in entries}
     assert found["trace"] == pytest.approx(expected, abs=1e-6)

@@ -26,7 +26,7 @@ PROMPTS = [
     "    if not isinstance(other, type(self)):\n        return",
     "async def fetch(session, url):\n    async with session.get(url",
 ]
-PROMPT_TOKENS, NEW_TOKENS = 8, 32
+PROMPT_TOKENS, NEW_TOKENS = 8, 20
 
 
 @pytest.fixture(scope="module")

@@ -303,11 +303,11 @@ def test_detaching_frees_what_is_on_the_device_at_once(
 def test_a_replayed_routing_is_executed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is moved to the device after its routers have been replaced."""
     monkeypatch.setattr(bench_module, "measure_link", lambda *_: 1.0)
-    routing = draw_routing(Statistics(0.4, 0.7), steps=5, layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, candidates=4)
+    routing = draw_routing(Statistics(0.4, 0.7), steps=4, layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, candidates=4)
     found = []
     for device in ("cpu", "cuda:0"):
         config = Measuring(
-            policies="on_demand,prefetch,speculative", device=device, tokens=4, warmup=1, rounds=1, slots=20
+            policies="on_demand,prefetch,speculative", device=device, tokens=3, warmup=1, rounds=1, slots=20
         )
         with simulated(Plan.RANDOM) if device != "cpu" else nullcontext(), decided_by("host"):
             measured = bench(model(), torch.arange(1, 20).view(1, -1), config, routing=routing)
