@@ -62,10 +62,12 @@ def chat(config: ChatConfig) -> None:
         match line.strip():
             case "":
                 continue
-            case "/exit":
+            case "/exit" | "/quit":
                 return
             case "/reset":
                 conversation.reset()
+                last = None
+                typer.echo("what was said is forgotten", err=True)
             case "/stats":
                 if last is None:
                     typer.echo("nothing has been answered yet", err=True)

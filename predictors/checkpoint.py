@@ -293,7 +293,8 @@ def _local_folder(path_or_id: str) -> Path:
         raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:  # ValueError: an impossible name
         raise PredictorsError(
-            f"there are no predictors at {path_or_id}: no such folder, and no such repository in reach"
+            f"there are no predictors at {path_or_id}: no such folder, and no such repository in reach; "
+            "give the folder that export wrote or a Hub name"
         ) from error
 
 

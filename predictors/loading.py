@@ -213,7 +213,8 @@ def _check_name(name: str | Path) -> None:
 def _explained(name: str | Path, error: Exception) -> str:
     """Why a checkpoint can't be loaded: the file that is wrong, or else what `error` says."""
     folder = local_folder(name)
-    return (folder and what_is_wrong(folder)) or _reason(error)
+    reason = (folder and what_is_wrong(folder)) or _reason(error)
+    return reason if folder else f"there is no such folder, and as a Hub name: {reason}"
 
 
 def _reason(error: Exception) -> str:
