@@ -26,8 +26,10 @@ from .routing import Routing, routing_of
 class UnitNorm(nn.Module):
     """Divides by the root mean square: it stands where a target's norm does in the correcting form."""
 
+    eps = 1e-6
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class PriorRouter(nn.Module):

@@ -13,15 +13,19 @@ because `R' u = R' s + sum_j w_j (D R'^T)[id_j]`. `R W2` `[experts, width]` repl
 the order of the logits depends on neither `r` nor `u`: both are left out unless weights are asked for. `R' u / r(u) + c` are
 the training-free logits, which a memory is made of. Where there is one, `R b2` must stay out of them: it is the output of
 one more hidden unit, which is always 1. Without a memory it is added to `c`. Symbols as in `predictors.speculation`.
+
+The scores of a direct predictor (`direct`) are folded likewise: `[S'; W1']` multiplies `s`, and the table is `[k M^T | k V^T]`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from .architecture import MoELayer
 from .direct import DirectMLP
@@ -106,18 +110,85 @@ def _close(dtype: torch.dtype) -> float:
     return max(1e-5, 8 * torch.finfo(dtype).eps)
 
 
-class FoldedSpeculator:
+class PlainNorm(NamedTuple):
+    """An RMS norm."""
+
+    gain: torch.Tensor
+    """`[hidden]`, fp32."""
+    eps: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, norm: nn.Module, states: torch.Tensor) -> Self | None:
+        """The plain form of `norm`, compared on `states` `[n, hidden]`; None if it does anything else."""
+        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+        if not isinstance(eps, float):
+            return None
+        close = _close(states.dtype)
+        # Of ones, the norm gives its gain, except for the epsilon.
+        gain = norm.forward(torch.ones_like(states[:1]))[0].float() * (1 + eps) ** 0.5
+        for scale in (1.0, eps**0.5):  # at the second the epsilon matters
+            expected = F.rms_norm(scale * states.float(), gain.shape, gain, eps)
+            if not torch.allclose(norm.forward(scale * states).float(), expected, rtol=close, atol=close):
+                return None
+        return cls(gain, eps)
+
+
+def _states(weight: torch.Tensor) -> torch.Tensor:
+    """What norms and routers are compared on, `[PROBES, hidden]`, for a router's `weight` `[experts, hidden]`."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(PROBES, weight.shape[-1], generator=generator, device="cpu").to(weight)
+
+
+class Folded(ABC):
+    """A speculator in few operations. `of` of its kinds makes one."""
+
+    router: PlainRouter | None
+    """Of the target layer. None where it is no plain one, which is no hindrance to a direct predictor."""
+    memory: int
+    """How many tokens its predictor remembers."""
+    _table: torch.Tensor | None
+    """What the source router's weights multiply, `[experts, columns]`, fp32."""
+
+    def __init__(self, norm: PlainNorm):
+        self._root = len(norm.gain) ** 0.5
+        self._eps = torch.full_like(norm.gain[:1], self._root * norm.eps**0.5)
+
+    @abstractmethod
+    def logits(
+        self, residual: torch.Tensor, source: Routing | None, memory: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The speculated logits and the training-free ones, `[tokens, experts]`; see `Speculator.with_free`."""
+
+    def _weighted(self, base: torch.Tensor, source: Routing) -> torch.Tensor:
+        """`base` plus the table's rows that the source chose, times its weights: `[tokens, columns]`, fp32."""
+        assert self._table is not None
+        weights, ids = source.weights.float(), source.ids.long()
+        if weights.requires_grad:
+            weights = weights.detach()
+        if len(ids) == 1:  # takes half as long as a bag of one
+            return torch.addmm(base, weights, self._table.index_select(0, ids.view(-1)))
+        return base + F.embedding_bag(ids, self._table, per_sample_weights=weights, mode="sum")
+
+    def _length(self, states: torch.Tensor) -> torch.Tensor:
+        """`sqrt(hidden) r(states)`, `[..., 1]`, fp32: torch has an operation for a length, but none for a root mean square."""
+        return torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32), self._eps)
+
+
+class FoldedSpeculator(Folded):
     """Orders one target layer's experts as its `Speculator`'s logits do, up to rounding. Use `of`."""
 
-    def __init__(self, speculator: Speculator, gain: torch.Tensor, eps: float, router: PlainRouter, to_scale: bool):
-        """`gain` `[hidden]`, fp32, and `eps` are the norm's; for `to_scale` see `of`."""
+    router: PlainRouter
+
+    def __init__(self, speculator: Speculator, norm: PlainNorm, router: PlainRouter, to_scale: bool):
+        """For `to_scale` see `of`."""
+        super().__init__(norm)
         self.router, mlp, vectors = router, speculator.mlp, speculator.wiring.default_vectors
-        weight, self._root = router.weight.float(), len(gain) ** 0.5
+        weight = router.weight.float()
         self._experts = len(weight)
         matrix, offset = weight, torch.zeros_like(weight[:, 0]) if router.bias is None else router.bias.float()
         self._u = None
         self.memory = 0 if mlp is None else mlp.memory
-        """How many tokens its predictor remembers."""
         if mlp is not None:
             w1, v, b1, w2, b2 = (p.float() for p in (mlp.w1, mlp.v, mlp.b1, mlp.w2, mlp.b2))
             out, shift = (weight @ w2).T, weight @ b2
@@ -132,7 +203,7 @@ class FoldedSpeculator:
             vectors = torch.zeros_like(weight) if vectors is None else vectors
         self._is_corrected = mlp is not None
         self._is_scale_free = mlp is None and not offset.any() and not to_scale
-        self._matrix = gain * matrix
+        self._matrix = norm.gain * matrix
         self._table = None
         if vectors is not None:
             vectors = vectors.float()
@@ -144,7 +215,6 @@ class FoldedSpeculator:
         if self._is_corrected or matrix.is_cuda:  # a router alone is small: on a CPU it is faster without conversions
             self._matrix = self._matrix.to(router.weight.dtype)
         self._offset = offset.detach()
-        self._eps = self._root * eps**0.5 * torch.ones_like(self._offset[:1])
 
     @classmethod
     @torch.no_grad()
@@ -157,22 +227,14 @@ class FoldedSpeculator:
         the router returns as its logits, as a memory needs them.
         """
         wiring = speculator.wiring
-        if isinstance(speculator.mlp, DirectMLP):
+        weight = next(wiring.router.parameters(), None)
+        if weight is None or wiring.post_norm is not None or layer.unfollowed is not None:
             return None
-        norm, weight = wiring.norm, next(wiring.router.parameters(), None)
-        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        if wiring.post_norm is not None or not isinstance(eps, float) or weight is None:
+        states, close = _states(weight), _close(weight.dtype)
+        norm = PlainNorm.of(wiring.norm, states)
+        if norm is None:
             return None
-        generator = torch.Generator().manual_seed(0)
-        states = torch.randn(PROBES, layer.hidden_size, generator=generator, device="cpu").to(weight)
-        close = _close(weight.dtype)
-        # Of ones, the norm gives its gain, except for the epsilon.
-        gain = norm.forward(torch.ones_like(states[:1]))[0].float() * (1 + eps) ** 0.5
-        for scale in (1.0, eps**0.5):  # at the second the epsilon matters
-            expected = F.rms_norm(scale * states.float(), gain.shape, gain, eps)
-            if not torch.allclose(norm.forward(scale * states).float(), expected, rtol=close, atol=close):
-                return None
-        states = norm.forward(states)
+        states = wiring.norm.forward(states)
         router = PlainRouter.of(wiring.router, layer.num_experts, states)
         if router is None or (to_scale and router.weigh is None):
             return None
@@ -183,7 +245,7 @@ class FoldedSpeculator:
                 router.logits(states).float(), logits, rtol=0, atol=close * float(logits.abs().max())
             ):
                 return None
-        return cls(speculator, gain, eps, router, to_scale or values)
+        return cls(speculator, norm, router, to_scale or values)
 
     def logits(
         self, residual: torch.Tensor, source: Routing | None, memory: torch.Tensor | None = None
@@ -217,16 +279,44 @@ class FoldedSpeculator:
         logits = torch.addmm(free, F.silu(hidden), self._out)
         return logits, None if self._u is None else free
 
-    def _weighted(self, base: torch.Tensor, source: Routing) -> torch.Tensor:
-        """`base` plus the table's rows that the source chose, times its weights: `[tokens, columns]`, fp32."""
-        assert self._table is not None
-        weights, ids = source.weights.float(), source.ids.long()
-        if weights.requires_grad:
-            weights = weights.detach()
-        if len(ids) == 1:  # takes half as long as a bag of one
-            return torch.addmm(base, weights, self._table.index_select(0, ids.view(-1)))
-        return base + F.embedding_bag(ids, self._table, per_sample_weights=weights, mode="sum")
 
-    def _length(self, states: torch.Tensor) -> torch.Tensor:
-        """`sqrt(hidden) r(states)`, `[..., 1]`, fp32: torch has an operation for a length, but none for a root mean square."""
-        return torch.hypot(torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32), self._eps)
+class FoldedDirect(Folded):
+    """Scores one target layer's experts as its `DirectMLP` does, up to rounding. Use `of`."""
+
+    def __init__(self, mlp: DirectMLP, norm: PlainNorm, router: PlainRouter | None):
+        super().__init__(norm)
+        self.router, self.memory, self._experts = router, mlp.memory, mlp.num_experts
+        self._matrix = (norm.gain * torch.cat([mlp.skip, mlp.w1]).float()).to(mlp.w1.dtype)
+        self._offset = torch.cat([mlp.prior.float() + mlp.b2.float(), mlp.b1.float()])
+        self._table = mlp.top_k * torch.cat([mlp.mix, mlp.v]).T.float()
+        self._out = mlp.w2.T.float().contiguous()
+        self._u = None if mlp.u is None else mlp.u.T.float().contiguous()
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, speculator: Speculator, layer: MoELayer) -> Self | None:
+        """The folded speculator of target `layer`, whose predictor is direct; None if the layer's norm is not a plain one."""
+        wiring, mlp = speculator.wiring, speculator.mlp
+        assert isinstance(mlp, DirectMLP)
+        states = _states(mlp.w1)
+        norm = PlainNorm.of(wiring.norm, states)
+        if norm is None:
+            return None
+        if layer.unfollowed is not None:
+            return cls(mlp, norm, None)
+        return cls(mlp, norm, PlainRouter.of(wiring.router, layer.num_experts, wiring.norm.forward(states)))
+
+    def logits(
+        self, residual: torch.Tensor, source: Routing | None, memory: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The scores, and zeros in the place of training-free logits; see `Folded.logits`."""
+        residual = residual.detach()
+        offset = self._offset if source is None else self._weighted(self._offset, source)
+        sums = F.linear(residual.to(self._matrix.dtype), self._matrix)
+        sums = torch.addcdiv(offset, sums, self._length(residual), value=self._root)
+        scores, hidden = sums[:, : self._experts], sums[:, self._experts :]
+        if memory is not None:
+            assert self._u is not None
+            hidden = torch.addmm(hidden, memory, self._u)
+        scores = torch.addmm(scores, F.silu(hidden), self._out)
+        return scores, None if self._u is None else torch.zeros_like(scores)

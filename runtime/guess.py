@@ -8,7 +8,7 @@ import torch
 
 from ..predictors.confidence import margins
 from ..predictors.direct import DirectMLP
-from ..predictors.folded import FoldedSpeculator, PlainRouter
+from ..predictors.folded import Folded, FoldedDirect, FoldedSpeculator, PlainRouter
 from ..predictors.routing import Routing
 from ..predictors.speculation import Speculator, candidates
 from .errors import OffloadError
@@ -55,11 +55,12 @@ class Guesser(Protocol):
 
 
 class FoldedGuesser:
-    """Guesses where norm and router are plain: with few operations, and without the model's own modules."""
+    """Guesses where a speculator can be folded: with few operations, and without the model's own modules."""
 
-    def __init__(self, speculator: FoldedSpeculator, m: int, weighs: bool, sure: bool = False):
-        self.plain: PlainRouter | None = speculator.router if speculator.router.weigh is not None else None
-        self._speculator, self._m, self._weighs, self._sure = speculator, m, weighs, sure
+    def __init__(self, speculator: Folded, top_k: int, m: int, weighs: bool, sure: bool = False):
+        router = speculator.router
+        self.plain: PlainRouter | None = None if router is None or router.weigh is None else router
+        self._speculator, self._top_k, self._m, self._weighs, self._sure = speculator, top_k, m, weighs, sure
         self.depth = speculator.memory
 
     def guess(
@@ -70,14 +71,16 @@ class FoldedGuesser:
         memory: torch.Tensor | None = None,
     ) -> Guess:
         logits, free = self._speculator.logits(residual, source, memory)
-        router, distances = self._speculator.router, None
+        distances, weighted = None, None
         if self._sure:
-            values, chosen = logits.topk(max(self._m, router.top_k + 1), dim=-1)
-            border = values[:, router.top_k - 1 : router.top_k + 1].mean(-1, keepdim=True)
+            values, chosen = logits.topk(max(self._m, self._top_k + 1), dim=-1)
+            border = values[:, self._top_k - 1 : self._top_k + 1].mean(-1, keepdim=True)
             distances, chosen = values[:, : self._m] - border, chosen[:, : self._m]
         else:
             chosen = logits.topk(self._m, dim=-1).indices
-        weighted = router.weighted(logits, chosen[:, : router.top_k]) if self._weighs else None
+        if self._weighs:
+            assert self.plain is not None
+            weighted = self.plain.weighted(logits, chosen[:, : self._top_k])
         return Guess(chosen, weighted, free, distances)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
@@ -119,10 +122,16 @@ def make_guesser(speculator: Speculator, target: Target, weighs: bool, sure: boo
     `weighs` says that the weights of the guess will be executed, and `sure` that the candidates' margins are asked for, if it is known
     what they mean.
     """
-    if weighs and isinstance(speculator.mlp, DirectMLP):
+    is_direct = isinstance(speculator.mlp, DirectMLP)
+    if weighs and is_direct:
         raise OffloadError("direct predictors guess experts and not their weights; give gating true or resident")
-    sure = sure and target.confidence is not None and target.layer.top_k < target.layer.num_experts
-    folded = FoldedSpeculator.of(speculator, target.routed, to_scale=weighs, values=sure)
+    layer = target.routed
+    sure = sure and target.confidence is not None and layer.top_k < layer.num_experts
+    folded = (
+        FoldedDirect.of(speculator, layer)
+        if is_direct
+        else FoldedSpeculator.of(speculator, layer, to_scale=weighs, values=sure)
+    )
     if folded is None:
         return ModelGuesser(speculator, target.candidates, sure)
-    return FoldedGuesser(folded, target.candidates, weighs, sure)
+    return FoldedGuesser(folded, layer.top_k, target.candidates, weighs, sure)

@@ -201,6 +201,7 @@ class ExpertOffload:
         attached.callback(self._control.detach)
         self._control.handle, self._passes.control = self._passes.handle, self._control
         folded = [layer.target.routed for layer in self._control.layers if isinstance(layer.guesser, FoldedGuesser)]
+        folded = [layer for layer in folded if layer.unfollowed is None]  # of others nothing of the model's is folded
         self._guard = self._passes.guard = Guard(model, layers, folded, self.device, attached)
         self._known = {layer.target.number: layer for layer in self._control.layers}
         if config.eviction is Eviction.LEARNED:

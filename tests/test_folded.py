@@ -9,8 +9,9 @@ import torch
 from conftest import skip_if_lacking
 from predict_train.data_collection import catalog
 from predict_train.predictors.architecture import MoELayer, UnsupportedModelError
+from predict_train.predictors.direct import DirectMLP
 from predict_train.predictors.discovery import find_moe_layers
-from predict_train.predictors.folded import FoldedSpeculator, PlainRouter
+from predict_train.predictors.folded import FoldedDirect, FoldedSpeculator, PlainRouter
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.predictors.routing import Routing
 from predict_train.predictors.speculation import Router, Speculator, Wiring, candidates
@@ -219,3 +220,33 @@ def test_a_plain_router_weights_what_it_must_choose_as_it_does(model_type: str) 
         forced = plain.weighted(logits, ids)
     assert torch.equal(forced.ids, restricted.ids)
     torch.testing.assert_close(forced.weights, restricted.weights, rtol=1e-4, atol=1e-5)
+
+
+def direct_speculator(layer: MoELayer, seed: int, memory: int = 0) -> Speculator:
+    torch.manual_seed(seed)
+    mlp = DirectMLP(layer.hidden_size, layer.num_experts, 24, memory, layer.top_k)
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return Speculator(Wiring.of(layer, None, None), mlp).requires_grad_(False)
+
+
+@pytest.mark.parametrize("memory", [0, 2])
+@pytest.mark.parametrize("model_type", catalog.moe_types())
+def test_a_direct_predictor_is_folded_with_every_router(model_type: str, memory: int) -> None:
+    layer = last_layer(model_type)
+    speculator = direct_speculator(layer, 3, memory)
+    folded, generator = FoldedDirect.of(speculator, layer), torch.Generator().manual_seed(9)
+    if folded is None:
+        assert layer.unfollowed is None
+        assert model_type not in PLAIN, "this norm is plain"
+        return
+    residual = 0.5 * torch.randn(9, layer.hidden_size, generator=generator)
+    left = torch.randn(9, memory * 2 * layer.num_experts, generator=generator)
+    for tokens in (1, 9):
+        for source in (routing_of(layer, tokens, generator), None):
+            for remembers in (left[:tokens], None) if memory else (None,):
+                expected, guess = speculator.with_free(residual[:tokens], source, None, remembers)
+                scores, own = folded.logits(residual[:tokens], source, remembers)
+                torch.testing.assert_close(scores, expected.logits, rtol=1e-3, atol=1e-3)
+                assert (guess is None) == (own is None) == (memory == 0)
+                assert own is None or not own.any()

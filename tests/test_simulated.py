@@ -13,7 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, skip_if_lacking
+from predict_train.data_collection.catalog import tiny_model
+from predict_train.predictors.architecture import moe_shape
+from predict_train.predictors.checkpoint import Predictors, TargetLayer
+from predict_train.predictors.direct import DirectMLP
+from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.experts import expert_output
 from predict_train.predictors.generation import CACHE
 from predict_train.runtime import engines, offload_experts, offloaded
@@ -22,6 +27,7 @@ from predict_train.runtime.device.hits import DeviceHitCount
 from predict_train.runtime.device.slots import DeviceSlots
 from predict_train.runtime.device.tables import LayerTables
 from predict_train.runtime.formats.full import FullFormat
+from predict_train.runtime.guess import FoldedGuesser
 from predict_train.runtime.host.transfer import CudaTransfers, StagedTransfers, ThreadTransfers
 from predict_train.runtime.measure import bench as bench_module
 from predict_train.runtime.measure.bench import bench
@@ -52,6 +58,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "speculated": {"policy": "speculative", "gating": "speculated", "slots": 4},
     "true": {"policy": "speculative", "gating": "true", "slots": 5},
     "resident": {"policy": "speculative", "gating": "resident", "slots": LAYERS * EXPERTS},
+    "direct": {"policy": "speculative", "gating": "true", "slots": 5},
 }
 """What is executed must not depend on when copies are over. Under gating `resident` it does, unless every expert has a slot."""
 SLOTS = {1: 11, 3: 17}
@@ -146,20 +153,35 @@ def add(self: DeviceHitCount, chosen: torch.Tensor, own: torch.Tensor) -> None:
     launch(kernel, chosen, own, self._counted)
 
 
-def logits(batch: int) -> torch.Tensor:
+def logits(batch: int, of: PreTrainedModel | None = None) -> torch.Tensor:
     """The logits of all tokens of `PASSES`, given one after another, so that the host need not wait for a token."""
-    ids = torch.randint(1, 256, (batch, sum(PASSES)), generator=torch.Generator().manual_seed(batch)).to(model().device)
+    of = of or model()
+    ids = torch.randint(1, 256, (batch, sum(PASSES)), generator=torch.Generator().manual_seed(batch)).to(of.device)
     cache, found = None, []
     with torch.no_grad():
         for begin, end in pairwise(accumulate(PASSES, initial=0)):
-            output = model()(ids[:, begin:end], **{CACHE: cache}, use_cache=True)
+            output = of(ids[:, begin:end], **{CACHE: cache}, use_cache=True)
             cache = output[CACHE]
             found.append(output.logits)
         return torch.cat(found, 1).cpu()
 
 
+@cache
+def direct(of: PreTrainedModel) -> Predictors:
+    """Direct predictors of random weights, which remember a token."""
+    layers, found = find_moe_layers(of), []
+    torch.manual_seed(7)
+    for layer in layers:
+        mlp = DirectMLP(layer.hidden_size, layer.num_experts, 8, memory=1)
+        for parameter in mlp.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        found.append(TargetLayer(layer.index, mlp=mlp))
+    return Predictors({"name": "tiny"} | moe_shape(of.config, layers), found)
+
+
 def settings(way: str, device: str, **others: Any) -> dict[str, Any]:
-    return WAYS[way] | {"speculated_tokens": SPECULATED, "device": device} | others
+    predictors = {"predictors": direct(model())} if way == "direct" else {}
+    return WAYS[way] | predictors | {"speculated_tokens": SPECULATED, "device": device} | others
 
 
 @cache
@@ -172,7 +194,7 @@ def expected(way: str, batch: int, engine: str, **others: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch", ORDERS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"direct"}))  # to the host a guess is like another
 @pytest.mark.parametrize("store", STORES)
 def test_the_engine_of_the_host_is_right_in_every_order(store: str, way: str, batch: int, packed: Path) -> None:
     (lockable, transfers), right = STORES[store], expected(way, batch, "host")
@@ -192,6 +214,25 @@ def test_the_engine_of_the_device_is_right_in_every_order(way: str, batch: int, 
         with simulated(plan), decided_by("device"), offloaded(model(), **its_own) as offload:
             assert isinstance(offload._engine, DeviceSlots)
             assert torch.equal(logits(batch), right), plan
+
+
+@pytest.mark.parametrize("model_type", ["qwen4_exp_text", "gemma4_text", "deepseek_v4"])
+def test_the_device_decides_where_the_residual_can_not_be_followed(model_type: str) -> None:
+    """Such layers are guessed by direct predictors, folded."""
+    skip_if_lacking(model_type)
+    other = tiny_model(model_type).float().eval()
+    other.set_attn_implementation("eager")
+    found: list[tuple[torch.Tensor, int, float | None]] = []
+    for device, plan in (("cpu", nullcontext()), ("cuda:0", simulated(Plan.RANDOM))):
+        its_own = {"policy": "prefetch", "slots": 12, "speculated_tokens": SPECULATED, "device": device}
+        with plan, decided_by("device"), offloaded(other, direct(other), **its_own) as offload:
+            assert isinstance(offload._engine, DeviceSlots)
+            assert all(isinstance(layer.guesser, FoldedGuesser) for layer in offload._control.layers)
+            output, counters = logits(1, other), offload.counters
+            found.append((output, counters.hits, counters.speculation_hit_rate))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1:] == found[1][1:]
+    assert found[0][1] > 0
 
 
 @pytest.mark.parametrize("way", WAYS)
