@@ -3,6 +3,7 @@
     begin(x) -> a copy of x                                 at the input of the first MoE layer
     enter(x) -> a copy of x                                 at the input of a layer that is guessed from it
     route(x, residual, inner) -> logits, weights, ids       in the place of a router
+    tell(part, x, logits, weights, ids) -> a copy of part   behind a router that may return more, of which `part` is one
     experts(x, ids, weights) -> their weighted sum          in the place of the experts
 
 A compiler does not look into an operation. Each one reads what the one before it has returned, so none of them changes its place.
@@ -44,6 +45,9 @@ class Operated(Protocol):
 
     def route(self, layer: int, x: torch.Tensor, residual: torch.Tensor, inner: torch.Tensor | None) -> Routing:
         """Routes a layer, and guesses those whose source it is from `residual` and `inner`, if there are any."""
+
+    def tell(self, layer: int, x: torch.Tensor, routing: Routing) -> None:
+        """Says what a layer's router has decided for its input `x`, and guesses the layers whose source it is."""
 
     def form(self, layer: int) -> Routing:
         """A routing of the layer, for its numbers of columns and its dtypes."""
@@ -106,6 +110,19 @@ def _route(
     )
 
 
+def _tell(
+    part: torch.Tensor,
+    x: torch.Tensor,
+    logits: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    handle: int,
+    layer: int,
+) -> torch.Tensor:
+    _in_turn(handle, lambda offload: offload.tell(layer, x, Routing(logits, weights, ids)))
+    return part.clone()
+
+
 def _experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     return _in_turn(handle, lambda offload: offload.experts(layer, x, ids, weights))
 
@@ -142,6 +159,11 @@ route = _define(
     _route,
     _as_routing,
 )
+tell = _define(
+    "tell(Tensor part, Tensor x, Tensor logits, Tensor weights, Tensor ids, int handle, int layer) -> Tensor",
+    _tell,
+    _as_x,
+)
 experts = _define("experts(Tensor x, Tensor ids, Tensor weights, int handle, int layer) -> Tensor", _experts, _as_sum)
 _refuse = _define("refuse(Tensor gradient) -> Tensor", refuse_gradients, _as_x)
 torch.library.register_autograd(
@@ -149,4 +171,7 @@ torch.library.register_autograd(
 )
 # Gradients pass through a copy.
 torch.library.register_autograd("predict_train::begin", lambda _, gradient: (gradient, None), lib=_LIBRARY)
+torch.library.register_autograd(
+    "predict_train::tell", lambda _, gradient: (gradient, None, None, None, None, None, None), lib=_LIBRARY
+)
 torch.library.register_autograd("predict_train::enter", lambda _, gradient: (gradient, None, None), lib=_LIBRARY)

@@ -88,6 +88,10 @@ class Passes:
         control, arguments = self.control.layers[layer], self._targets[layer].routed.router_arguments
         return self.control.route(control, x, lambda: control.own(x, *arguments), lambda _: (residual, inner))
 
+    def tell(self, layer: int, x: torch.Tensor, routing: Routing) -> None:
+        control = self.control.layers[layer]
+        self.control.route(control, x, lambda: routing, control.residual)
+
     def form(self, layer: int) -> Routing:
         return self.control.layers[layer].form
 

@@ -12,10 +12,10 @@ from ..predictors.architecture import ExpertLayer, MoELayer
 from ..predictors.checkpoint import Predictors
 from ..predictors.reuse import Reuse, ReuseScores
 from ..predictors.routing import flat_routing
-from .control import LayerControl
 from .engine import Engine
 from .errors import OffloadError
 from .host.cache import Eviction
+from .layercontrol import LayerControl
 from .settings import OffloadConfig, Slots
 
 

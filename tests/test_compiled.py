@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import skip_if_lacking
+from predict_train.data_collection.catalog import tiny_model
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.generation import CACHE
@@ -17,6 +19,7 @@ from predict_train.runtime.automatic import BLOCK, BLOCKS, Trial
 from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.observer import Observer
 from test_offload import greedy, prompt
+from test_policy import direct
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, StaticCache
@@ -91,6 +94,28 @@ def test_logits_counts_and_events_are_those_of_the_eager_model(
     for eager, same in zip(found[:2], found[2:], strict=True):
         assert torch.equal(same[0], eager[0])
         assert same[1] == eager[1]
+
+
+def test_guesses_of_direct_predictors_are_those_of_the_eager_model() -> None:
+    """Routers are compiled where they may return more than a routing."""
+    skip_if_lacking("gemma4_text")
+    model, ids, found = tiny_model("gemma4_text").float().eval(), prompt(2, 3), []
+    predictors = direct(model)
+    for compiles in (False, True):
+        with offloaded(model, predictors, policy="prefetch", slots=16, device="cpu"):
+            run(model, model, prompt(2, 40))
+            forward = compiled(model) if compiles else model
+            found += [run(model, forward, ids), run(model, forward, ids.flip(1))]
+    for eager, same in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(same[0], eager[0])
+        assert same[1] == eager[1]
+        assert same[1][2] is not None
+    with (
+        offloaded(model, predictors, policy="speculative", slots=16, device="cpu"),
+        pytest.raises(Exception, match="can't be compiled with a model whose residual"),
+        torch.no_grad(),
+    ):
+        compiled(model)(ids)
 
 
 @pytest.mark.gpu

@@ -18,10 +18,10 @@ from predict_train.runtime import (
     offloaded,
 )
 from predict_train.runtime import offload as offload_module
-from predict_train.runtime.control import LayerControl
 from predict_train.runtime.device.graphs import StepGraphs
 from predict_train.runtime.guard import Weights
 from predict_train.runtime.host.schedule import Schedule
+from predict_train.runtime.layercontrol import LayerControl
 from test_attached import LowRank
 from test_guard import CPU, IDS, experts_of, logits
 from test_offload import greedy

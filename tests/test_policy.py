@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from predict_train.data_collection.hooks import Recorder
 from predict_train.predictors.architecture import moe_shape, sources
-from predict_train.predictors.checkpoint import Predictors, make_speculators
+from predict_train.predictors.checkpoint import Predictors, TargetLayer, make_speculators
+from predict_train.predictors.direct import DirectMLP
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.generation import CACHE
 from predict_train.predictors.speculation import candidates
@@ -73,6 +74,18 @@ def with_default_vectors(model: PreTrainedModel) -> Predictors:
         layer.index: torch.randn(layer.num_experts, layer.hidden_size, generator=generator) for layer in layers[:-1]
     }
     return Predictors(model={"name": "tiny"} | moe_shape(model.config, layers), default_vectors=vectors)
+
+
+def direct(model: PreTrainedModel) -> Predictors:
+    """Direct predictors of random weights, which remember a token."""
+    layers, found = find_moe_layers(model), []
+    torch.manual_seed(7)
+    for layer in layers:
+        mlp = DirectMLP(layer.hidden_size, layer.num_experts, 8, memory=1)
+        for parameter in mlp.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        found.append(TargetLayer(layer.index, mlp=mlp))
+    return Predictors({"name": "tiny"} | moe_shape(model.config, layers), found)
 
 
 def test_speculation_on_the_running_model_is_that_of_the_recording(model: PreTrainedModel) -> None:

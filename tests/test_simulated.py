@@ -15,10 +15,7 @@ import pytest
 import torch
 from conftest import build_model, skip_if_lacking
 from predict_train.data_collection.catalog import tiny_model
-from predict_train.predictors.architecture import moe_shape
-from predict_train.predictors.checkpoint import Predictors, TargetLayer
-from predict_train.predictors.direct import DirectMLP
-from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.checkpoint import Predictors
 from predict_train.predictors.experts import expert_output
 from predict_train.predictors.generation import CACHE
 from predict_train.runtime import engines, offload_experts, offloaded
@@ -36,6 +33,7 @@ from predict_train.runtime.measure.settings import Measuring
 from predict_train.runtime.offload import ExpertOffload
 from predict_train.runtime.pack import pack
 from simulated_cuda import Plan, launch, simulated
+from test_policy import direct
 from transformers import PreTrainedModel
 
 pytestmark = [
@@ -167,21 +165,13 @@ def logits(batch: int, of: PreTrainedModel | None = None) -> torch.Tensor:
 
 
 @cache
-def direct(of: PreTrainedModel) -> Predictors:
-    """Direct predictors of random weights, which remember a token."""
-    layers, found = find_moe_layers(of), []
-    torch.manual_seed(7)
-    for layer in layers:
-        mlp = DirectMLP(layer.hidden_size, layer.num_experts, 8, memory=1)
-        for parameter in mlp.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        found.append(TargetLayer(layer.index, mlp=mlp))
-    return Predictors({"name": "tiny"} | moe_shape(of.config, layers), found)
+def predictors() -> Predictors:
+    return direct(model())
 
 
 def settings(way: str, device: str, **others: Any) -> dict[str, Any]:
-    predictors = {"predictors": direct(model())} if way == "direct" else {}
-    return WAYS[way] | predictors | {"speculated_tokens": SPECULATED, "device": device} | others
+    of = {"predictors": predictors()} if way == "direct" else {}
+    return WAYS[way] | of | {"speculated_tokens": SPECULATED, "device": device} | others
 
 
 @cache
