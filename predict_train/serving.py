@@ -15,13 +15,15 @@ NEEDED = ("starlette", "uvicorn", "prometheus_client")
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until the process is told to end (Ctrl-C, SIGTERM). Requests that are there by then are answered."""
+    """Serves until the process is told to end (Ctrl-C, SIGTERM). Requests that are there by then are answered, unless
+    Ctrl-C is pressed a second time.
+    """
     for name in NEEDED:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"serve needs {name}, which is not installed; pip install 'predict-train[serve]'")
     import uvicorn
 
-    from .runtime.serve.app import make_app
+    from .runtime.serve.app import Server, make_app
     from .runtime.serve.worker import Worker
 
     with _listening(config) as listener:
@@ -31,7 +33,7 @@ def serve(config: ServeConfig) -> None:
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host
         typer.echo(f"{config.model} is served at http://{where}:{port}/v1", err=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+        server = Server(uvicorn.Config(app, log_level="warning", access_log=False))
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn hands on what has stopped it

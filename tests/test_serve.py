@@ -24,6 +24,7 @@ from predict_train.runtime import offload_experts
 from predict_train.runtime.conversation import Conversation
 from predict_train.runtime.generate import generate
 from predict_train.runtime.settings import Sampling, ServeConfig
+from test_cli import run
 from test_conversation import TEMPLATE
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -262,32 +263,48 @@ def test_the_next_turn_of_a_chat_computes_what_is_new(serve: Callable[..., Serve
     assert said["usage"]["prompt_tokens"] > 60
 
 
-def test_sigterm_answers_what_is_there_and_ends(
-    tiny_moe: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_the_first_signal_answers_what_is_there_and_a_second_ctrl_c_ends_at_once(
+    tiny_moe: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_moe.generation_config.eos_token_id = None
+    tiny_moe.config.max_position_embeddings = 2048
     folder = save_model(tiny_moe, tokenizer, tmp_path / "model")
-    command = [sys.executable, "-m", "predict_train", "serve", str(folder), "--device", "cpu", "--port", "0"]
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet) as process, ExitStack() as last:
-        last.callback(process.kill)
-        assert process.stderr is not None
-        assert "experts are on the device at a time" in process.stderr.readline()
-        line = process.stderr.readline()
-        found = re.search(r"127\.0\.0\.1:(\d+)/v1", line)
-        assert found, line
-        connections = []
-        for _ in range(3):
-            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
-            connection.request("POST", TEXT, json.dumps({"prompt": "The", "max_tokens": 60}))
-            connections.append(connection)
+    command = ["serve", str(folder), "--device", "cpu", "--port", "0"]
+    begun = [sys.executable, "-m", "predict_train", *command]
+    options: Any = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    with (
+        subprocess.Popen(begun, **options) as patient,
+        subprocess.Popen(begun, **options) as hasty,
+        ExitStack() as last,
+    ):
+        for process in (patient, hasty):
+            last.callback(process.kill)
+        connections = [ask(patient, {"prompt": "The", "max_tokens": 60}, of=3), ask(hasty, LONG, of=2)]
         time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
-        answers = [connection.getresponse().read() for connection in connections]
+        patient.send_signal(signal.SIGTERM)
+        hasty.send_signal(signal.SIGINT)
+        assert hasty.stderr is not None
+        assert "Ctrl-C again stops at once" in hasty.stderr.readline()
+        hasty.send_signal(signal.SIGINT)
+        assert hasty.communicate(timeout=30)[1] == "predict-train: stopped\n"
+        assert hasty.returncode == 130
+        answers = [connection.getresponse().read() for connection in connections[0]]
         assert [json.loads(answer)["usage"]["completion_tokens"] for answer in answers] == [60, 60, 60]
-        rest = process.stderr.read()
-        assert process.wait(30) == 0
+        rest = patient.communicate(timeout=30)[1]
+        assert patient.returncode == 0
         assert "all requests have been answered" in rest
         assert "Traceback" not in rest
-    taken = subprocess.run([*command[:-1], "1" * 6], capture_output=True, text=True, check=False)
-    assert taken.returncode == 2
+    assert run(monkeypatch, *command[:-1], "1" * 6) == 2
+
+
+def ask(process: subprocess.Popen[str], body: Any, of: int) -> list[http.client.HTTPConnection]:
+    """Sends so many requests to a server that begins."""
+    assert process.stderr is not None
+    assert "experts are on the device at a time" in process.stderr.readline()
+    line = process.stderr.readline()
+    found = re.search(r"127\.0\.0\.1:(\d+)/v1", line)
+    assert found, line
+    connections = [http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60) for _ in range(of)]
+    for connection in connections:
+        connection.request("POST", TEXT, json.dumps(body))
+    return connections

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import os
+import signal
 import time
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import PurePath
+from types import FrameType
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -185,3 +189,16 @@ def make_app(worker: Worker, config: ServeConfig) -> Starlette:
         exception_handlers={HTTPException: _as_answer},
         lifespan=lifespan,
     )
+
+
+class Server(uvicorn.Server):
+    """Answers the requests that it has when it is stopped. A second Ctrl-C ends the process at once, with exit code 130."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # Written by the system's own call, as a signal may come while the same stream is written to.
+        if sig == signal.SIGINT and self.should_exit:
+            os.write(2, b"predict-train: stopped\n")
+            os._exit(130)  # a prompt that is computed can't be broken off, and its thread would be waited for
+        if sig == signal.SIGINT and self.server_state.tasks:
+            os.write(2, b"the requests that are there are being answered; Ctrl-C again stops at once\n")
+        super().handle_exit(sig, frame)
