@@ -104,7 +104,7 @@ def pools(trace: Trace, predictors: Predictors) -> list[dict[str, Any]]:
     parts = [trace.gather([run]) for run in long_runs(trace, TOKENS)]
     columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     ids, model = trace.expert_ids(columns), trace.manifest.model
-    scores = scores_after(predictors.reuse.predictors, ids, [trace.router_logits(columns, t) for t in trace.sources])
+    scores = scores_after(predictors.reuse.predictors, [trace.router_logits(columns, t) for t in trace.sources])
     found: list[dict[str, Any]] = []
     for share in SHARES:
         slots = max(model.top_k, round(share * model.num_experts))
@@ -200,18 +200,17 @@ def cost(predictors: Predictors, top_k: int) -> list[dict[str, Any]]:
     """Microseconds of a reuse predictor, and of `followers`, for a layer and token, and for an expert that leaves one pool."""
     assert predictors.reuse is not None
     reuse = predictors.reuse.predictors
-    layers, experts = reuse.b2.shape
-    scores, other = [ReuseScores(reuse, layer) for layer in range(layers)], torch.zeros(4_000_000)
+    layers, experts = reuse.e.shape
+    scores, other = ReuseScores(reuse), torch.zeros(4_000_000)
     counted = [Followers(experts) for _ in range(layers)]
     times: dict[str, list[float]] = {"learned": [], "followers": []}
     for _ in range(300):
         ids = [torch.randperm(experts)[None, :top_k] for _ in range(layers)]
-        logits, begun = torch.randn(layers, experts).numpy(), {}
+        logits, begun = torch.randn(layers, 1, experts).numpy(), {}
         other.add_(1.0)
         begun["learned"] = time.perf_counter()
-        for one, chosen, said in zip(scores, ids, logits, strict=True):
-            one.use(chosen)
-            one.after(said)
+        for layer, said in enumerate(logits):
+            scores.after(layer, said)
         times["learned"].append(time.perf_counter() - begun["learned"])
         used = [chosen.numpy() for chosen in ids]
         other.add_(1.0)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..predictors.reuse import HALF_LIFE, RATES, ReusePredictors
+from ..predictors.reuse import HALF_LIFE, ReusePredictors
 from .columns import Column, Columns
 from .statistics import long_runs
 from .trace import Piece, Trace
@@ -85,20 +85,24 @@ def learned(predictors: ReusePredictors, targets: list[int]) -> Rule:
     """The expert goes first whose reuse predictor says so. The routers' logits of the `targets` are among the columns."""
 
     def rule(routed: Routed) -> Worth:
-        sequences, tokens, layers, _ = routed.ids.shape
-        columns = torch.stack([routed.columns[Column.ROUTER_LOGITS.of(target)] for target in targets])
-        logits = columns.unflatten(1, (sequences, tokens))
-        counts = torch.zeros(layers, sequences, routed.used.shape[-1], len(RATES))
+        logits = logits_of(routed, targets)
+        with torch.no_grad():
+            states = predictors.states(logits)
 
         def after(token: int) -> torch.Tensor:
-            counts.mul_(torch.tensor(RATES)).add_(routed.used[:, token].transpose(0, 1).unsqueeze(-1))
             with torch.no_grad():
-                scores: torch.Tensor = predictors(logits[:, :, token].float(), counts)
+                scores: torch.Tensor = predictors(logits[:, token].transpose(0, 1), states[:, token])
             return scores.transpose(0, 1)
 
         return after
 
     return rule
+
+
+def logits_of(routed: Routed, targets: list[int]) -> torch.Tensor:
+    """The routers' logits, fp32 `[sequences, tokens, layers, experts]`, which are among the columns."""
+    logits = torch.stack([routed.columns[Column.ROUTER_LOGITS.of(target)] for target in targets], 1)
+    return logits.unflatten(0, routed.ids.shape[:2]).float()
 
 
 def count_hits(routed: Routed, worth: Worth, slots: list[int]) -> torch.Tensor:

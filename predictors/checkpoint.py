@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from .architecture import ExpertLayer, MoELayer, describe_shape, moe_shape, sources
 from .confidence import Confidence
-from .config import CONFIG, MOST_BYTES, PredictorsError, ReuseEntry, make_config, read_config
+from .config import CONFIG, MOST_BYTES, REUSE_VERSION, PredictorsError, ReuseEntry, make_config, read_config
 from .direct import KINDS, DirectMLP
 from .discovery import find_moe_layers
 from .files import checksum, sealed, written_whole
@@ -224,10 +224,13 @@ def load_predictors(path_or_id: str | Path, model: PreTrainedModel | None = None
             for entry in config.layers
             if entry.width
         }
-        reuse = None if config.reuse is None else _reuse_of(config.reuse, experts)
+        is_old = config.format_version < REUSE_VERSION
+        reuse = None if config.reuse is None or is_old else _reuse_of(config.reuse, experts)
     shapes: dict[str, tuple[int, ...]] = {
         f"default_vectors.{source}": (experts, hidden) for source in config.default_vectors
     }
+    if config.reuse is not None and is_old:
+        shapes |= _old_reuse(config.reuse, experts)
     modules = _modules(mlps, reuse)
     shapes |= {name: tuple(p.shape) for name, p in modules.named_parameters()}
     tensors = _read_tensors(folder / WEIGHTS, shapes, config.weights_xxh3)
@@ -270,6 +273,14 @@ def _reuse_of(entry: ReuseEntry, experts: int) -> Reuse:
     """With predictors of the right shapes, whatever their values are."""
     rates = {str(rule): rates for rule, rates in entry.hit_rates.items()}
     return Reuse(ReusePredictors(len(entry.layers), experts, entry.width), entry.layers, entry.slots, rates)
+
+
+def _old_reuse(entry: ReuseEntry, experts: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of reuse predictors of format version 6, which are checked and not used."""
+    layers, width, features = len(entry.layers), entry.width, 7
+    shapes = {"own": (layers, features), "w1": (layers, features * experts, width), "b1": (layers, width)}
+    shapes |= {"w2": (layers, width, experts), "b2": (layers, experts)}
+    return {f"reuse.{name}": shape for name, shape in shapes.items()}
 
 
 def as_predictors(given: Predictors | str | Path | None) -> Predictors | None:

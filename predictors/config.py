@@ -18,10 +18,12 @@ from .files import CHECKSUM, is_changed
 from .memory import MOST
 from .settings import describe, shown
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 READABLE = range(2, FORMAT_VERSION + 1)
 """Version 2 had no `source`: every source was the nearest. Version 3 had no checksums, version 4 no memory,
-and version 5 neither confidence nor direct predictors nor reuse predictors."""
+and version 5 neither confidence nor direct predictors nor reuse predictors. Those of version 6 were others, and are left out."""
+REUSE_VERSION = 7
+"""The version of today's reuse predictors."""
 CONFIG = "config.json"
 MOST_BYTES = 4 << 20
 """The limit for config.json and for the weights' header: a hundred times what an export of a large model needs."""

@@ -1,13 +1,14 @@
 """Which experts are used again soon. Who keeps a slot is decided by that.
 
-A *reuse predictor* says after each token how soon each expert of a layer is used again:
+A *reuse predictor* says after each layer's pass how soon each of its experts is used again. All layers write what their routers say
+into one state, of which each part fades with the tokens at its own rate, and each reads it when its router has decided:
 
-    f_e   = [g_e ; 2 sqrt(u_e1 (1 - r_1)) ; 2 sqrt(u_e2 (1 - r_2)) ; ...]
-    score = f · a + W2 · silu( W1 · f + b1 ) + b2
+    h     = what is left of the state + x_0 + ... + x_l             x_l = A_l · g_l
+    score = D_l · g_l + W_l · silu( c_l * h + x_l + b_l ) + e_l
 
-`g` are the router's logits for the token, `u_ei` the expert's decayed count with the rate `r_i`, the token included. `a` is the
-same for all experts of a layer, `W1` reads all of a layer. Where the next use is `d` tokens ahead, sigmoid(score) is trained to be
-`exp(-(d - 1) / 8)`, with the binary cross-entropy. Logarithms in the place of roots keep less, and take longer.
+`g_l` are the router's logits for the token. The state is `h` of the last layer, and `left` of it is what the next token finds. So it
+knows of the layers before in this token, and of all layers in the tokens before, those used often included. Where the next use is
+`d` tokens ahead, sigmoid(score) is trained to be `exp(-(d - 1) / 5)`, with the binary cross-entropy.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from torch import nn
 
 HALF_LIFE = 24.0
 """After so many tokens a use counts half. `benchmarks.keeping` compares half-lives."""
-RATES = (0.6, 0.8, 0.9, 0.95, 0.98, 0.995)
-"""What is left of a use after one token, in the counts that a reuse predictor reads."""
-TOKENS = 8.0
+TOKENS = 5.0
 """Where the next use is so many tokens farther, the target is 1/e of what it was."""
-FEATURES = 1 + len(RATES)
-TINY = 1e-20
-"""Is added to counts with each token, since numbers below 1e-38 are slow to compute with."""
+AGES = 2.5 / TOKENS
+"""So much a score rises in a token, since the next use comes nearer."""
+HALF_LIVES = (0.4, 60.0)
+"""The least and the most, in tokens, of the parts of the state before they are trained."""
+LONGEST = 1024
+"""Tokens of a prompt, its last ones, that are read."""
 
 
 def decayed_uses(ids: NDArray[np.int64], num_experts: int, rate: float = 2 ** (-1 / HALF_LIFE)) -> NDArray[np.float64]:
@@ -51,24 +53,47 @@ class ReusePredictors(nn.Module):
     """The reuse predictors of several layers, as one computation."""
 
     def __init__(self, layers: int, num_experts: int, width: int):
+        """`width` is that of the state."""
         super().__init__()
-        inputs = FEATURES * num_experts
-        self.own = nn.Parameter(torch.zeros(layers, FEATURES))
-        self.w1 = nn.Parameter(torch.randn(layers, inputs, width) * inputs**-0.5)
-        self.b1 = nn.Parameter(torch.zeros(layers, width))
-        self.w2 = nn.Parameter(torch.zeros(layers, width, num_experts))
-        self.b2 = nn.Parameter(torch.zeros(layers, num_experts))
+        shortest, longest = HALF_LIVES
+        left = 2 ** (-1 / (shortest * (longest / shortest) ** torch.linspace(0, 1, width)))
+        self.fading = nn.Parameter(left.logit())
+        self.a = nn.Parameter(torch.randn(layers, num_experts, width) * 0.5 * num_experts**-0.5)
+        self.c = nn.Parameter((0.6 * (1 - left**2).sqrt()).expand(layers, -1).clone())
+        self.b = nn.Parameter(torch.zeros(layers, width))
+        self.w = nn.Parameter(torch.zeros(layers, width, num_experts))
+        self.d = nn.Parameter(torch.zeros(layers, num_experts, num_experts))
+        self.e = nn.Parameter(torch.zeros(layers, num_experts))
 
     @property
     def width(self) -> int:
-        return self.w1.shape[-1]
+        return len(self.fading)
 
-    def forward(self, logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """The scores `[layers, rows, experts]`. `logits` are shaped alike, and `counts` `[layers, rows, experts, rates]`; all fp32."""
-        f = features(logits, counts)
-        hidden = F.silu(torch.baddbmm(self.b1[:, None], f.flatten(2), self.w1))
-        own = torch.einsum("lref,lf->lre", f, self.own)
-        return own + torch.baddbmm(self.b2[:, None], hidden, self.w2)
+    @property
+    def left(self) -> torch.Tensor:
+        """What is left of each part of the state after one token, `[width]`."""
+        return self.fading.sigmoid()
+
+    def states(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is left of the state when each token begins, `[sequences, tokens, width]`, from zeros on.
+
+        `logits` `[sequences, tokens, layers, experts]`, fp32, are those of all layers.
+        """
+        left, written = self.left, logits.flatten(2) @ self.a.flatten(0, 1)
+        state, found = torch.zeros_like(written[:, 0]), []
+        for x in written.unbind(1):
+            found.append(state)
+            state = (state + x) * left
+        return torch.stack(found, 1)
+
+    def forward(self, logits: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The scores `[layers, rows, experts]` of tokens that find these `states` `[rows, width]`.
+
+        `logits`, fp32, are shaped like the scores.
+        """
+        x = logits @ self.a
+        hidden = F.silu((states + x.cumsum(0)) * self.c[:, None] + x + self.b[:, None])
+        return torch.baddbmm(self.e[:, None], hidden, self.w) + logits @ self.d
 
 
 class Reuse(NamedTuple):
@@ -83,53 +108,49 @@ class Reuse(NamedTuple):
     """How often so many slots hit on validation sequences, by the rule that says what they keep: `learned` and others."""
 
 
-def features(logits: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """What the predictors read: `[..., experts, 1 + rates]` from `logits` `[..., experts]` and `counts` `[..., experts, rates]`."""
-    scale = 1 - torch.tensor(RATES, device=counts.device)
-    return torch.cat((logits.unsqueeze(-1), 2 * (counts * scale).sqrt()), -1)
-
-
 class ReuseScores:
-    """The reuse predictor of one layer beside a running model on a CPU: the counts, and the scores after each token.
+    """The reuse predictors of all layers beside a running model on a CPU: the state, and the scores after each layer's pass.
 
     It is in NumPy, which starts an operation on so few numbers in a fifth of the time of torch.
     """
 
-    def __init__(self, predictors: ReusePredictors, layer: int):
-        """`layer` counts from 0 among those of `predictors`."""
-        own, w1, b1, w2, b2 = (p.detach().float().numpy()[layer] for p in predictors.parameters())
-        self._own, self._w1, self._b1, self._w2, self._b2 = own, w1, b1, w2, b2
-        experts = len(b2)
-        rates = np.array([1.0, *RATES], dtype=np.float32)
-        self._rates = np.broadcast_to(rates, (experts, FEATURES)).copy()  # of one shape they are multiplied faster
-        self._scale = 4 * (1 - self._rates)
-        # The first column of the features are the logits. That of the counts says nothing.
-        self._counts, self._features = np.zeros((2, experts, FEATURES), dtype=np.float32)
+    def __init__(self, predictors: ReusePredictors):
+        a, c, b, w, d, e = (
+            part.detach().float().numpy()
+            for part in (predictors.a, predictors.c, predictors.b, predictors.w, predictors.d, predictors.e)
+        )
+        # What the logits are multiplied by is one matrix, so that one operation does it. Passes add up, beyond what fp32 can tell apart.
+        self._layers = list(zip(np.concatenate((a, d), -1), c, b, w, e.astype(np.float64), strict=True))
+        self._left: NDArray[np.float32] = predictors.left.detach().float().numpy()
+        self._state = np.zeros_like(self._left)
+        self._age, self._passes = AGES / len(a), 0
 
-    def use(self, ids: torch.Tensor) -> None:
-        """Counts the experts `ids` `[tokens, k]`, int64, of tokens in their order."""
-        counts = self._counts
-        if len(ids) == 1:
-            counts *= self._rates
-            counts += TINY
-            for expert in ids[0].tolist():
-                counts[expert] += 1
-            return
-        counts *= self._rates ** len(ids)
-        for number, rate in enumerate(RATES, start=1):
-            counts[:, number] += decayed_uses(ids.numpy(), len(counts), rate)
+    def after(self, layer: int, logits: NDArray[np.float32]) -> list[float]:
+        """The score of each expert of a layer whose router has said `logits` `[tokens, experts]` of tokens in their order.
 
-    def after(self, logits: NDArray[np.float32]) -> list[float]:
-        """The score of each expert after the last token that was counted, whose router said `logits` `[experts]`."""
-        f = self._features
-        np.multiply(self._counts, self._scale, out=f)
-        np.sqrt(f, out=f)
-        f[:, 0] = logits
-        hidden = f.reshape(-1) @ self._w1
-        hidden += self._b1
+        Scores of different layers, and of different passes, can be compared: what was said earlier has come nearer. The layers, which
+        count from 0 among those of the predictors, pass in their order.
+        """
+        both, c, b, w, e = self._layers[layer]
+        state, width = self._state, len(self._left)
+        self._passes += 1
+        if len(logits) == 1:
+            if layer == 0:
+                state *= self._left
+            said = logits[0] @ both
+            state += said[:width]
+        else:
+            ages = np.arange(min(len(logits), LONGEST))[::-1]
+            if layer == 0:
+                state *= self._left ** len(logits)
+            written = logits[-len(ages) :] @ both
+            state += (written[:, :width] * self._left ** ages[:, None]).sum(0)
+            said = written[-1]
+        hidden = state * c
+        hidden += said[:width]
+        hidden += b
         hidden /= 1 + np.exp(-hidden)
-        score = hidden @ self._w2
-        score += self._b2
-        score += f @ self._own
-        scores: list[float] = score.tolist()
+        score = hidden @ w
+        score += said[width:]
+        scores: list[float] = (score + (e - self._age * self._passes)).tolist()
         return scores

@@ -42,12 +42,10 @@ def reuse_wanted(predictors: Predictors | None, layers: list[int], config: Slots
 
 def reuse_scores(
     predictors: Predictors | None, layers: Sequence[ExpertLayer], config: OffloadConfig
-) -> list[ReuseScores] | None:
-    """What keeps the scores of each layer; None if the eviction does not need them. Raises `OffloadError` where it can't have them."""
+) -> ReuseScores | None:
+    """What keeps the scores of the layers; None if the eviction does not need them. Raises `OffloadError` where it can't have them."""
     reuse = reuse_wanted(predictors, [layer.index for layer in layers], config)
-    if reuse is None:
-        return None
-    return [ReuseScores(reuse.predictors, number) for number in range(len(layers))]
+    return None if reuse is None else ReuseScores(reuse.predictors)
 
 
 def tell_routed(

@@ -22,6 +22,7 @@ from predict_train.predictors.checkpoint import (
 from predict_train.predictors.confidence import Confidence
 from predict_train.predictors.config import FORMAT_VERSION, READABLE
 from predict_train.predictors.mlp import ResidualMLP
+from predict_train.predictors.reuse import Reuse, ReusePredictors
 from predict_train.predictors.routing import Routing
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -62,6 +63,13 @@ def mlp(first: int, width: int, memory: int = 0) -> ResidualMLP:
     return made.requires_grad_(False)
 
 
+def reuse() -> Reuse:
+    made = ReusePredictors(4, EXPERTS, 3).requires_grad_(False)
+    for number, parameter in enumerate(made.parameters()):
+        parameter.copy_(ramp(number - 6, *parameter.shape))
+    return Reuse(made, [0, 1, 2, 3], [2, 4], {"lru": [0.25, 0.5], "learned": [0.25, 0.625]})
+
+
 def of_version(version: int) -> Predictors:
     """What the folder of each version holds."""
     both = {
@@ -89,7 +97,7 @@ def of_version(version: int) -> Predictors:
         if version > 5:
             sure = {0: Confidence(0.5, -0.25, 0.0, 0.875, 0.0625), 2: Confidence(2.0)}
             layers = [replace(entry, confidence=sure.get(entry.layer)) for entry in layers]
-        return Predictors(layers=layers, **both)
+        return Predictors(layers=layers, reuse=reuse() if version > 6 else None, **both)
     return Predictors(
         layers=[
             TargetLayer(0, None, mlp(-7, 3).bfloat16(), {"training_free": 0.5, "predictor": 0.75}, [0.75, 0.875, 1.0]),
@@ -116,6 +124,11 @@ def assert_same(loaded: Predictors, expected: Predictors) -> None:
     assert loaded.default_vectors.keys() == expected.default_vectors.keys()
     for source, vectors in expected.default_vectors.items():
         assert torch.equal(loaded.default_vectors[source], vectors)
+    assert (loaded.reuse is None) == (expected.reuse is None)
+    if loaded.reuse is not None and expected.reuse is not None:
+        assert loaded.reuse[1:] == expected.reuse[1:]
+        made, found = (some.reuse.predictors.state_dict() for some in (expected, loaded) if some.reuse is not None)
+        assert all(torch.equal(found[name], tensor) for name, tensor in made.items())
 
 
 @pytest.mark.parametrize("version", READABLE)
@@ -127,6 +140,11 @@ def test_an_export_of_every_version_loads(version: int, tiny_moe: PreTrainedMode
     for target, speculator in make_speculators(tiny_moe, loaded).items():
         routing = speculator(ramp(0, 5, HIDDEN), source if target else None)
         assert routing.ids.shape == (5, 2)
+
+
+def test_reuse_predictors_of_version_6_are_left_out() -> None:
+    """What they read was another thing. Everything beside them loads."""
+    assert_same(load_predictors(DATA / "export-6-reuse"), of_version(6))
 
 
 def test_what_is_written_today_is_the_kept_export(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.files import CHECKSUM
 from predict_train.predictors.generation import CACHE
-from predict_train.predictors.reuse import RATES, Reuse, ReusePredictors, ReuseScores
+from predict_train.predictors.reuse import AGES, LONGEST, Reuse, ReusePredictors, ReuseScores
 from predict_train.runtime import OffloadConfig, offloaded
 from predict_train.runtime.engines import check_eviction
 from predict_train.runtime.errors import OffloadError
@@ -58,18 +58,32 @@ def with_reuse(model: PreTrainedModel) -> Predictors:
 
 @given(tokens=st.lists(st.integers(1, 3), min_size=1, max_size=8), seed=st.integers(0, 100))
 def test_scores_of_a_running_model_are_those_of_the_predictors(tokens: list[int], seed: int) -> None:
-    """NumPy's, whose counts go on from token to token, and from prompt to prompt, against torch's from the definition."""
-    predictors, generator = random_reuse(2, 6), torch.Generator().manual_seed(seed)
-    reuse, used = ReuseScores(predictors, 1), torch.zeros(0, 6)
-    for count in tokens:
-        ids = torch.rand(count, 6, generator=generator).argsort(1)[:, :2]
-        logits = torch.randn(6, generator=generator) * 3
-        reuse.use(ids)
-        used = torch.cat([used, torch.zeros(count, 6).scatter_(1, ids, 1.0)])
-        ages = torch.arange(len(used) - 1, -1, -1)
-        counts = torch.stack([(rate**ages).float() @ used for rate in RATES], -1)
-        expected = predictors(logits.expand(2, 1, -1), counts.expand(2, 1, -1, -1))[1, 0]
-        assert reuse.after(logits.numpy()) == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-3)
+    """NumPy's, whose state goes on from token to token, and from prompt to prompt, against torch's from the definition."""
+    layers, predictors, generator = 3, random_reuse(3, 6), torch.Generator().manual_seed(seed)
+    reuse, said = ReuseScores(predictors), torch.zeros(1, 0, layers, 6)
+    for passed, count in enumerate(tokens):
+        said = torch.cat([said, torch.randn(1, count, layers, 6, generator=generator) * 3], 1)
+        expected = predictors(said[0, -1:].transpose(0, 1), predictors.states(said)[0, -1:])[:, 0]
+        for layer in range(layers):
+            scores = np.array(reuse.after(layer, said[0, -count:, layer].numpy()))
+            scores += AGES * (passed + (layer + 1) / layers)
+            # What the later layers said of a prompt's tokens is not known yet.
+            if count == 1 or layer == layers - 1:
+                assert scores == pytest.approx(expected[layer].numpy(), rel=1e-3, abs=1e-3)
+
+
+def test_an_expert_said_to_come_soon_is_worth_more_the_nearer_it_is() -> None:
+    predictors = ReusePredictors(2, 4, 3)  # untrained: all experts come equally soon
+    reuse, logits = ReuseScores(predictors), np.zeros((1, 4), dtype=np.float32)
+    said = [reuse.after(passed % 2, logits)[0] for passed in range(4)]
+    assert np.diff(said) == pytest.approx([-AGES / 2] * 3)
+
+
+def test_a_long_prompt_is_read_from_its_end() -> None:
+    predictors = random_reuse(1, 6)
+    logits = torch.randn(LONGEST + 100, 6).numpy()
+    whole, end = (ReuseScores(predictors).after(0, some) for some in (logits, logits[100:]))
+    assert whole == end
 
 
 # --- trained, exported, inspected ------------------------------------------------------------------------------------

@@ -124,8 +124,8 @@ def _reuse(run: Path, result: dict[str, Any], trace: Trace) -> Reuse | None:
             raise FitError(f"{run / REUSE} is not what fit wrote; train again")
         predictors = ReusePredictors(len(facts["layers"]), trace.manifest.model.num_experts, facts["width"])
         predictors.load_state_dict(load_file(run / REUSE))
-    except OSError as error:
-        raise FitError(f"{run / REUSE} is missing or broken; train again") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: of an older release
+        raise FitError(f"{run / REUSE} is missing, broken or of an older release; train again") from error
     return Reuse(predictors.requires_grad_(False), facts["layers"], facts["slots"], facts["hit_rates"])
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...predictors.confidence import Confidence
 from ...predictors.experts import OnOutputs, group_by_expert, weighted_sum
-from ...predictors.reuse import ReuseScores
+from ...predictors.reuse import LONGEST, ReuseScores
 from ..engine import Counters, Decision, Engine
 from ..formats import PAGE
 from ..observer import Observer
@@ -104,10 +104,10 @@ class ExpertSlots(Engine):
         device: torch.device,
         readers: int,
         eviction: Eviction,
-        reuse: list[ReuseScores] | None = None,
+        reuse: ReuseScores | None = None,
         confidences: list[Confidence | None] | None = None,
     ):
-        """`reuse` are those of each layer, if they decide who leaves a slot. With `confidences`, how sure the speculation of each layer
+        """`reuse` are those of the model, if they decide who leaves a slot. With `confidences`, how sure the speculation of each layer
         is, guesses are priced."""
         self._format = store.format
         layers, self._num_experts = store.extent
@@ -128,7 +128,7 @@ class ExpertSlots(Engine):
         self._mailbox = Mailbox(device)
         self._reuse = reuse
         self._logits: dict[int, torch.Tensor] = {}
-        """By layer: what its router said of the last token, until the layer is executed."""
+        """By layer: what its router said of the tokens, until the layer is executed."""
         self._watching: dict[int, OnOutputs] = {}
         self._tokens = 0
         self._stalled_before = 0.0
@@ -232,8 +232,7 @@ class ExpertSlots(Engine):
         identities = [expert for expert in jobs if expert >= self._num_experts]
         returned = [jobs.pop(expert) for expert in identities]  # they are in no slot
         if self._reuse is not None and (logits := self._logits.pop(layer, None)) is not None:
-            self._reuse[layer].use(ids if decision.tokens is None else ids.view(1, -1))
-            schedule.rate(layer, self._reuse[layer].after(logits.numpy()))
+            schedule.rate(layer, self._reuse.after(layer, logits.numpy()))
         is_by_token = schedule.counted is not None and len(x) > 1 and decision.tokens is None
         order = schedule.enter(layer, jobs.keys(), ids.cpu().numpy() if is_by_token else None)
         self._tokens += decision.rows if layer == 0 else 0
@@ -261,7 +260,7 @@ class ExpertSlots(Engine):
 
     def routed(self, layer: int, logits: torch.Tensor) -> None:
         if self._reuse is not None:
-            self._logits[layer] = logits[-1].float().cpu()
+            self._logits[layer] = logits[-LONGEST:].float().cpu()
 
     def _open_mail(self) -> None:
         for layer, guess, margins in self._mailbox.take():

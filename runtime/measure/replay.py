@@ -60,7 +60,7 @@ def replay(
     scores = None
     if reuse is not None and reuse.layers == list(trace.sources):
         logits = [trace.router_logits(columns, target) for target in trace.sources]
-        scores = scores_after(reuse.predictors, trace.expert_ids(columns), logits)
+        scores = scores_after(reuse.predictors, logits)
     source_of = {"routing": "trace", "path": str(trace.path), "steps": len(rows), "model": trace.manifest.model.name}
     return ReplayedRouting(
         np.asarray(trace.expert_ids(columns)),
@@ -71,16 +71,10 @@ def replay(
     )
 
 
-def scores_after(predictors: ReusePredictors, ids: torch.Tensor, logits: list[torch.Tensor]) -> Numbers:
-    """What reuse predictors say after each token, `[tokens, layers, experts]`, from `ids` `[tokens, layers, top_k]`."""
-    found = []
-    for layer, own in enumerate(logits):
-        reuse, after = ReuseScores(predictors, layer), []
-        for chosen, said in zip(ids[:, layer : layer + 1], own.numpy(), strict=True):
-            reuse.use(chosen)
-            after.append(reuse.after(said))
-        found.append(after)
-    return np.asarray(found).swapaxes(0, 1)
+def scores_after(predictors: ReusePredictors, logits: list[torch.Tensor]) -> Numbers:
+    """What reuse predictors say after each token, `[tokens, layers, experts]`, from the `logits` `[tokens, experts]` of each layer."""
+    reuse, by_token = ReuseScores(predictors), torch.stack(logits, 1).numpy()[:, :, None]
+    return np.array([[reuse.after(layer, said) for layer, said in enumerate(token)] for token in by_token])
 
 
 def _longest_run(trace: Any, shard: int) -> tuple[int, int]:
