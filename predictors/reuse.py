@@ -149,7 +149,8 @@ class ReuseScores:
         hidden = state * c
         hidden += said[:width]
         hidden += b
-        hidden /= 1 + np.exp(-hidden)
+        hidden *= 0.5  # silu(2 y) = y + y tanh(y), which never overflows
+        hidden += hidden * np.tanh(hidden)
         score = hidden @ w
         score += said[width:]
         scores: list[float] = (score + (e - self._age * self._passes)).tolist()

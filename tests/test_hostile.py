@@ -104,7 +104,7 @@ CONFIGS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "reuse predictors as wide as memory": (put("reuse", "width", 1 << 20), r"reuse\.fading is F32 of shape"),
     "reuse without a rate": (put("reuse", "hit_rates", "lru", [0.5]), "not a hit rate for each number of slots"),
     "a rule that there is not": (put("reuse", "hit_rates", "fifo", [0.5] * 3), r"reuse\.hit_rates"),
-    "no reuse predictors, and their tensors": (drop("reuse"), r"holds the tensor .*reuse\.a,"),
+    "no reuse predictors, and their tensors": (drop("reuse"), r"holds the tensor .*reuse\.a'"),
     "no model": (drop("model"), "model is missing"),
     "a model that is a list": (put("model", []), "model: input should be a valid dictionary"),
     "a model without a name": (drop("model", "name"), r"model\.name is missing"),
