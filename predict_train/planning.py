@@ -256,11 +256,13 @@ def _verdict(
 
 def _command(config: PlanConfig, case: Case, form: Form, policy: Policy) -> str:
     """The command that runs the model so."""
-    words = ["predict-train", "generate", config.model]
+    # A config alone is no model that could be run.
+    model = "YOUR_MODEL" if Path(config.model).is_file() else config.model
+    words = ["predict-train", "generate", model]
     words += [] if config.predictors is None else ["--predictors", str(config.predictors)]
     words += ["--quantize", str(form)] if isinstance(form, Quantization) else []
     words += [] if config.gguf is None else ["--gguf", str(config.gguf)]
     if case.place is Place.FILE:
-        name = f"{Path(config.model).name or 'model'}.experts"
+        name = f"{Path(model).name or 'model'}.experts"
         words += ["--pack", f"{name}.{form}" if form else name]
     return shlex.join([*words, "--slots", str(case.slots), "--policy", str(policy), "--prompt", "..."])

@@ -51,7 +51,7 @@ class Generation:
                 self.counters.speculation_hit_rate,
                 "{:.3f} of the router's experts were among the candidates".format,
             ),
-            "bytes per token": (self.bytes_per_token, "{:,.0f}".format),
+            "copied per token": (self.bytes_per_token, lambda x: f"{x / 1e6:,.1f} MB"),
             "stalled per token": (self.stalled_seconds_per_token, lambda x: f"{x * 1000:.2f} ms"),
         }
         if self.steps is not None:

@@ -46,7 +46,7 @@ def test_generate_says_what_a_token_costs(
                    "--policy", policy, "--max-new-tokens", 8)  # fmt: skip
         assert code == 0
         told = capsys.readouterr().err
-        for figure in ("time to first token", "time per output token", "hit rate", "bytes per token"):
+        for figure in ("time to first token", "time per output token", "hit rate", "copied per token"):
             assert figure in told
         assert ("hit rate: none" in told) == (policy == "on_demand")
 

@@ -65,7 +65,8 @@ def test_the_command_is_one_that_exists(tmp_path, capsys):
     with click.Context(group) as context:
         parsed = group.commands[command].make_context(command, words, parent=context).params
     assert (parsed["slots"], parsed["policy"]) == (str(verdict["slots"]), verdict["policy"])
-    assert "moe-1b.json.experts" in parsed["pack"]
+    assert parsed["model"] == "YOUR_MODEL"  # the plan is of a config file
+    assert "YOUR_MODEL.experts" in parsed["pack"]
 
 
 def test_what_does_not_fit_is_planned_in_fewer_bits(tmp_path, capsys):
