@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.experts import expert_output, expert_parameters
@@ -314,6 +314,9 @@ def test_quantized_experts_compute_what_torch_computes_of_widened_ones(
     weights = (torch.randint(1, 9, (tokens, k + 1)) / 8).to(weights_dtype)[:, :k]
     form, memory, table = in_quantized_places(experts, quantize, ids, extra)
     expected, largest = expected_output(experts, x, ids, weights)
+    assume(
+        expected.isfinite().all()
+    )  # float16 may overflow, and then it depends on the order of a sum what is not a number
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(quantized, "GROUPS", groups)
         found = (
