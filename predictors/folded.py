@@ -135,7 +135,7 @@ class PlainNorm(NamedTuple):
 
 
 def _states(weight: torch.Tensor) -> torch.Tensor:
-    """What norms and routers are compared on, `[PROBES, hidden]`, for a router's `weight` `[experts, hidden]`."""
+    """What norms and routers are compared on, `[PROBES, hidden]`, like a `weight` `[..., hidden]` that reads them."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(PROBES, weight.shape[-1], generator=generator, device="cpu").to(weight)
 

@@ -95,7 +95,8 @@ def train_reuse(
 def _steps(predictors: ReusePredictors, runs: list[Spans]) -> Iterator[float]:
     """Trains on logits with a spread of 1 in each layer. What that takes is in the weights afterwards."""
     counts = torch.tensor([float(len(spans.logits)) for spans in runs])
-    spread = runs[0].logits.float().std((0, 1, 3)).clamp(min=1e-3)[:, None]
+    by_layer = runs[0].logits.unbind(2)  # all of them at once in fp32 would be twice what is kept
+    spread = torch.stack([logits.float().std() for logits in by_layer]).clamp(min=1e-3)[:, None]
     steps = max(2, min(STEPS, TIMES * int(counts.sum()) // SPANS))
     optimizer = torch.optim.AdamW(predictors.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
