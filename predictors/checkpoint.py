@@ -37,6 +37,7 @@ from .forms import Form, PredictorForm
 from .reuse import Reuse, ReusePredictors
 from .settings import shown
 from .speculation import Speculator, wire
+from .weights import why_missing
 
 WEIGHTS, CARD = "predictors.safetensors", "README.md"
 FLOATS = ("F32", "BF16", "F16")
@@ -299,6 +300,10 @@ def _local_folder(path_or_id: str) -> Path:
             return folder
         if folder.exists():
             raise PredictorsError(f"{folder} is a file; give the folder that export wrote")
+        if missing := why_missing(path_or_id):
+            raise PredictorsError(
+                f"there are no predictors at {path_or_id} ({missing}); give the folder that export wrote or a Hub name"
+            )
         return Path(snapshot_download(path_or_id, allow_patterns=[WEIGHTS, CONFIG, CARD]))
     except PredictorsError:
         raise

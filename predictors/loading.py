@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .errors import UserError, one_line
-from .weights import local_folder, what_is_wrong, without_scales
+from .weights import local_folder, what_is_wrong, why_missing, without_scales
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,10 +54,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
     return DTYPES[dtype]
 
 
-def read_model_config(name: str | Path) -> PretrainedConfig:
-    """The config of a model: a .json file, a folder or a Hub repository. Raises `LoadingError` if there is none."""
+def read_model_config(name: str | Path, **options: Any) -> PretrainedConfig:
+    """The config of a model: a .json file, a folder or a Hub repository. Raises `LoadingError` if there is none.
+
+    `options` are passed on to transformers: `revision`, `token`, `trust_remote_code`.
+    """
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if missing := why_missing(name, options.get("revision")):
+            raise FileNotFoundError(missing)
+        return AutoConfig.from_pretrained(str(name), **{"trust_remote_code": False} | options)
     except Exception as error:  # transformers raises whatever a wrong value leads to
         raise LoadingError(
             f"no config can be read from {name} ({_reason(error)}); give a .json file, a folder or a Hub name"
@@ -91,7 +96,7 @@ def load_model(
     transformers: `revision`, `token`, `trust_remote_code`, `attn_implementation`. Raises `LoadingError` if the model can't
     be found or read, if weights are missing, or if it does not fit.
     """
-    _check_name(name)
+    _check_name(name, options.get("revision"))
     # By default transformers would ask whether it may run a repository's code.
     arguments: dict[str, Any] = {"trust_remote_code": False, **options, "dtype": dtype}
     if device_map is not None:
@@ -199,15 +204,16 @@ def _few(names: Iterable[str]) -> str:
     return f"{first} and {len(rest)} more" if rest else first
 
 
-def _check_name(name: str | Path) -> None:
+def _check_name(name: str | Path, revision: str | None = None) -> None:
     path = Path(name)
     if path.exists() and not path.is_dir():
         raise LoadingError(f"{name} is a file; give the model's folder or Hub name")
     if path.is_dir() and not (path / "config.json").exists():
         raise LoadingError(f"{name} holds no model (no config.json); give the folder of a transformers model")
-    looks_local = path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2
-    if looks_local and not path.exists():
-        raise LoadingError(f"there is no model at {name}; give the folder of a transformers model or a Hub name")
+    if missing := why_missing(name, revision):
+        raise LoadingError(
+            f"there is no model at {name} ({missing}); give the folder of a transformers model or a Hub name"
+        )
 
 
 def _explained(name: str | Path, error: Exception) -> str:

@@ -35,6 +35,22 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
+def why_missing(name: str | Path, revision: str | None = None) -> str | None:
+    """Why there is nothing at `name`, if it stands for a path on this machine; None where it exists or is a name of the Hub.
+
+    It stands for a path if it is written like one, or if its first part is a folder here, unless the Hub's cache has what it names.
+    """
+    text = str(name)
+    if os.path.exists(text):
+        return None
+    parent, *rest = text.split("/")
+    if text.startswith(("/", ".", "~")) or "\\" in text or len(rest) > 1 or rest == [""]:
+        return "no such file or folder"
+    if rest and os.path.isdir(parent) and local_folder(text, revision) is None:
+        return f"no such folder, and while a folder {parent} is here it is not looked for on the Hub"
+    return None
+
+
 def commit_of(folder: Path | None) -> str | None:
     """The commit that a folder of the Hub's cache is a snapshot of; None for other folders."""
     return folder.name if folder is not None and folder.parent.name == "snapshots" else None

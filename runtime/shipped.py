@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
@@ -17,6 +17,7 @@ from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from ..predictors.experts import expert_modules
+from ..predictors.loading import LoadingError, read_model_config
 from .errors import StoreError
 from .formats.fp8 import BLOCK, Fp8Format
 from .formats.mxfp4 import Mxfp4Format
@@ -119,8 +120,8 @@ def widening(source: str | Path, gguf: Path | None) -> dict[str, Any]:
 def _config_of(source: str | Path, options: dict[str, Any]) -> PretrainedConfig | None:
     given = {name: options[name] for name in ("revision", "token", "trust_remote_code") if name in options}
     try:
-        return AutoConfig.from_pretrained(str(source), **{"trust_remote_code": False} | given)
-    except Exception:  # whatever transformers raises; loading raises it again and says what is wrong
+        return read_model_config(source, **given)
+    except LoadingError:  # loading raises it again and says what is wrong
         return None
 
 

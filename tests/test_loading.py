@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_model
+from predict_train.predictors import checkpoint, weights
+from predict_train.predictors.checkpoint import load_predictors
 from predict_train.predictors.errors import UserError
 from predict_train.predictors.loading import check_tokens, load_model, load_tokenizer, read_model_config
+from predict_train.predictors.weights import why_missing
 from predict_train.runtime import load_offloaded
 from predict_train.runtime.pack import pack
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from predict_train import cli
 
@@ -27,11 +30,11 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2
 Edit = Callable[[Path], Any]
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(folder: Path | str) -> PreTrainedModel:
     return load_model(folder, CPU, torch.float32)
 
 
-def refusal(folder: Path, job: Callable[[Path], Any] = load) -> str:
+def refusal(folder: Path | str, job: Callable[[Any], Any] = load) -> str:
     with pytest.raises(UserError) as error:
         job(folder)
     message = str(error.value)
@@ -189,6 +192,50 @@ def test_no_command_runs_a_model_with_random_weights(
     assert end.value.code == 2
     assert "the checkpoint model lacks model.layers.1.mlp.gate.weight" in capsys.readouterr().err.splitlines()[-1]
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("job", "words"),
+    [
+        (load, "there is no model at"),
+        (load_tokenizer, "there is no model at"),
+        (read_model_config, "no config can be read from"),
+        (load_predictors, "there are no predictors at"),
+        (lambda name: load_offloaded(name, device="cpu"), "there is no model at"),
+    ],
+)
+def test_a_path_with_nothing_there_is_not_looked_for_on_the_hub(
+    job: Callable[[Any], Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def ask(name: Any, *_: Any, **__: Any) -> Any:
+        asked.append(str(name))
+        raise OSError("no Hub in reach")
+
+    for kind in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", ask)
+    monkeypatch.setattr(checkpoint, "snapshot_download", ask)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    for name in ("./none", "../none", "~/none", "/none", "here/none/", "a/b/c", "none/", r"a\b"):
+        said = refusal(name, job)
+        assert f"{words} {name} (no such file or folder)" in said
+    assert f"{words} here/none (no such folder, and while a folder here is here" in refusal("here/none", job)
+    assert not asked
+    for name in ("org/none", "none"):
+        assert "no such folder, and while" not in refusal(name, job)
+        assert asked.pop() == name
+
+
+def test_a_snapshot_of_the_hub_is_found_beside_a_folder_of_its_owners_name(
+    tiny_moe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert why_missing("here/none") is not None
+    monkeypatch.setattr(weights, "try_to_load_from_cache", lambda *_, **__: str(tiny_moe_folder / "config.json"))
+    assert why_missing("here/none") is None
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tiny_moe_folder: Path, tmp_path: Path) -> None:
