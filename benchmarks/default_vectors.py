@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from predict_train.data_collection.statistics import hit_rates
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.provenance import command, versions
 from predict_train.predictors.stacked import StackedSpeculators
+from predict_train.predictors.tables import figure_table
 from rich.console import Console
-from rich.table import Table
 
 ROWS = 60_000
 
@@ -34,10 +35,11 @@ def main() -> None:
     results = {"none": rates(held_out, {})}
     for path in args.traces:
         results[path.name] = rates(held_out, Trace.open(path).default_vectors())
-    table = Table("default vectors", *map(str, held_out.sources), "mean")
-    for name, row in results.items():
-        table.add_row(name, *(f"{rate:.3f}" for rate in row.values()), f"{sum(row.values()) / len(row):.4f}")
-    Console(width=140).print(table)
+    table = figure_table("layer", *results, title="training-free hit rate by default vectors")
+    for target, *row in zip(held_out.sources, *(row.values() for row in results.values()), strict=True):
+        table.add_row(str(target), *(f"{rate:.3f}" for rate in row))
+    table.add_row("mean", *(f"{statistics.fmean(row.values()):.4f}" for row in results.values()))
+    Console().print(table)
     if args.out is not None:
         facts = {"training_free": results, "command": command(), "versions": versions()}
         args.out.write_text(json.dumps(facts, indent=2) + "\n")

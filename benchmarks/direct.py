@@ -21,12 +21,12 @@ from predict_train.data_collection.trace import Trace
 from predict_train.predictors.checkpoint import load_predictors
 from predict_train.predictors.loading import load_tokenizer
 from predict_train.predictors.provenance import hardware, versions
+from predict_train.predictors.tables import figure_table
 from predict_train.runtime.measure.evaluate import evaluate
 from predict_train.train.export import export
 from predict_train.train.fit import fit
 from predict_train.train.settings import ExportConfig, FitConfig
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -108,9 +108,11 @@ def main() -> None:
         folder = given.scratch / model_type
         folder.mkdir(parents=True, exist_ok=True)
         result = measure(model_type, folder, given)
-        table = Table("guess", "mean", *map(str, range(len(result["predictor"]))), title=model_type)
-        for name in ("training_free", "previous_token", "predictor"):
-            table.add_row(name, *(f"{rate:.3f}" for rate in (statistics.fmean(result[name]), *result[name])))
+        guesses = [result[name] for name in ("training_free", "previous_token", "predictor")]
+        table = figure_table("layer", "training-free", "previous token", "predictor", title=model_type)
+        for layer, *row in zip(range(len(guesses[0])), *guesses, strict=True):
+            table.add_row(str(layer), *(f"{rate:.3f}" for rate in row))
+        table.add_row("mean", *(f"{statistics.fmean(rates):.3f}" for rates in guesses))
         Console().print(table)
         settings = {name: getattr(given, name) for name in ("steps", "tokens", "epochs", "held_out")}
         facts: dict[str, Any] = {"settings": settings, "versions": versions(), "hardware": hardware()}

@@ -22,9 +22,9 @@ import torch
 from predict_train.data_collection.corpus import read_documents, sequences
 from predict_train.predictors.loading import load_tokenizer
 from predict_train.predictors.provenance import hardware, versions
+from predict_train.predictors.tables import broken, figure_table
 from predict_train.runtime.load import load_offloaded
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.small_models import train
@@ -183,7 +183,7 @@ def main() -> None:
     its = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32).eval()
     results = measure(models, plain, {"always right": right, "trained": its}, prompts, given.tokens)
     names = [name for name in results[0] if name not in ("draft", "policy")]
-    table = Table("draft", "policy", *(name.replace("_", " ") for name in names))
+    table = figure_table("draft", "policy", *(broken(name.replace("_", " ")) for name in names))
     for row in results:
         table.add_row(row["draft"], row["policy"], *(f"{row[name]:.2f}" for name in names))
     Console().print(table)

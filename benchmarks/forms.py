@@ -23,11 +23,11 @@ from predict_train.data_collection.trace import Trace
 from predict_train.predictors.direct import KINDS
 from predict_train.predictors.forms import Form, PredictorForm
 from predict_train.predictors.provenance import hardware, versions
+from predict_train.predictors.tables import figure_table
 from predict_train.train.export import predictors_in
 from predict_train.train.fit import RESULT, fit
 from predict_train.train.settings import FitConfig
 from rich.console import Console
-from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results" / "forms.json"
 WIDTH = 320
@@ -114,7 +114,7 @@ def main() -> None:
         parser.error("the two traces have different layers; collect them of the same model, with the same --layers")
     chosen = [VARIANTS[int(number)] for number in given.variants.split(",")] if given.variants else VARIANTS
     free = rates_of(held_out, {})
-    table = Table("form", "loss", "epochs", "width", "mean", *map(str, trace.sources), "seeds apart")
+    table = figure_table("form", "loss", "epochs", "width", "mean", *map(str, trace.sources), "seeds apart")
     table.add_row("training-free", "", "", "", *(f"{rate:.3f}" for rate in (statistics.fmean(free), *free)))
     results = []
     for variant in chosen:

@@ -50,6 +50,7 @@ from predict_train.predictors.checkpoint import Predictors, load_predictors
 from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.predictors.reuse import HALF_LIFE, ReuseScores
+from predict_train.predictors.tables import figure_table
 from predict_train.runtime import offloaded
 from predict_train.runtime.host import cache
 from predict_train.runtime.host.followers import Followers
@@ -59,7 +60,6 @@ from predict_train.runtime.measure.routing import ReplayedRouting
 from predict_train.runtime.measure.simulation import Costs, simulate
 from predict_train.runtime.settings import OffloadConfig
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 HALF_LIVES = (4, 8, 16, 24, 32, 64, 128, 256)
@@ -266,7 +266,7 @@ def show_rules(found: dict[str, Any]) -> None:
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*names, title=title)
+    table = figure_table(*names, title=title)
     for row in rows:
         cells = (row.get(name, "") for name in names)
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells))

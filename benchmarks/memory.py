@@ -25,9 +25,9 @@ from predict_train.data_collection.trace import Trace
 from predict_train.predictors.memory import follows, remembered
 from predict_train.predictors.mlp import ResidualMLP, StackedResidualMLPs
 from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.predictors.tables import figure_table
 from predict_train.train.module import one_cycle
 from rich.console import Console
-from rich.table import Table
 
 CHUNK = 4096
 WIDTH = 320
@@ -177,7 +177,7 @@ def main() -> None:
     (data, routers), (held_out, _) = load(args.trace, layers, args.rows), load(args.held_out, layers, 60_000)
     chosen = [VARIANTS[int(number)] for number in args.variants.split(",")] if args.variants else VARIANTS
     results = []
-    table = Table("remembers", "tokens", "run", "width", "seed", "mean", "weakest", "without", "weakest", "s")
+    table = figure_table("remembers", "tokens", "run", "width", "seed", "mean", "weakest", "without", "weakest", "s")
     for variant in chosen:
         for seed in range(args.seeds):
             begun = time.perf_counter()

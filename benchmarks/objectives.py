@@ -21,11 +21,11 @@ from predict_train.data_collection.trace import Trace
 from predict_train.predictors.metrics import gap_closed
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.predictors.tables import figure_table
 from predict_train.train.fit import fit
 from predict_train.train.losses import LOSSES
 from predict_train.train.settings import FitConfig
 from rich.console import Console
-from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 FROM: list[dict[str, Any]] = [{}, {"horizon": 2}, {"source": "layer_input"}]
@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     columns = ("loss", "source", "horizon", "width", "training-free", "hit rate", "weakest", "at 2k", "closed", "s")
-    table = Table(*columns, title="all target layers, validation sequences")
+    table = figure_table(*columns, title="all target layers, validation sequences")
     with tempfile.TemporaryDirectory() as folder:
         for number, variant in enumerate(VARIANTS):
             row = measure(arguments.trace, arguments.epochs, variant, Path(folder) / str(number))

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from predict_train.data_collection.examples import Batch, make_batch
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.predictors.tables import figure_table
 from predict_train.train.module import one_cycle
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
@@ -162,7 +162,7 @@ def main() -> None:
                 "seconds": seconds,
             }
         )
-    table = Table("reads", "width", "loss", "parameters", "recall@k", "recall@2k", "gap closed", "s")
+    table = figure_table("reads", "width", "loss", "parameters", "recall@k", "recall@2k", "gap closed", "s")
     for row in results:
         means = [sum(row[name]) / len(layers) for name in ("recall_at_k", "recall_at_2k", "gap_closed")]
         table.add_row(

@@ -31,6 +31,7 @@ from predict_train.predictors.confidence import Confidence
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.predictors.tables import figure_table
 from predict_train.runtime import offloaded
 from predict_train.runtime.guess import Guess
 from predict_train.runtime.host.price import Prices
@@ -42,7 +43,6 @@ from predict_train.runtime.measure.simulation import Costs, nearest, simulate
 from predict_train.runtime.settings import OffloadConfig
 from predict_train.train.calibration import calibrate
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig
 
 from benchmarks.runtime import CONFIG, RESULTS, predictors_of, prompt
@@ -211,7 +211,7 @@ def own_cost(slots: int, turns: int, pack: Path | None) -> dict[str, Any]:
 
 
 def show(console: Console, title: str, cells: list[dict[str, Any]]) -> None:
-    table = Table(
+    table = figure_table(
         "routing", "link", "slots", "hit", "on_demand", "prefetch", "auto", "vs better", "bytes", "vs lru", title=title
     )
     for one in cells:

@@ -17,12 +17,12 @@ from typing import Any
 from predict_train.predictors.checkpoint import load_predictors
 from predict_train.predictors.loading import load_tokenizer
 from predict_train.predictors.provenance import command, hardware, versions
+from predict_train.predictors.tables import figure_table
 from predict_train.runtime.measure.evaluate import evaluate
 from predict_train.train.export import export
 from predict_train.train.fit import fit
 from predict_train.train.settings import ExportConfig, FitConfig
 from rich.console import Console
-from rich.table import Table
 
 from predict_train.collecting import collect
 from predict_train.running import batches_of, load_to_evaluate
@@ -75,9 +75,10 @@ def main() -> None:
             if not file.exists():
                 file.write_text(json.dumps(rates(folder, used, given.held_out)))
             found[f"{trained}, used {used}"] = json.loads(file.read_text())
-    table = Table("trained on, used by", "mean", *map(str, range(len(next(iter(found.values()))["hit_rates"]))))
-    for name, figures in found.items():
-        table.add_row(name, f"{figures['mean']:.4f}", *(f"{rate:.3f}" for rate in figures["hit_rates"]))
+    table = figure_table("layer", *found, title="hit rate by what predictors are trained on and used with")
+    for layer, row in enumerate(zip(*(figures["hit_rates"] for figures in found.values()), strict=True)):
+        table.add_row(str(layer), *(f"{rate:.3f}" for rate in row))
+    table.add_row("mean", *(f"{figures['mean']:.4f}" for figures in found.values()))
     console.print(table)
     settings = {
         "tokens": given.tokens,

@@ -26,9 +26,9 @@ import pytest
 from predict_train.data_collection.catalog import examine, moe_types
 from predict_train.predictors.architecture import UnsupportedModelError
 from predict_train.predictors.discovery import find_moe_layers
+from predict_train.predictors.tables import broken, figure_table
 from predict_train.runtime import offload_experts
 from rich.console import Console
-from rich.table import Table
 from transformers import GenerationMixin, PreTrainedModel
 
 
@@ -127,8 +127,10 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(args.checkout.resolve()))
     console = Console()
-    table = Table("type", "tests that pass", "with experts offloaded", "calls of offloaded models")
-    broken = 0
+    table = figure_table(
+        "type", *map(broken, ("tests that pass", "with experts offloaded", "calls of offloaded models"))
+    )
+    wrong = 0
     for model_type in args.types.split(",") if args.types else moe_types():
         file = args.checkout / "tests" / "models" / model_type / f"test_modeling_{model_type}.py"
         if not file.exists() or examine(model_type).reason is not None:
@@ -137,15 +139,15 @@ def main() -> None:
         ours = run(file, offloading, args.match)
         table.add_row(*map(str, (model_type, len(plain), len(plain & ours.passed()), offloading.calls)))
         if not plain:
-            broken += 1
+            wrong += 1
             console.print(f"{model_type}: no test ran; are parameterized and httpx installed?", markup=False)
         for name in sorted(plain - ours.passed()):
-            broken += 1
+            wrong += 1
             console.print(
                 f"{model_type} {name}: {ours.errors.get(name, ours.ended.get(name))}", markup=False, soft_wrap=True
             )
     console.print(table)
-    sys.exit(1 if broken else 0)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

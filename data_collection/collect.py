@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -27,6 +26,7 @@ from ..predictors.forms import Form
 from ..predictors.generation import check_generation
 from ..predictors.loading import load_model, load_tokenizer, resolve_device, resolve_dtype
 from ..predictors.provenance import command, versions
+from ..predictors.tables import figure_table
 from ..predictors.weights import commit_of, local_folder
 from .batches import TokenBatch, read_batches
 from .columns import TOKEN_IDS
@@ -292,7 +292,7 @@ def _joined(source: MoELayer) -> dict[str, Any]:
 
 
 def _report(manifest: Manifest, console: Console) -> None:
-    table = Table(
+    table = figure_table(
         *("target", "source", "training-free", "control"),
         title="hit rate by layer",
         caption=f"training-free: on about {min(SAMPLE_ROWS, manifest.tokens):,} tokens, evenly spaced; control: on every eighth",

@@ -89,10 +89,10 @@ def inspect(config: InspectConfig) -> None:
 def models(config: ModelsConfig) -> None:
     """Tries every mixture-of-experts type of the installed transformers on a tiny random model of it."""
     import torch
-    from rich.table import Table
     from tqdm import tqdm
 
     from .data_collection import catalog
+    from .predictors.tables import figure_table
 
     torch.set_num_threads(1)  # the models are tiny
     types = catalog.moe_types()
@@ -100,7 +100,7 @@ def models(config: ModelsConfig) -> None:
     if config.markdown:
         print(catalog.markdown(supports))
         return
-    table = Table("model type", "offload", "record", "predict", "remarks, or the reason why not")
+    table = figure_table("model type", "offload", "record", "predict", "remarks, or the reason why not")
     for support in supports:
         table.add_row(support.model_type, *catalog.abilities(support), support.reason or ", ".join(support.remarks))
     console = Console()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ...predictors.metrics import gap_closed
+from ...predictors.tables import figure_table
 from ..quantization import Shipped
 
 
@@ -16,7 +16,7 @@ def print_hit_rates(console: Console, result: dict[str, Any]) -> None:
     sure = any(row["calibration_error"] is not None for row in result["layers"])
     title, headers = "hit rate by target layer", ("layer", "training-free", "predictor", "gap closed", "control")
     caption = "ECE: expected calibration error of the candidates' probabilities" if sure else None
-    table = Table(*headers, *(["ECE"] if sure else []), title=title, caption=caption)
+    table = figure_table(*headers, *(["ECE"] if sure else []), title=title, caption=caption)
     for row in result["layers"]:
         before, after = row["training_free"], row["predictor"]
         closed = "" if after is None or before == 1 else f"{gap_closed(before, after):.0%}"
@@ -36,7 +36,7 @@ def print_losses(console: Console, result: dict[str, Any], milliseconds: dict[st
     """Prints the cross-entropies, and beside them the milliseconds per token of the policies for which they are known."""
     title = f"cross-entropy over {result['tokens']:,} tokens, nats per token"
     timed = ["ms per token"] if milliseconds else []
-    table = Table("policy / gating", "training-free", "with predictors", *timed, title=title)
+    table = figure_table("policy / gating", "training-free", "with predictors", *timed, title=title)
     full = result["cross_entropy"]["full"]
     for name, value in result["cross_entropy"].items():
         free = result["training_free_cross_entropy"][name]
