@@ -85,10 +85,12 @@ class Slots(Room):
     """How many MoE layers ahead to guess, 1 or 2; by default what the predictors were trained for, or else 1. With 2 a copy has
     the time of two layers, but a training-free guess is right less often."""
     eviction: Annotated[Eviction, choice("evictions", *Eviction)] = Eviction.LEAST_STALE
-    """Which expert leaves its slot for another: `least_stale` (of the layer that runs again last, the one used last), `lru` (the
-    least recently used of all), `frequency` (of the layer as under least_stale, the one used least often lately), `followers` (of
-    all, the one least likely to follow on the experts just used, as was counted so far; on a CPU) or `learned` (of all, the one used
-    again last, as the predictors' reuse predictor says; on a CPU)."""
+    """Which expert gives up its slot for another one. `least_stale`: the one used longest ago in the layer that runs again last, which
+    is the one that has just run; but a layer with more than an equal share of the slots gives first. `frequency`: in that layer, the
+    one used least often in the last tokens. `lru`: of all layers, the one used longest ago. `followers`: of all layers, the one that
+    least often follows on the experts of its layer's last token, as counted while the model runs. `learned`: of all layers, the one
+    used again last, as predictors that were trained with `fit --reuse` say. `followers` and `learned` need a model that computes on a
+    CPU."""
 
 
 class Offloading(Slots):
