@@ -5,7 +5,8 @@
 
 CHECKOUT is transformers' source tree, of about the installed release: its tests are in no wheel. Each model is offloaded when it
 first runs in evaluation mode, with the fewest slots. The table says for each supported type how many tests pass without and with
-us, and lists those that pass without us only. If there are some, or if none ran, the exit code is 1.
+us, and lists those that pass without us only. If there are some, or if none passes without us, the exit code is 1. Why none does is
+shown in the last lines of what pytest said. Two versions are printed: of the transformers that run, and of CHECKOUT.
 
 Tests that a model is compiled are among them: on a CPU, `generate` compiles the offloaded model there as it does the plain one.
 """
@@ -16,9 +17,10 @@ import argparse
 import functools
 import importlib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,10 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.tables import broken, figure_table
 from predict_train.runtime import offload_experts
 from rich.console import Console
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, __version__
+
+LAST = 8
+"""Lines that are shown of what pytest said."""
 
 
 class Offloading:
@@ -89,6 +94,12 @@ class Results:
         self.ended: dict[str, str] = {}
         """By test: `passed`, `failed` or `skipped`."""
         self.errors: dict[str, str] = {}
+        self.said: list[str] = []
+        """Lines on what could not be collected, and all that was printed."""
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.said += report.longreprtext.splitlines()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         mixin = importlib.import_module("tests.generation.test_utils").GenerationTesterMixin
@@ -111,11 +122,22 @@ def run(file: Path, offloading: Offloading | None, match: str | None) -> Results
     """The tests of `generate` in a file, with or without offloading."""
     results, options = Results(), ["-p", "no:cacheprovider", "-p", "no:terminal", "-p", "no:warnings"]
     options += [] if match is None else ["-k", match]
-    with ExitStack() as stack, redirect_stdout(io.StringIO()):
+    printed = io.StringIO()
+    with ExitStack() as stack, redirect_stdout(printed), redirect_stderr(printed):
         if offloading is not None:
             stack.enter_context(offloading.watching())
         pytest.main([*options, str(file)], plugins=[results, *([] if offloading is None else [offloading])])
+    results.said += printed.getvalue().splitlines()
     return results
+
+
+def version_of(checkout: Path) -> str:
+    """What transformers' source tree calls itself. Raises `SystemExit` with a sentence if it is none."""
+    file = checkout / "src" / "transformers" / "__init__.py"
+    found = re.search(r'^__version__ = "(.+)"$', file.read_text(), re.MULTILINE) if file.is_file() else None
+    if found is None or not (checkout / "tests" / "models").is_dir():
+        raise SystemExit(f"{checkout} is no source tree of transformers; give a clone of its repository")
+    return found[1]
 
 
 def main() -> None:
@@ -125,8 +147,9 @@ def main() -> None:
     parser.add_argument("--policy", default="prefetch")
     parser.add_argument("--match", help="as pytest's -k")
     args = parser.parse_args()
-    sys.path.insert(0, str(args.checkout.resolve()))
     console = Console()
+    console.print(f"transformers {__version__} runs the tests of {version_of(args.checkout)}", highlight=False)
+    sys.path.insert(0, str(args.checkout.resolve()))
     table = figure_table(
         "type", *map(broken, ("tests that pass", "with experts offloaded", "calls of offloaded models"))
     )
@@ -135,12 +158,21 @@ def main() -> None:
         file = args.checkout / "tests" / "models" / model_type / f"test_modeling_{model_type}.py"
         if not file.exists() or examine(model_type).reason is not None:
             continue
-        plain, offloading = run(file, None, args.match).passed(), Offloading(args.policy)
+        theirs, offloading = run(file, None, args.match), Offloading(args.policy)
+        plain = theirs.passed()
         ours = run(file, offloading, args.match)
         table.add_row(*map(str, (model_type, len(plain), len(plain & ours.passed()), offloading.calls)))
         if not plain:
             wrong += 1
-            console.print(f"{model_type}: no test ran; are parameterized and httpx installed?", markup=False)
+            console.print(
+                f"{model_type}: no test passes without us; install what the tests lack (parameterized, httpx), or give a checkout of "
+                f"the release {__version__}:",
+                *[*theirs.errors.values(), *theirs.said][-LAST:],
+                sep="\n    ",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
         for name in sorted(plain - ours.passed()):
             wrong += 1
             console.print(
