@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from predict_train.runtime import load_offloaded, offloaded
 from predict_train.runtime.automatic import BLOCK, BLOCKS, CLOSE_TRIED_AGAIN_AFTER, TRIED_AGAIN_AFTER, Trial
-from predict_train.runtime.host.price import Prices
 from predict_train.runtime.measure.stopwatch import Stopwatch
 from test_gguf import MIXED, by_transformers, made, write
 from test_offload import greedy, prompt
+from test_price import decide_at_random
 from test_quantized import logits
 from test_shipped import SHIPPED
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -92,18 +91,12 @@ def test_experts_as_they_are_shipped_give_the_logits_of_the_widened_model(
 ) -> None:
     """Whichever copies are thought to be worth their price."""
     settings, widened = write_model(tmp_path)
-    expected, drawn, asked = logits(widened), random.Random(0), []
-
-    def at_random(*_: Any, **__: Any) -> bool:
-        asked.append(drawn.random() < 0.5)
-        return asked[-1]
-
-    for decide in (None, at_random):
-        if decide is not None:
-            monkeypatch.setattr(Prices, "is_worth", decide)
-            monkeypatch.setattr(Prices, "prefetches", property(lambda _: True))
+    expected, said = logits(widened), set()
+    for is_drawn in (False, True):
+        if is_drawn:
+            said = decide_at_random(monkeypatch)
         model = load_offloaded(tmp_path, policy="auto", dtype="float32", slots=5, device="cpu", **settings)
         assert torch.equal(logits(model), expected)
         assert model.expert_offload.counters.speculation_hit_rate is not None
         model.expert_offload.detach()
-    assert set(asked) == {True, False}
+    assert said == {True, False}

@@ -277,6 +277,23 @@ def sure_predictors(model: PreTrainedModel, horizon: int) -> Predictors:
     )
 
 
+def decide_at_random(monkeypatch: pytest.MonkeyPatch, prefetching: float = 1.0) -> set[bool]:
+    """From now on it is drawn which copies are worth their price, and whether to prefetch, with this probability.
+
+    Returns what is said of copies, which comes in as it is said.
+    """
+    drawn, said = random.Random(0), set()
+
+    def is_worth(*_: Any, **__: Any) -> bool:
+        worth = drawn.random() < 0.5
+        said.add(worth)
+        return worth
+
+    monkeypatch.setattr(Prices, "is_worth", is_worth)
+    monkeypatch.setattr(Prices, "prefetches", property(lambda _: drawn.random() < prefetching))
+    return said
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("horizon", [1, 2])
 def test_whatever_is_copied_the_tokens_are_those_of_the_plain_model(
@@ -285,21 +302,15 @@ def test_whatever_is_copied_the_tokens_are_those_of_the_plain_model(
     model = build_model(architecture)
     expected = {rows: greedy(model, prompt(rows, 6), 24) for rows in (1, 2)}
     predictors = None if architecture == "deepseek_v3" else sure_predictors(model, horizon)
-    drawn, asked = random.Random(0), []
-
-    def at_random(*_: Any, **__: Any) -> bool:
-        asked.append(drawn.random() < 0.5)
-        return asked[-1]
-
-    for decide in (None, at_random):
-        if decide is not None:
-            monkeypatch.setattr(Prices, "is_worth", decide)
-            monkeypatch.setattr(Prices, "prefetches", property(lambda _: drawn.random() < 0.8))
+    said: set[bool] = set()
+    for is_drawn in (False, True):
+        if is_drawn:
+            said = decide_at_random(monkeypatch, prefetching=0.8)
         for rows, tokens in expected.items():
             with offloaded(model, predictors, policy="auto", slots=5, horizon=horizon, device="cpu") as offload:
                 assert torch.equal(greedy(model, prompt(rows, 6), 24), tokens)
                 assert offload.counters.speculation_hit_rate is not None
-    assert set(asked) == {True, False}
+    assert said == {True, False}
 
 
 def test_the_runtime_measures_what_it_needs_and_knows_how_sure_guesses_are() -> None:
