@@ -14,7 +14,7 @@ from torch import nn
 
 from ...predictors.confidence import Confidence
 from ...predictors.experts import OnOutputs, group_by_expert, weighted_sum
-from ...predictors.reuse import LONGEST, ReuseScores
+from ...predictors.reuse import ReuseScores
 from ..engine import Counters, Decision, Engine
 from ..formats import PAGE
 from ..observer import Observer
@@ -260,7 +260,7 @@ class ExpertSlots(Engine):
 
     def routed(self, layer: int, logits: torch.Tensor) -> None:
         if self._reuse is not None:
-            self._logits[layer] = logits[-LONGEST:].float().cpu()
+            self._logits[layer] = logits.float().cpu()
 
     def _open_mail(self) -> None:
         for layer, guess, margins in self._mailbox.take():
