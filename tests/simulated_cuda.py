@@ -91,6 +91,7 @@ ANSWERS = {aten._local_scalar_dense.default, aten.equal.default, aten.allclose.d
 """The host waits in them, since they return a number."""
 WAITING = ANSWERS | {aten.nonzero.default, aten.masked_select.default, aten.bincount.default, aten._unique2.default}
 """The host waits in them, since it needs the sizes of what they return."""
+BRANCHED = (tuple, list, dict)
 SHAPES: dict[Any, Any] = {}
 """What operations return for arguments of some shapes and values: tensors on `meta`."""
 
@@ -219,12 +220,21 @@ def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     """`tree` with each leaf replaced. Torch's own trees know more and take most of the time of a test."""
     if isinstance(tree, dict):
         return {name: mapped(function, branch) for name, branch in tree.items()}
-    return tuple([mapped(function, branch) for branch in tree]) if isinstance(tree, tuple | list) else function(tree)
+    if not isinstance(tree, BRANCHED):
+        return function(tree)
+    # Most branches are leaves: no call of this function for each of them.
+    return tuple([mapped(function, branch) if isinstance(branch, BRANCHED) else function(branch) for branch in tree])
 
 
 def leaves_of(tree: Any) -> list[Any]:
+    if not isinstance(tree, BRANCHED):
+        return [tree]
     found: list[Any] = []
-    mapped(found.append, tree)
+    for branch in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(branch, BRANCHED):
+            found += leaves_of(branch)
+        else:
+            found.append(branch)
     return found
 
 

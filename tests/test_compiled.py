@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, StaticCache
 
 CASES = [
-    ("qwen3_moe", "on_demand", "true", "aot_eager"),
+    ("qwen3_moe", "on_demand", "true", "eager"),
     ("qwen2_moe", "speculative", "true", "aot_eager"),
     ("deepseek_v3", "speculative", "resident", "eager"),
     ("gpt_oss", "prefetch", "true", "eager"),
@@ -104,7 +104,7 @@ def test_guesses_of_direct_predictors_are_those_of_the_eager_model() -> None:
     for compiles in (False, True):
         with offloaded(model, predictors, policy="prefetch", slots=16, device="cpu"):
             run(model, model, prompt(2, 40))
-            forward = compiled(model) if compiles else model
+            forward = compiled(model, "eager") if compiles else model
             found += [run(model, forward, ids), run(model, forward, ids.flip(1))]
     for eager, same in zip(found[:2], found[2:], strict=True):
         assert torch.equal(same[0], eager[0])
@@ -222,7 +222,7 @@ def test_a_graph_never_calls_an_offload_that_is_gone(build_moe: Callable[..., Pr
 
 def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedModel]) -> None:
     """They alternate layer by layer. Each executes its own guesses, and a prompt none."""
-    model, prompts = build_moe("qwen3_moe", num_hidden_layers=3), [torch.tensor([ids]) for ids in ([5], [9], [7, 3, 8])]
+    model, prompts = build_moe("qwen3_moe", num_hidden_layers=2), [torch.tensor([ids]) for ids in ([5], [9], [7, 3, 8])]
     interval = sys.getswitchinterval()
     with offloaded(model, policy="speculative", gating="speculated", slots=8, device="cpu"), torch.no_grad():
         # Without fullgraph: torch counts the frames of such a call for all threads together, and may find none of its own.
@@ -232,7 +232,7 @@ def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedM
 
         def passes(number: int) -> bool:
             with torch.no_grad():
-                return all(torch.equal(forward(prompts[number]).logits, expected[number]) for _ in range(40))
+                return all(torch.equal(forward(prompts[number]).logits, expected[number]) for _ in range(25))
 
         sys.setswitchinterval(1e-5)
         try:

@@ -51,7 +51,7 @@ def supported_model(model_type: str) -> PreTrainedModel:
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PASSES = ((1, 1), (1, 7), (3, 40))
+PASSES = ((1, 7), (3, 40))
 """Sequences and tokens of prompts. With two experts a token, 120 tokens give an expert some 30 rows."""
 
 
@@ -100,7 +100,7 @@ def test_every_model_type_has_the_logits_of_plain_transformers(model_type: str) 
     sizes = itertools.cycle((top_k, total // 2, top_k + 1, total, total // 3))
     for dtype in DTYPES:
         convert(model, dtype)
-        passes = PASSES[:2] if dtype is torch.float16 else PASSES  # it takes the way of bfloat16
+        passes = PASSES[:1] if dtype is torch.float16 else PASSES  # it takes the way of bfloat16
         plain = all_logits(model, passes)
         for policy, slots in zip(POLICIES if is_guessed else POLICIES[:1], sizes, strict=False):
             with offloaded(model, predictors, policy=policy, slots=slots, device="cpu") as offload:
@@ -110,7 +110,7 @@ def test_every_model_type_has_the_logits_of_plain_transformers(model_type: str) 
 
 
 def test_long_prompts_have_the_logits_of_plain_transformers(build_moe: Callable[..., PreTrainedModel]) -> None:
-    for dtype, architecture in itertools.product(DTYPES, ("qwen3_moe", "deepseek_v3", "gpt_oss")):
+    for dtype, architecture in itertools.product(DTYPES[:2], ("qwen3_moe", "deepseek_v3", "gpt_oss")):
         model = build_moe(architecture).to(dtype)
         plain = all_logits(model, [(1, 600), (3, 300)])
         for policy, slots in zip(POLICIES, (TOP_K, 7), strict=True):
@@ -198,7 +198,7 @@ def test_half_precision_is_exact_too(
     model = build_moe(architecture).to(dtype)
     for ids in (prompt(1, 7), prompt(3, 40)):
         expected = greedy(model, ids)
-        for policy, slots in itertools.product((*POLICIES, "auto"), (TOP_K, 7)):
+        for policy, slots in zip((*POLICIES, "auto"), (TOP_K, 7, 5), strict=True):
             with offloaded(model, policy=policy, slots=slots, device="cpu"):
                 assert torch.equal(greedy(model, ids), expected), (policy, slots)
 
@@ -243,7 +243,7 @@ def shared_model() -> PreTrainedModel:
     candidates=st.integers(TOP_K, 5),
     horizon=st.integers(1, 2),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_no_order_of_arrival_changes_a_token(
     shared_model: PreTrainedModel,
     delays: list[int],

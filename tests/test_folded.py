@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -32,8 +33,9 @@ def layers_of(model_type: str, seed: int = 0) -> list[MoELayer]:
     return find_moe_layers(model)
 
 
+@cache
 def last_layer(model_type: str) -> MoELayer:
-    """The last MoE layer of a random model of that type; a type that is not supported is skipped."""
+    """The last MoE layer of a random model of that type, which no test changes; a type that is not supported is skipped."""
     try:
         return layers_of(model_type)[-1]
     except UnsupportedModelError:

@@ -67,11 +67,11 @@ def test_exact_policies_give_the_resident_models_tokens(
 ) -> None:
     model = build_moe(architecture).to(device)
     top_k, experts = 2, 8
-    for batch in (1, 3):
+    for batch, sizes in ((1, (top_k, experts // 2)), (3, (top_k + 1, experts))):
         ids = prompt(batch, 7, device)
         expected, expected_logits = greedy(model, ids), model(ids).logits
         for policy in ("on_demand", "prefetch"):
-            for slots in (top_k, top_k + 1, experts // 2, experts):
+            for slots in sizes:
                 offload_experts(model, policy=policy, slots=slots, device=device)
                 assert torch.equal(greedy(model, ids), expected), (policy, slots, batch)
                 assert_plain(model(ids).logits, expected_logits)

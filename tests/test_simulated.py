@@ -43,7 +43,7 @@ pytestmark = [
 ]
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
-PASSES = [17, 1, 1, 10, 1, 1]
+PASSES = [12, 1, 1, 9, 1]
 """Tokens of each text in each forward pass: two prompts, and decode steps after them."""
 SPECULATED = 8
 """In passes over no more tokens the runtime guesses, and the device decides where it can."""
@@ -188,7 +188,8 @@ def expected(way: str, batch: int, engine: str, **others: Any) -> torch.Tensor:
 @pytest.mark.parametrize("store", STORES)
 def test_the_engine_of_the_host_is_right_in_every_order(store: str, way: str, batch: int, packed: Path) -> None:
     (lockable, transfers), right = STORES[store], expected(way, batch, "host")
-    for plan in ORDERS[batch]:
+    # A file's experts come by the transfers of memory that is not registered.
+    for plan in ORDERS[batch][-1:] if store == "file" else ORDERS[batch]:
         its_own = settings(way, "cuda:0", **({"store": packed} if store == "file" else {}))
         with simulated(plan, lockable=lockable), decided_by("host"), offloaded(model(), **its_own) as offload:
             assert type(offload._engine.transfers) is transfers
@@ -334,11 +335,11 @@ def test_detaching_frees_what_is_on_the_device_at_once(
 def test_a_replayed_routing_is_executed_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is moved to the device after its routers have been replaced."""
     monkeypatch.setattr(bench_module, "measure_link", lambda *_: 1.0)
-    routing = draw_routing(Statistics(0.4, 0.7), steps=4, layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, candidates=4)
+    routing = draw_routing(Statistics(0.4, 0.7), steps=3, layers=LAYERS, num_experts=EXPERTS, top_k=TOP_K, candidates=4)
     found = []
     for device in ("cpu", "cuda:0"):
         config = Measuring(
-            policies="on_demand,prefetch,speculative", device=device, tokens=3, warmup=1, rounds=1, slots=20
+            policies="on_demand,prefetch,speculative", device=device, tokens=2, warmup=1, rounds=1, slots=20
         )
         with simulated(Plan.RANDOM) if device != "cpu" else nullcontext(), decided_by("host"):
             measured = bench(model(), torch.arange(1, 20).view(1, -1), config, routing=routing)
