@@ -11,7 +11,7 @@ import torch
 
 from ..errors import StoreError
 from .quantized import SCALES, Shaped
-from .scratch import SCRATCH
+from .scratch import SCRATCH, number
 from .shipped import ShippedFormat
 
 BLOCK = 128
@@ -60,16 +60,26 @@ class Fp8Format(ShippedFormat):
         factors = (scales * LACKING).repeat_interleave(columns, 1)[:, None]
         at_once = max(1, AT_ONCE // (rows * inputs)) * rows
         wide = torch.empty(outputs, inputs, dtype=dtype, device=packed.device)
-        moved = wide
-        if dtype != torch.float32:
-            some = min(at_once, outputs)
-            moved = SCRATCH.take(4 * some * inputs, wide.device).view(torch.float32).view(some, inputs)
         for begin in range(0, outputs, at_once):
-            part = packed[begin : begin + at_once]
-            into = wide[begin : begin + at_once] if moved is wide else moved[: len(part)]
-            # As signed numbers, so that the sign fills all bits above it.
-            into.view(torch.int32).copy_(part.view(torch.int8)).mul_(MOVED).bitwise_and_(SIGN_AND_MOVED)
-            into.unflatten(0, (-1, rows)).mul_(factors[begin // rows :][: len(part) // rows])
-            if into.dtype != dtype:
-                wide[begin : begin + at_once] = into
+            part, into, factor = packed, wide, factors
+            if at_once < outputs:
+                part, into = packed[begin : begin + at_once], wide[begin : begin + at_once]
+                factor = factors[begin // rows :][: len(part) // rows]
+            _widen(part, factor, into)
         return wide
+
+
+def _widen(packed: torch.Tensor, factors: torch.Tensor, into: torch.Tensor) -> None:
+    """Some rows, of which `factors` `[blocks, 1, inputs]` are the scales."""
+    moved = into
+    if into.dtype != torch.float32:
+        shape = into.shape
+        moved = SCRATCH.views(
+            ("fp8", shape), 4 * shape.numel(), into.device, lambda m: m.view(torch.float32).view(shape)
+        )
+    # As signed numbers, so that the sign fills all bits above it.
+    bits = moved.view(torch.int32).copy_(packed.view(torch.int8))
+    bits.mul_(number(MOVED, torch.int32)).bitwise_and_(number(SIGN_AND_MOVED, torch.int32))
+    moved.unflatten(0, (len(factors), -1)).mul_(factors)
+    if moved is not into:
+        into.copy_(moved)

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 
-from .scratch import SCRATCH
+from .scratch import SCRATCH, number
 
 AT_ONCE = 1 << 20
 """Weights that are widened at once, so that they stay in a processor's cache."""
@@ -25,6 +26,17 @@ Scales = tuple[torch.Tensor, torch.Tensor | None]
 """Of each group of weights its scale, and what is subtracted from its weights; float32 `[blocks, groups of a block]`."""
 PLAIN = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
 """Types that are no blocks, by GGML's number."""
+
+
+class Space(NamedTuple):
+    """Memory in which some rows of a weight are widened."""
+
+    moves: list[tuple[torch.Tensor, torch.Tensor]]
+    """For each move where the codes are, and where its bits come first."""
+    codes: torch.Tensor
+    """`[parts, rows, inputs]`, uint8. Of no parts where codes are bytes."""
+    moved: torch.Tensor
+    """The same as float32."""
 
 
 class Move(NamedTuple):
@@ -88,14 +100,14 @@ class GgmlType:
     scales: Callable[[torch.Tensor, int], Scales]
     """The scales in so many heads, uint8 `[all bytes]`, of which each field comes for all blocks before the next field."""
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """In how many parts the rows of a weight are split."""
         return max(move.codes.stop for move in self.moves)
 
-    @property
+    @cached_property
     def unpacked(self) -> int:
-        """For how many parts `_unpack` needs memory: for all codes, and for bits that are added to some. None where codes are bytes."""
+        """For how many parts unpacking needs memory: for all codes, and for bits that are added to some. None where codes are bytes."""
         return 0 if self.bits == 8 else self.parts + max((move.size for move in self.moves if move.adds), default=0)
 
     def arrange(self, raw: torch.Tensor) -> torch.Tensor:
@@ -145,19 +157,35 @@ class GgmlType:
     ) -> None:
         """Some rows of all parts; `into` is `[parts, rows, inputs]`."""
         parts, rows, inputs = into.shape
-        size = 0 if into.dtype == torch.float32 else 4 * into.numel()
-        scratch = SCRATCH.take(size + self.unpacked * rows * inputs, into.device)
-        moved = scratch[:size].view(torch.float32).view(into.shape) if size else into
-        codes = self._unpack(packed, scratch[size:].view(-1, rows, inputs))
+        is_wide = into.dtype == torch.float32  # it is computed where it is to be
+        size = ((0 if is_wide else 4 * parts) + self.unpacked) * rows * inputs
+        key, make = (self.number, is_wide, rows, inputs), partial(self._space, is_wide, rows, inputs)
+        space = SCRATCH.views(key, size, into.device, make)
+        codes, moved = packed if self.bits == 8 else space.codes, into if is_wide else space.moved
+        for move, (place, found) in zip(self.moves, space.moves, strict=False):
+            _move(packed[move.bytes], move, found)
+            if move.adds:
+                place.bitwise_or_(found)
         moved.copy_(codes.view(torch.int8) if self.is_signed else codes)
-        groups = (parts, rows, -1, self.group)
-        moved.view(groups).mul_(scale)
-        if in_dtype and moved is not into:
+        grouped = (parts, rows, -1, self.group)
+        moved.view(grouped).mul_(scale)
+        if in_dtype and not is_wide:
             moved = into.copy_(moved)
         if least is not None:
-            moved.view(groups).sub_(least)
+            moved.view(grouped).sub_(least)
         if moved is not into:
             into.copy_(moved)
+
+    def _space(self, is_wide: bool, rows: int, inputs: int, memory: torch.Tensor) -> Space:
+        """The views of `memory`, which has room for so many rows of each part."""
+        size = 0 if is_wide else 4 * self.parts * rows * inputs
+        moved = memory[:size].view(torch.float32).view(-1, rows, inputs)
+        bits = memory[size:].view(-1, rows, inputs)
+        moves = []
+        for move in self.moves if self.unpacked else ():
+            place = bits[move.codes]
+            moves.append((place, bits[self.parts : self.parts + move.size] if move.adds else place))
+        return Space(moves, bits[: self.parts], moved)
 
     def _split(self, arranged: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The bytes of codes `[bytes of one code of each part, rows of a part, inputs]`, and those of the heads `[all bytes]`."""
@@ -165,33 +193,17 @@ class GgmlType:
         size = rows * inputs * self.bits // 8
         return arranged[:size].view(self.parts * self.bits // 8, -1, inputs), arranged[size:]
 
-    def _unpack(self, packed: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """The codes `[parts, rows, inputs]`, uint8, of some rows of all parts.
-
-        `scratch` `[unpacked, rows, inputs]`, uint8, is changed; they are in it unless they are bytes.
-        """
-        if self.bits == 8:
-            return packed
-        for move in self.moves:
-            place = scratch[move.codes]
-            found = scratch[self.parts : self.parts + move.size] if move.adds else place
-            _move(packed[move.bytes], move, found)
-            if move.adds:
-                place.bitwise_or_(found)
-        return scratch[: self.parts]
-
 
 def _move(packed: torch.Tensor, move: Move, into: torch.Tensor) -> None:
     """Bits of `packed`, moved up and masked."""
+    mask = number(move.mask, torch.uint8)
     if move.up == 0:
-        torch.bitwise_and(packed, move.mask, out=into)
+        torch.bitwise_and(packed, mask, out=into)
         return
-    if move.up > 0:
-        torch.bitwise_left_shift(packed, move.up, out=into)
-    else:
-        torch.bitwise_right_shift(packed, -move.up, out=into)
+    shift = torch.bitwise_left_shift if move.up > 0 else torch.bitwise_right_shift
+    shift(packed, number(abs(move.up), torch.uint8), out=into)
     if move.mask != (255 << move.up & 255 if move.up > 0 else 255 >> -move.up):
-        into.bitwise_and_(move.mask)
+        into.bitwise_and_(mask)
 
 
 def _halves(head: torch.Tensor) -> torch.Tensor:
@@ -212,11 +224,19 @@ def _scales_of_8(head: torch.Tensor, blocks: int) -> Scales:
     """Scale and `least` of 8 groups, each in 6 bits: GGML's `get_scale_min_k4`. A word has bytes of 4 groups."""
     words = head.view(torch.int32).view(4, blocks)
     first, high = words[1:3], words[3]
-    last = (first >> 2).bitwise_and_(0x30303030)
-    last.bitwise_or_(torch.stack([high, high >> 4]).bitwise_and_(0x0F0F0F0F))
-    codes = torch.stack([first & 0x3F3F3F3F, last], -1).view(torch.uint8)
-    scale, least = codes.float().mul_(_halves(head[: 4 * blocks]).view(blocks, 2).T.unsqueeze(-1))
+    codes = torch.empty(2, blocks, 2, dtype=torch.int32, device=head.device)
+    early, late = codes.unbind(2)
+    torch.bitwise_and(first, _word(0x3F), out=early)
+    torch.bitwise_right_shift(first, _word(2, 1), out=late).bitwise_and_(_word(0x30))
+    late[0].bitwise_or_(high & _word(0x0F))
+    late[1].bitwise_or_((high >> _word(4, 1)).bitwise_and_(_word(0x0F)))
+    scale, least = codes.view(torch.uint8).float().mul_(_halves(head[: 4 * blocks]).view(blocks, 2).T.unsqueeze(-1))
     return scale, least
+
+
+def _word(byte: int, times: int = 0x01010101) -> torch.Tensor:
+    """A word of four such bytes; or with `times` 1 of one."""
+    return number(byte * times, torch.int32)
 
 
 def _scales_of_16(head: torch.Tensor, blocks: int) -> Scales:
