@@ -46,6 +46,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    """What the libraries are made of stays, so no collection of garbage has to look at it again: that takes a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or the libraries miss their end
+
+
 PINNED = re.search(r"^transformers==(.+)$", (Path(__file__).parents[1] / "constraints.txt").read_text(), re.MULTILINE)
 IS_OLDER_RELEASE = PINNED is not None and Version(transformers.__version__) < Version(PINNED[1])
 """Whether transformers is older than what this was developed with."""

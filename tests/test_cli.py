@@ -95,7 +95,7 @@ def test_horizon_and_candidates_reach_every_command(
         texts = set()
         capsys.readouterr()
         for policy in (["on_demand"], ["prefetch", *both], ["auto", *both]):
-            code = run(monkeypatch, "generate", tiny_moe_folder, "--prompt", "The stone", "--max-new-tokens", 8,
+            code = run(monkeypatch, "generate", tiny_moe_folder, "--prompt", "The stone", "--max-new-tokens", 4,
                        "--slots", 9, "--policy", *policy)  # fmt: skip
             assert code == 0
             texts.add(capsys.readouterr().out)

@@ -37,7 +37,7 @@ from predict_train.data_collection.progress import (
 )
 from predict_train.data_collection.trace import Trace
 from predict_train.predictors.errors import UserError
-from predict_train.train.fit import FitConfig, fit
+from predict_train.train.settings import FitConfig
 from rich.console import Console
 
 KILLS = 6
@@ -331,6 +331,8 @@ def test_a_shard_that_went_bad_while_it_was_unfinished_is_named(start, settings,
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated"])
 def test_fit_names_a_broken_shard_before_it_trains(whole, tmp_path, damage):
+    from predict_train.train.fit import fit  # not above: the processes import this module, and need no Lightning
+
     trace = tmp_path / "trace"
     trace.mkdir()
     for file in whole.iterdir():

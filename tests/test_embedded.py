@@ -26,7 +26,7 @@ PROMPTS = [
     "    if not isinstance(other, type(self)):\n        return",
     "async def fetch(session, url):\n    async with session.get(url",
 ]
-PROMPT_TOKENS, NEW_TOKENS = 8, 20
+PROMPT_TOKENS, NEW_TOKENS = 8, 8
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def generated(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 def test_exact_policies_give_the_very_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """With few slots and with many, one sequence and several."""
     rows = torch.tensor([tokenizer(prompt)["input_ids"][:PROMPT_TOKENS] for prompt in PROMPTS])
-    batches = [rows[:1], rows[1:2], rows[2:]]
+    batches = [rows[:1], rows[1:]]
     with torch.no_grad():
         expected = [(generated(model, batch), model(batch).logits) for batch in batches]
         for policy, slots in itertools.product(("on_demand", "prefetch"), (4, 24)):

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -32,6 +30,7 @@ from predict_train.train.targets import Target
 from rich.console import Console
 from safetensors.torch import load_file
 from test_offload import greedy, prompt
+from transformers import AutoModelForCausalLM
 
 QUIET = Console(quiet=True)
 
@@ -44,21 +43,19 @@ def speculate(model, predictors) -> dict[int, Routing]:
         return {target: s(x, source if target else None) for target, s in speculators.items()}
 
 
-SPECULATE_ELSEWHERE = """
-import sys, torch
-sys.path.insert(0, sys.argv[4])
-from test_export import speculate
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
-torch.save({target: tuple(routing) for target, routing in speculate(model, sys.argv[2]).items()}, sys.argv[3])
-"""
+def speculate_elsewhere(folder: Path, predictors: Path, out: Path) -> None:
+    """The job of a new process."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.save({target: tuple(routing) for target, routing in speculate(model, predictors).items()}, out)
 
 
-def test_an_export_speculates_the_same_in_a_new_process(exported, tiny_moe, tiny_moe_folder, tmp_path):
+def test_an_export_speculates_the_same_in_a_new_process(exported, tiny_moe, tiny_moe_folder, tmp_path, forkserver):
     out = tmp_path / "elsewhere.pt"
-    arguments = [str(tiny_moe_folder), str(exported), str(out), str(Path(__file__).parent)]
-    subprocess.run([sys.executable, "-c", SPECULATE_ELSEWHERE, *arguments], check=True, cwd=Path(__file__).parents[1])
+    child = forkserver.Process(target=speculate_elsewhere, args=(tiny_moe_folder, exported, out))
+    child.start()
+    child.join(100)
+    assert child.exitcode == 0
     there = torch.load(out, weights_only=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

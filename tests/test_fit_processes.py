@@ -35,9 +35,11 @@ def run(*given: Any) -> None:
     assert not end.value.code
 
 
-def command(*given: Any) -> list[str]:
-    """What begins a training in a process of its own."""
-    return [sys.executable, "-m", "predict_train", *arguments(*given)]
+def run_alone(given: list[str], log: Path) -> None:
+    """The job of a process of its own: a training by the command line."""
+    sys.stdout = sys.stderr = log.open("w")
+    sys.argv = ["predict-train", *given]
+    cli.main()
 
 
 def result(folder: Path) -> dict:
@@ -66,30 +68,35 @@ def test_processes_share_each_step_and_see_each_row_once(collected, world):
 def test_two_gloo_processes_reach_what_one_does(collected, tmp_path):
     """They are begun in a folder with files of the user that have the names of the rooms."""
     write_own_files(tmp_path)
-    settings = ("--epochs", 2, "--precision", "32-true", "--no-reuse")
+    settings = ("--epochs", 2, "--precision", "32-true", "--no-reuse", "--batch-size", 512)
     run(collected, tmp_path / "one", *settings)
-    both = command(collected, tmp_path / "two", *settings, "--devices", 2, "--strategy", "ddp")
+    shared = arguments(collected, tmp_path / "two", *settings, "--devices", 2, "--strategy", "ddp")
+    both = [sys.executable, "-m", "predict_train", *shared]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "ONLY_OURS": "1"}
     done = subprocess.run(both, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("mean hit rate") == 1
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
+    assert one["mean"]["predictor"] > one["mean"]["training_free"]
     assert two["mean"]["training_free"] == pytest.approx(one["mean"]["training_free"], abs=1e-9)
     for alone, shared in zip(one["layers"], two["layers"], strict=True):
         assert shared["predictor"]["recall@k"] == pytest.approx(alone["predictor"]["recall@k"], abs=0.02)
 
 
-def test_a_killed_training_is_resumed_to_what_it_would_have_become(collected, tmp_path):
-    settings = ("--epochs", 3)
+def test_a_killed_training_is_resumed_to_what_it_would_have_become(collected, tmp_path, forkserver):
+    settings = ("--epochs", 2)
     out = tmp_path / "killed"
     run(collected, tmp_path / "first", *settings)
-    process = subprocess.Popen(command(collected, out, *settings), cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "log"
+    process = forkserver.Process(target=run_alone, args=(arguments(collected, out, *settings), log))
+    process.start()
     last = out / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120
-    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not last.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
     assert last.exists()
     assert not (out / "result.json").exists()
     run(collected, out, *settings, "--resume")

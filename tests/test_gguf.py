@@ -136,8 +136,8 @@ def by_transformers(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
-    [(name, dtype) for name in ("qwen3_moe", "qwen3_5_moe_text") for dtype in ("bfloat16", "float32")]
-    + [("qwen2_moe", "bfloat16"), ("minimax_m2", "float32")],
+    # Each of the two ways in which transformers widens is there in bfloat16; float32 loses nothing by either.
+    [("qwen3_moe", "float32"), ("qwen3_5_moe_text", "bfloat16"), ("qwen2_moe", "bfloat16"), ("minimax_m2", "float32")],
 )
 def test_exact_policies_give_the_logits_of_the_widened_model(architecture: str, dtype: str, tmp_path: Path) -> None:
     """In memory, in a file that is made, and in one that is there, with types that differ from layer to layer."""
@@ -149,11 +149,10 @@ def test_exact_policies_give_the_logits_of_the_widened_model(architecture: str, 
     expected = logits(load_resident(tmp_path, Loading(**settings), torch.device("cpu")))
     assert torch.equal(expected, logits(wide))
     file = tmp_path / "experts"
-    for store in ({}, {"pack": file}):
-        for policy in ("on_demand", "prefetch"):
-            model = load_offloaded(tmp_path, policy=policy, slots=5, device="cpu", **settings, **store)
-            assert torch.equal(logits(model), expected), (store, policy)
-            model.expert_offload.detach()
+    for policy, store in (("prefetch", {}), ("on_demand", {"pack": file}), ("prefetch", {"pack": file})):
+        model = load_offloaded(tmp_path, policy=policy, slots=5, device="cpu", **settings, **store)
+        assert torch.equal(logits(model), expected), (store, policy)
+        model.expert_offload.detach()
         load_experts(model)
         states = model.state_dict(), wide.state_dict()
         assert states[0].keys() == states[1].keys()

@@ -9,10 +9,9 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from predict_train.runtime.formats import PAGE
 from predict_train.runtime.gatherer import Gathered
 from predict_train.runtime.pack import pack, pack_random
 from predict_train.runtime.packfile import PackedStore, read_header
+from predict_train.runtime.packwriter import PackWriter
 from predict_train.runtime.store import empty_blocks
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -372,23 +372,23 @@ def test_random_packs_are_drawn_from_their_seed(tiny_moe: PreTrainedModel, tmp_p
     assert first.model["weights"] != third.model["weights"]
 
 
-KILLED = """
-import os, signal, sys
-from predict_train.runtime import packwriter
-from predict_train.runtime.pack import pack
-folder, out, quantize, layers = sys.argv[1:]
-write = packwriter.PackWriter._write
-def killed(self, gathered):
-    write(self, gathered)
-    if len(self._modules) == int(layers):
-        os.kill(os.getpid(), signal.SIGKILL)
-packwriter.PackWriter._write = killed
-pack(folder, out, quantize=quantize or None)
-"""
+def pack_until_killed(folder: Path, out: Path, quantize: str | None, layers: int) -> None:
+    """The job of a process, which is killed when it has written so many layers."""
+    write = PackWriter._write
+
+    def killed(self: PackWriter, gathered: Gathered) -> None:
+        write(self, gathered)
+        if len(self._modules) == layers:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    PackWriter._write = killed  # type: ignore[method-assign]
+    pack(folder, out, quantize=quantize)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-def test_a_killed_pack_is_gone_on_with(quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_pack_is_gone_on_with(
+    quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forkserver: ForkServerContext
+) -> None:
     """The file is the same byte for byte, and no layer is made twice. Other attempts don't go on with it."""
     folder = tmp_path / "model"
     build_model("qwen3_moe", num_hidden_layers=5).save_pretrained(folder)
@@ -401,8 +401,10 @@ def test_a_killed_pack_is_gone_on_with(quantize: str | None, tmp_path: Path, mon
 
     monkeypatch.setattr(Gathered, "blocks", counted)
     out = tmp_path / "experts.1"
-    command = [sys.executable, "-c", KILLED, str(folder), str(out), quantize or "", "3"]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    child = forkserver.Process(target=pack_until_killed, args=(folder, out, quantize, 3))
+    child.start()
+    child.join(100)
+    assert child.exitcode == -signal.SIGKILL
     made.append(0)
     expected = pack(folder, tmp_path / "experts", quantize=quantize).read_bytes()
     left = {file.name: file.read_bytes() for file in tmp_path.glob("experts.*")}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import resource
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +80,25 @@ def test_in_memory_a_quarter_is_enough(tiny_moe):
     assert model.expert_offload.why_slots == found.reason
 
 
-def test_a_limit_on_the_process_is_known():
+def measured_under_limits(told: Path) -> None:
+    """The job of a process of its own."""
+    free = []
+    for limit in (40 << 30, 12 << 30):
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        free.append(free_memory(CPU))
+    taken = torch.ones(1 << 26)
+    free.append(free_memory(CPU))
+    assert taken.all()
+    told.write_text(" ".join(map(str, free)))
+
+
+def test_a_limit_on_the_process_is_known(tmp_path: Path, forkserver: ForkServerContext):
     """What is free falls with the limit, and with what is taken."""
-    code = (
-        "import resource, torch\n"
-        "from predict_train.runtime.room import free_memory\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (40 << 30, 40 << 30))\n"
-        "before = free_memory(torch.device('cpu'))\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))\n"
-        "under = free_memory(torch.device('cpu'))\n"
-        "taken = torch.ones(1 << 26)\n"
-        "print(before, under, free_memory(torch.device('cpu')))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    before, under, after = map(int, done.stdout.split())
+    child = forkserver.Process(target=measured_under_limits, args=(tmp_path / "told",))
+    child.start()
+    child.join(100)
+    assert child.exitcode == 0
+    before, under, after = map(int, (tmp_path / "told").read_text().split())
     assert under <= min(before, 12 << 30)
     assert under - after >= 1 << 27
     assert 0 < free_memory(CPU) < BIG

@@ -8,14 +8,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from elsewhere import inspect_from_a_notebook
 from predict_train.data_collection.progress import LOCK, locked
 from predict_train.data_collection.settings import CollectError
 from predict_train.data_collection.trace import Trace
@@ -205,18 +204,18 @@ def test_text_that_is_not_utf_8_is_refused(monkeypatch, capsys, arguments):
     assert told.count("\n") == 1
 
 
-def test_a_notebooks_environment_and_an_ascii_terminal_do_no_harm(exported, tmp_path):
+def test_a_notebooks_environment_and_an_ascii_terminal_do_no_harm(exported, tmp_path, forkserver):
     predictors = shutil.copytree(exported, tmp_path / "predictors")
     config = json.loads((predictors / "config.json").read_text())
     config["model"]["name"] = "modèle"
     (predictors / "config.json").write_text(json.dumps(files.sealed(config)))
-    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONIOENCODING": "ascii",
-                                "LC_ALL": "C"}  # fmt: skip
-    command = [sys.executable, "-m", "predict_train", "inspect", predictors, "--plot", tmp_path / "figure.png"]
-    done = subprocess.run(command, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert rb"mod\xe8le" in done.stdout
-    assert b"hit rate by layer" in done.stdout
+    told = tmp_path / "told"
+    child = forkserver.Process(target=inspect_from_a_notebook, args=(predictors, tmp_path / "figure.png", told))
+    child.start()
+    child.join(100)
+    assert child.exitcode == 0, told.read_bytes()
+    assert rb"mod\xe8le" in told.read_bytes()
+    assert b"hit rate by layer" in told.read_bytes()
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
