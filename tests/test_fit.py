@@ -43,9 +43,10 @@ def config(collected: Path, tmp_path: Path) -> Callable[..., FitConfig]:
         small = {
             "trace": collected,
             "out": tmp_path / "run",
-            "width": 32,
+            "width": 16,
             "epochs": 2,
-            "batch_size": 256,
+            "batch_size": 512,
+            "reuse": False,
             "device": "cpu",
         }
         return FitConfig(**(small | changes))  # type: ignore[arg-type]
