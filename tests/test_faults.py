@@ -76,7 +76,7 @@ class Failing(HostStore):
 
 
 @pytest.mark.parametrize("policy", ["on_demand", "prefetch", "speculative"])
-@pytest.mark.parametrize("when", [1, 9, 40])
+@pytest.mark.parametrize("when", [1, 40])
 def test_an_io_error(tiny_moe: PreTrainedModel, policy: str, when: int, expected: torch.Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_moe.state_dict().items()}
     store = Failing(tiny_moe, lambda number: number == when)

@@ -72,7 +72,16 @@ def environment(folder: Path, wanted: list[str]) -> Path:
         below = sysconfig.get_path("purelib")
         Path(packages, "below.pth").write_text(f"import site; site.addsitedir({below!r})\n")
         # Little of it is imported here, so compiling it all would take longer than the test.
-        pip("--python", python, "install", "--no-compile", "--only-binary", ":all:", f"torch=={version('torch')}", *wanted)
+        pip(
+            "--python",
+            python,
+            "install",
+            "--no-compile",
+            "--only-binary",
+            ":all:",
+            f"torch=={version('torch')}",
+            *wanted,
+        )
         made.write_text(contents)
     return python
 

@@ -105,7 +105,7 @@ def tiles(rows: int, columns: int) -> Iterator[None]:
         yield
 
 
-@settings(max_examples=CASES // 4)
+@settings(max_examples=CASES // 6)
 @given(layer=layers(), k=st.integers(1, 2), tile=st.sampled_from([(64, 256), (128, 64)]), seed=st.integers(0, 2**16))
 def test_products_are_those_of_the_weights_that_the_host_widens(
     layer: Layer, k: int, tile: tuple[int, int], seed: int
@@ -168,7 +168,7 @@ def test_the_device_computes_what_the_host_computes(tmp_path: Path) -> None:
             offloaded(model, policy="prefetch", slots=8, device=DEVICE) as offload,
         ):
             assert isinstance(offload._engine, DeviceSlots) == by_device
-            found.append(decode(model, IDS[:, :6], 4))
+            found.append(decode(model, IDS[:, :4], 3))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4 * float(found[1].abs().max()))
 
 
