@@ -37,7 +37,7 @@ DECLARED = [
 FILES = ("tests/test_cli.py", "tests/test_exactness.py")
 LOOP = ("what_a_token_costs", "evaluate_writes_its_figures")
 """Tests that collect, fit, export, and then generate or evaluate, all by the command line."""
-TYPES = ("qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
+TYPES = ("qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "nemotron_h")
 """Types that both exact policies are compared with the resident model on. One that a release lacks is left out."""
 RUN = """
 import sys, pytest
