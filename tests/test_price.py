@@ -149,9 +149,9 @@ def test_what_wrong_copies_cost_follows_from_what_comes_back_and_from_how_busy_t
         return use
 
     assert link(0, 2).again < 0.01 < 1 < link(1, 1).again
-    assert link(0, 2).queue == pytest.approx(0.25, abs=0.01)
-    assert link(0, 8).queue == pytest.approx(4, abs=0.1)
-    assert link(0, 20).queue == pytest.approx(19, abs=0.1)
+    assert link(0, 2).queue == pytest.approx(0.125, abs=0.01)
+    assert link(0, 8).queue == pytest.approx(2, abs=0.05)
+    assert link(0, 20).queue == pytest.approx(9.5, abs=0.1)
     assert link(0, 8).stall.value == pytest.approx(0.5)
 
 

@@ -14,7 +14,8 @@ computation waits:
              whether the guess is right or not
     W_j      how likely it is that layer j is missing something
     R        how many more copies a wrong one brings about, since another expert leaves its slot for it; 0 while slots are free
-    Q        how many copies wait for the link, on average: busy / (1 - busy) for a link that is busy so much of the time (M/M/1)
+    Q        how many copies one waits for on average: busy / (2 (1 - busy)) where the link is busy so much of the time, since copies
+             are all of one length (M/D/1, Pollaczek-Khinchine)
     stall    how long one copy is waited for, on average over all copies
     B        how much longer the computation beside a copy takes, per second of copying: much where both use the same memory
     C        `CAUTION`
@@ -174,9 +175,9 @@ class LinkUse:
 
     @property
     def queue(self) -> float:
-        """How many copies wait for the link."""
+        """How many copies one waits for."""
         busy = min(BUSIEST, float(self.busy))
-        return busy / (1 - busy)
+        return busy / (2 * (1 - busy))
 
 
 class Prices:
