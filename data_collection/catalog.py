@@ -48,6 +48,14 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 """Values that make a config small; each is used if the config has a field of that name."""
 
+SMALL_SLIDING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_head_dim": 8,
+    "sliding_window_size": 64,
+    "rel_extent": 64,
+}
+
 PECULIAR: dict[str, dict[str, Any]] = {
     # Fields that a default config leaves unset, or whose values must agree with each other.
     "dots3_note": {"layer_types": ["indexed_attention"] * LAYERS, "per_layer_config": {}, "head_dim": 16,
@@ -56,9 +64,12 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "gemma4": {"per_layer_config": {}},
     "gemma4_text": {"per_layer_config": {}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * (LAYERS // 2)},
+    # Their sliding layers are as wide as a large model's by default, and look as far back.
+    "inkling_text": SMALL_SLIDING,
+    "inkling2_text": SMALL_SLIDING,
     # By default it runs layers again that a small model does not have.
-    "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3,
-                           "loop_gate_rank": 4},
+    "inkling2_loop_text": {**SMALL_SLIDING, "n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1,
+                           "loop_layer_index_end": 3, "loop_gate_rank": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
     "mimo_v2_flash": {"num_key_value_heads": 2},  # doubled in its sliding layers
     "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "moe"], "moe_latent_size": 16},

@@ -16,7 +16,7 @@ from test_exactness import all_logits
 from test_offload import prompt
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-SHORT = ((1, 1), (2, 9))
+SHORT = ((1, 1, 1), (2, 9, 1))
 
 
 def test_what_can_only_be_offloaded_is_fetched_on_demand_and_says_why() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -51,18 +52,19 @@ def supported_model(model_type: str) -> PreTrainedModel:
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PASSES = ((1, 7), (3, 40))
-"""Sequences and tokens of prompts. With two experts a token, 120 tokens give an expert some 30 rows."""
+PASSES = ((1, 7, 2), (3, 40, 1))
+"""Sequences and tokens of prompts, and decode steps after them. With two experts a token, 120 tokens give an expert some 30 rows."""
+LONG = ((1, 600, 1), (3, 300, 1))
 
 
 @torch.no_grad()
-def all_logits(model: PreTrainedModel, passes: Sequence[tuple[int, int]] = PASSES) -> list[torch.Tensor]:
-    """Those of prompts, and of two tokens after each."""
+def all_logits(model: PreTrainedModel, passes: Sequence[tuple[int, int, int]] = PASSES) -> list[torch.Tensor]:
+    """Those of prompts, and of the tokens after each."""
     found = []
-    for batch, length in passes:
+    for batch, length, steps in passes:
         output = model(prompt(batch, length), use_cache=True)
         found.append(output.logits)
-        for _ in range(2):
+        for _ in range(steps):
             cache = output[CACHE]
             output = model(output.logits[:, -1:].argmax(-1), **{CACHE: cache}, use_cache=True)
             found.append(output.logits)
@@ -112,10 +114,10 @@ def test_every_model_type_has_the_logits_of_plain_transformers(model_type: str) 
 def test_long_prompts_have_the_logits_of_plain_transformers(build_moe: Callable[..., PreTrainedModel]) -> None:
     for dtype, architecture in itertools.product(DTYPES[:2], ("qwen3_moe", "deepseek_v3", "gpt_oss")):
         model = build_moe(architecture).to(dtype)
-        plain = all_logits(model, [(1, 600), (3, 300)])
+        plain = all_logits(model, LONG)
         for policy, slots in zip(POLICIES, (TOP_K, 7), strict=True):
             with offloaded(model, policy=policy, slots=slots, device="cpu"):
-                assert all(map(torch.equal, all_logits(model, [(1, 600), (3, 300)]), plain))
+                assert all(map(torch.equal, all_logits(model, LONG), plain))
 
 
 def generated(model: PreTrainedModel, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
@@ -197,10 +199,10 @@ def test_half_precision_is_exact_too(
 ) -> None:
     model = build_moe(architecture).to(dtype)
     for ids in (prompt(1, 7), prompt(3, 40)):
-        expected = greedy(model, ids)
+        expected = greedy(model, ids, 5)
         for policy, slots in zip((*POLICIES, "auto"), (TOP_K, 7, 5), strict=True):
             with offloaded(model, policy=policy, slots=slots, device="cpu"):
-                assert torch.equal(greedy(model, ids), expected), (policy, slots)
+                assert torch.equal(greedy(model, ids, 5), expected), (policy, slots)
 
 
 def test_two_models_in_two_threads(build_moe: Callable[..., PreTrainedModel]) -> None:
@@ -233,6 +235,13 @@ def shared_model() -> PreTrainedModel:
     return build_model("qwen3_moe")
 
 
+@functools.cache
+def resident_tokens(model: PreTrainedModel, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prompt, and what the resident model makes of it. Many examples are compared with these."""
+    ids = prompt(batch, 5)
+    return ids, greedy(model, ids, 5)
+
+
 @given(
     delays=st.lists(st.integers(0, 5), min_size=1, max_size=12),
     slots=st.integers(TOP_K, 14),
@@ -255,8 +264,7 @@ def test_no_order_of_arrival_changes_a_token(
     candidates: int,
     horizon: int,
 ) -> None:
-    ids = prompt(batch, 5)
-    expected = greedy(shared_model, ids, 5)
+    ids, expected = resident_tokens(shared_model, batch)
     arguments = {"slots": slots, "readers": readers, "policy": policy, "eviction": eviction, "candidates": candidates}
     arguments["horizon"] = horizon
     with any_order(shared_model, delays, **arguments):
