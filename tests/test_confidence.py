@@ -29,7 +29,7 @@ def error_of(confidence: Confidence, found: torch.Tensor, right: torch.Tensor) -
 
 
 @given(confidences, st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_what_is_fitted_holds_on_rows_drawn_from_the_same(true: Confidence, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     found = 3 * true.temperature * torch.randn(2, 8000, 6, generator=generator)

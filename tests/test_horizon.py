@@ -35,27 +35,32 @@ def reading(predictors: Predictors, sources: dict[int, int | None]) -> Predictor
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("slots", [2, 3, 8, 24])
-def test_a_horizon_of_two_is_exact(build_moe: Callable[..., PreTrainedModel], architecture: str, slots: int) -> None:
+def test_a_horizon_of_two_is_exact(build_moe: Callable[..., PreTrainedModel], architecture: str) -> None:
     model = build_moe(architecture)
     for ids in (prompt(1, 7), prompt(3, 2)):
         expected = greedy(model, ids)
-        for policy in ("prefetch", "auto"):
+        for slots, policy in itertools.product((2, 3, 8, 24), ("prefetch", "auto")):
             with offloaded(model, policy=policy, slots=slots, horizon=2, device="cpu") as offload:
                 assert torch.equal(greedy(model, ids), expected)
                 assert offload.counters.speculation_hit_rate is not None
+
+
+@pytest.fixture(scope="module")
+def followed(build_moe: Callable[..., PreTrainedModel]) -> tuple[PreTrainedModel, Predictors, torch.Tensor]:
+    """A model, predictors of it, and what it says after a prompt."""
+    model = build_moe("qwen2_moe")
+    return model, with_default_vectors(model), greedy(model, prompt(1, 5), 4)
 
 
 @given(
     places=st.lists(st.integers(-1, 2), min_size=4, max_size=4), slots=st.integers(2, 32), candidates=st.integers(2, 8)
 )
 def test_no_source_changes_a_token(
-    build_moe: Callable[..., PreTrainedModel], places: list[int], slots: int, candidates: int
+    followed: tuple[PreTrainedModel, Predictors, torch.Tensor], places: list[int], slots: int, candidates: int
 ) -> None:
-    model = build_moe("qwen2_moe")
+    model, usual, expected = followed
     source_of = {target: None if place < 0 or place >= target else place for target, place in enumerate(places)}
-    predictors = reading(with_default_vectors(model), source_of)
-    expected = greedy(model, prompt(1, 5), 4)
+    predictors = reading(usual, source_of)
     with offloaded(model, predictors, policy="prefetch", slots=slots, candidates=candidates, device="cpu"):
         assert torch.equal(greedy(model, prompt(1, 5), 4), expected)
 

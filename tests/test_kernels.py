@@ -175,7 +175,7 @@ def copies(draw: st.DrawFn) -> Copy:
     return Copy(moved, amount, experts, slots, words, programs, draw(st.sampled_from([4, 16])))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(copies())
 def test_copies_fill_their_places_and_no_others(case: Copy) -> None:
     host = torch.randint(-(2**62), 2**62, (case.experts, case.words), device=DEVICE)
@@ -218,7 +218,7 @@ def across(rows: torch.Tensor) -> torch.Tensor:
     return rows.to(DEVICE).T.contiguous().T
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(guessed(by_rank=False), st.sampled_from([torch.int32, torch.int64]))
 def test_hits_by_ids_are_those_of_the_host(case: Guessed, dtype: torch.dtype) -> None:
     count, host = DeviceHitCount(case.k, torch.device(DEVICE)), HitCount(case.k)
@@ -230,7 +230,7 @@ def test_hits_by_ids_are_those_of_the_host(case: Guessed, dtype: torch.dtype) ->
     assert count.totals() == (0, 0)
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(guessed(by_rank=True), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_hits_by_rank_are_those_of_the_largest_logits(case: Guessed, dtype: torch.dtype) -> None:
     """Of equal logits the first are taken, which is one of the choices that `topk` may make."""

@@ -112,21 +112,19 @@ def test_speculation_with_every_expert_allowed_is_exact(
 
 
 @pytest.mark.parametrize("gating", ["speculated", "true", "resident"])
-@pytest.mark.parametrize("slots", [2, 3, 8, 32])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_speculative_tokens_do_not_depend_on_slots(
-    tiny_moe: PreTrainedModel, gating: str, slots: int, batch: int
-) -> None:
+def test_speculative_tokens_do_not_depend_on_slots(tiny_moe: PreTrainedModel, gating: str, batch: int) -> None:
     """What was guessed is executed however few slots there are; only gating resident looks at what is on the device."""
     ids = prompt(batch, 5)
-    offload_experts(tiny_moe, policy="speculative", gating=gating, slots=32)
-    expected = greedy(tiny_moe, ids)
-    tiny_moe.expert_offload.detach()
-    offload_experts(tiny_moe, policy="speculative", gating=gating, slots=slots)
-    output = greedy(tiny_moe, ids)
-    assert output.shape == expected.shape
-    if gating != "resident":
-        assert torch.equal(output, expected)
+    outputs = []
+    for slots in (32, 2, 3, 8):
+        offload_experts(tiny_moe, policy="speculative", gating=gating, slots=slots)
+        outputs.append(greedy(tiny_moe, ids))
+        tiny_moe.expert_offload.detach()
+    for output in outputs[1:]:
+        assert output.shape == outputs[0].shape
+        if gating != "resident":
+            assert torch.equal(output, outputs[0])
 
 
 def test_detaching_restores_the_model_exactly(tiny_moe: PreTrainedModel) -> None:
