@@ -43,6 +43,9 @@ class Memory:
         self._stream.freed.append(self._content)
 
 
+ORDINARY = nullcontext()
+
+
 class SimulatedTensor(torch.Tensor):
     """A tensor on the device. To torch's C++ it is on `meta`, which needs no device. To Python it is on `cuda:0`."""
 
@@ -53,7 +56,8 @@ class SimulatedTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, content: torch.Tensor, memory: Memory | None = None) -> Self:
         size, strides, offset = content.size(), content.stride(), content.storage_offset()
-        with torch.inference_mode(False):  # a view must be as ordinary as what it is a view of
+        # A view must be as ordinary as what it is a view of.
+        with torch._C._InferenceMode(False) if torch.is_inference_mode_enabled() else ORDINARY:
             made = torch.Tensor._make_wrapper_subclass(
                 cls, size, strides=strides, storage_offset=offset, dtype=content.dtype, device="meta"
             )
@@ -81,6 +85,11 @@ class SimulatedTensor(torch.Tensor):
 class Mode(TorchDispatchMode):
     """Within it tensors can be made on the device, and moved there."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and to keep the compiler out of each operation takes longer than many of them."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
 
@@ -98,7 +107,8 @@ SHAPES: dict[Any, Any] = {}
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Does an operation on host memory, or gives it to the device."""
-    to, is_ours = kwargs.get("device"), any(isinstance(leaf, SimulatedTensor) for leaf in leaves_of((args, kwargs)))
+    to, leaves = kwargs.get("device"), leaves_of((args, kwargs))
+    is_ours = any(isinstance(leaf, SimulatedTensor) for leaf in leaves)
     on_device = to is not None and to.type in ("cuda", "meta")  # C++ asks for meta where it sees a tensor of ours
     if (is_ours or on_device) and torch.is_inference_mode_enabled() and func._can_decompose():
         with Mode():  # where autograd is not quite off, it has done this already
@@ -110,12 +120,12 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
             return moved(args[0], on_device or to is None, kwargs)
         if func is aten.copy_.default:
             return copied(*args, **kwargs)
-        return operated(func, args, kwargs, on_device)
+        return operated(func, args, kwargs, leaves, on_device)
 
 
-def operated(func: Any, args: Any, kwargs: Any, on_device: bool) -> Any:
+def operated(func: Any, args: Any, kwargs: Any, leaves: list[Any], on_device: bool) -> Any:
     """Gives the device an operation that is no copy."""
-    leaves, indices = leaves_of((args, kwargs)), args[1] if func is aten.index.Tensor else []
+    indices = args[1] if func is aten.index.Tensor else []
     if any(is_host(leaf) and leaf.dim() and not any(leaf is index for index in indices) for leaf in leaves):
         raise RuntimeError(f"{func} got tensors on cuda:0 and cpu")
     real_args, real_kwargs = mapped(content, (args, kwargs))

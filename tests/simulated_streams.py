@@ -132,7 +132,7 @@ class Stream:
         """Does the next work, or leaves a wait that is over."""
         work = self.queue.popleft()
         if not isinstance(work, Mark):
-            with torch._C._DisableTorchDispatch(), torch.inference_mode():
+            with torch._C._DisableTorchDispatch(), torch._C._InferenceMode(True):
                 work()
         self.done += 1
 
