@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
+import alone
 import pytest
 from conftest import ROOMS, write_own_files
 
@@ -91,6 +93,38 @@ for name in ROOMS:  # and the other way round: ours are there first
     del sys.modules[name]
 found["owners"] += [importlib.import_module(name).OWNER for name in ROOMS]
 json.dump(found, open("found.json", "w"))
+"""
+
+# Imports the libraries, and nothing of ours, for the programs of both places: that takes longer than all that they do. Each
+# program then runs in a child, where modules are found as Python would find them for it: beside the program, then in `home`.
+LIBRARIES = """
+import importlib
+import json
+import os
+import runpy
+import sys
+
+for name in ("torch", "transformers", "lightning.pytorch", "datasets", "torchmetrics", "typer", "pydantic"):
+    importlib.import_module(name)
+assert not any(name.split(".")[0] == "predict_train" for name in sys.modules)
+print(flush=True)
+for line in sys.stdin:
+    home, folder, log, *arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdin = open(0)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.chdir(folder)
+        # What is installed editably in this environment is not what is tested.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+        sys.path[:1] = [folder, home]
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -174,7 +208,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory, place: Place) -> Path:  # n
 
 
 @pytest.fixture(scope="module")
-def found(place: Place, folder: Path, tiny_moe_folder: Path, text_corpus: Path) -> dict[str, Any]:
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., int]]:
+    """Runs a program in a process that has the libraries already: `home`, folder, log file, program and its arguments."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    elsewhere, pipes = tmp_path_factory.mktemp("elsewhere"), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(
+        [sys.executable, "-c", LIBRARIES], cwd=elsewhere, env=environment, text=True, **pipes
+    ) as server:
+        stdin, stdout = cast(IO[str], server.stdin), cast(IO[str], server.stdout)
+        assert stdout.readline() == "\n"
+
+        def run(*given: object) -> int:
+            stdin.write(json.dumps([*map(str, given)]) + "\n")
+            stdin.flush()
+            return int(stdout.readline())
+
+        yield run
+        stdin.close()
+
+
+@pytest.fixture(scope="module")
+def found(
+    place: Place, folder: Path, tiny_moe_folder: Path, text_corpus: Path, libraries: Callable[..., int]
+) -> dict[str, Any]:
     """What the user's program says: exit codes, tokens, and where the modules came from."""
     text = ["--corpus", text_corpus, "--sequence-length", 32]
     quick = ["--tokens", 4, "--slots", 9]
@@ -192,7 +248,8 @@ def found(place: Place, folder: Path, tiny_moe_folder: Path, text_corpus: Path) 
         "plan": [tiny_moe_folder, *machine, *quick],
     }
     (folder / "commands.json").write_text(json.dumps({name: [*map(str, a)] for name, a in commands.items()}))
-    place.run(folder, "program.py", tiny_moe_folder)
+    log = folder / "said"
+    assert libraries(place.home, folder, log, "program.py", tiny_moe_folder) == 0, log.read_text()
     result: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return result
 
@@ -228,10 +285,16 @@ def test_the_package_is_run_as_a_module(place, folder):
 
 
 @pytest.mark.parametrize("place", ["wheel"], indirect=True)
-def test_processes_of_torchrun_collect(place, folder, tiny_moe_folder, text_corpus):
+def test_processes_of_torchrun_collect(place, folder, tiny_moe_folder, text_corpus, forkserver):
     arguments = ["collect", tiny_moe_folder, "--corpus", text_corpus, "--tokens", 600, "--sequence-length", 32]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    place.run(folder, *torchrun, "-m", PACKAGE, *arguments, "--out", "shared", ONLY_OURS="1")
+    given = [*map(str, ["--standalone", "--nproc-per-node", 2, "-m", PACKAGE, *arguments, "--out", "shared"])]
+    # torchrun itself needs no new Python. Its processes are the place's.
+    environment, log = place.environment | {"ONLY_OURS": "1", "PYTHON_EXEC": str(place.python)}, folder / "torchrun"
+    torchrun = ("torch.distributed.run", given, str(folder), environment, str(log))
+    process = forkserver.Process(target=alone.module, args=torchrun)
+    process.start()
+    process.join(240)
+    assert process.exitcode == 0, log.read_text()
     assert json.loads((folder / "shared" / "manifest.json").read_text())["processes"] == 2
 
 
