@@ -140,7 +140,14 @@ def forkserver() -> ForkServerContext:
     """Makes processes from a server that has imported the command line, the job collect and their libraries once."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(
-        ["predict_train.cli", "predict_train.data_collection.collect", "transformers.models.qwen3_moe"]
+        [
+            "predict_train.cli",
+            "predict_train.data_collection.collect",
+            "transformers.models.qwen3_moe",
+            # Most jobs are functions of test files, which import these.
+            "pytest",
+            "hypothesis",
+        ]
     )
     return server
 

@@ -7,16 +7,16 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from itertools import takewhile
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
+from alone import begun
 from conftest import save_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -264,46 +264,44 @@ def test_the_next_turn_of_a_chat_computes_what_is_new(serve: Callable[..., Serve
 
 
 def test_the_first_signal_answers_what_is_there_and_a_second_ctrl_c_ends_at_once(
-    tiny_moe: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_moe: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forkserver: ForkServerContext,
 ) -> None:
     tiny_moe.generation_config.eos_token_id = None
     tiny_moe.config.max_position_embeddings = 2048
     folder = save_model(tiny_moe, tokenizer, tmp_path / "model")
     command = ["serve", str(folder), "--device", "cpu", "--port", "0"]
-    begun = [sys.executable, "-m", "predict_train", *command]
-    options: Any = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    with (
-        subprocess.Popen(begun, **options) as patient,
-        subprocess.Popen(begun, **options) as hasty,
-        ExitStack() as last,
-    ):
-        for process in (patient, hasty):
-            last.callback(process.kill)
-        connections = [ask(patient, {"prompt": "The", "max_tokens": 60}, of=3), ask(hasty, LONG, of=2)]
+    with begun(forkserver, command) as (patient, its_words), begun(forkserver, command) as (hasty, words):
+        connections = [ask(its_words, {"prompt": "The", "max_tokens": 60}, of=3), ask(words, LONG, of=2)]
         time.sleep(0.3)
-        patient.send_signal(signal.SIGTERM)
-        hasty.send_signal(signal.SIGINT)
-        assert hasty.stderr is not None
-        assert "Ctrl-C again stops at once" in hasty.stderr.readline()
-        hasty.send_signal(signal.SIGINT)
-        assert hasty.communicate(timeout=30)[1] == "predict-train: stopped\n"
-        assert hasty.returncode == 130
+        assert patient.pid is not None
+        assert hasty.pid is not None
+        os.kill(patient.pid, signal.SIGTERM)
+        os.kill(hasty.pid, signal.SIGINT)
+        assert "Ctrl-C again stops at once" in words.readline()
+        os.kill(hasty.pid, signal.SIGINT)
+        assert words.read() == "predict-train: stopped\n"
+        hasty.join(30)
+        assert hasty.exitcode == 130
         answers = [connection.getresponse().read() for connection in connections[0]]
         assert [json.loads(answer)["usage"]["completion_tokens"] for answer in answers] == [60, 60, 60]
-        rest = patient.communicate(timeout=30)[1]
-        assert patient.returncode == 0
+        rest = its_words.read()
+        patient.join(30)
+        assert patient.exitcode == 0
         assert "all requests have been answered" in rest
         assert "Traceback" not in rest
     assert run(monkeypatch, *command[:-1], "1" * 6) == 2
 
 
-def ask(process: subprocess.Popen[str], body: Any, of: int) -> list[http.client.HTTPConnection]:
+def ask(said: TextIO, body: Any, of: int) -> list[http.client.HTTPConnection]:
     """Sends so many requests to a server that begins."""
-    assert process.stderr is not None
-    assert "experts are on the device at a time" in process.stderr.readline()
-    line = process.stderr.readline()
+    before = [*takewhile(lambda line: "experts are on the device at a time" not in line, said)]  # how it is loaded
+    line = said.readline()
     found = re.search(r"127\.0\.0\.1:(\d+)/v1", line)
-    assert found, line
+    assert found, (before, line)
     connections = [http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60) for _ in range(of)]
     for connection in connections:
         connection.request("POST", TEXT, json.dumps(body))
