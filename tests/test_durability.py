@@ -40,7 +40,7 @@ from predict_train.predictors.errors import UserError
 from predict_train.train.settings import FitConfig
 from rich.console import Console
 
-KILLS = 6
+KILLS = 5
 SHARDS = 24
 
 

@@ -54,7 +54,7 @@ def supported_model(model_type: str) -> PreTrainedModel:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PASSES = ((1, 7, 2), (3, 40, 1))
 """Sequences and tokens of prompts, and decode steps after them. With two experts a token, 120 tokens give an expert some 30 rows."""
-LONG = ((1, 600, 1), (3, 300, 1))
+LONG = ((3, 300, 1),)
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def test_the_papers_case(tmp_path: Path) -> None:
 def test_how_the_routing_is_drawn_is_asked_for_and_told(tmp_path: Path) -> None:
     out, told, copies = tmp_path / "plan.json", [], []
     for options in ([], ["--hit-rate", 0.95], ["--kept", 0.43], ["--kept", 0.43, "--skew", 1], ["--preset", "moe-1b"]):
-        plan(SMALLER, "--device-memory", "2GB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s", "--tokens", 10,
+        plan(SMALLER, "--device-memory", "2GB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s", "--tokens", 6,
              "--slots", 290, *options, "--json", out)  # fmt: skip
         source = json.loads(out.read_text())["routing"]
         told.append((source["drawn_by"], source.get("kept"), source["hit_rate"], source["skew"]))

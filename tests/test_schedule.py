@@ -96,7 +96,7 @@ def model() -> PreTrainedModel:
     hit_rate=st.floats(0.0, 1.0),
     seed=st.integers(0, 50),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_model_and_its_simulation_begin_the_same_copies(
     model: PreTrainedModel, config: OffloadConfig, kept: float, hit_rate: float, seed: int
 ) -> None:
