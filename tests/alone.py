@@ -18,7 +18,7 @@ def command_line(arguments: list[str], said: Connection) -> None:
     """The command line, which writes what it says to `said`."""
     os.dup2(said.fileno(), 2)
     said.close()
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # the server's own is a file, and a pipe is none
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # the server's own is a file, and a pipe is none
     # Children of a shell's background job ignore it, and so would this one.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["predict-train", *arguments]

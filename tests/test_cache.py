@@ -45,7 +45,7 @@ def who_goes(
 
 @pytest.mark.parametrize("eviction", list(Eviction))
 def test_slots_are_never_shared_lost_or_taken_from_the_pinned(eviction: Eviction) -> None:
-    for seed in range(200):
+    for seed in range(500):
         follow(eviction, seed)
 
 
