@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther, sources
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.generation import CACHE
-from predict_train.runtime import Gating, Observer, OffloadConfig, Policy, offloaded
+from predict_train.runtime import Eviction, Gating, Observer, OffloadConfig, Policy, offloaded
 from predict_train.runtime.host import slots as slots_module
+from predict_train.runtime.host.price import Prices
+from predict_train.runtime.host.schedule import Schedule
 from predict_train.runtime.measure.routing import Statistics, draw_routing, replaying
 from predict_train.runtime.measure.simulation import Costs, simulate
 from predict_train.runtime.store import ExpertStore
@@ -117,3 +119,53 @@ def test_a_model_and_its_simulation_begin_the_same_copies(
     simulate(costs, routing, config, source_of, queue=True, warmup=0, observer=simulated)
     assert ran.begun == simulated.begun
     assert ran.begun, "with empty slots something is copied"
+
+
+class Counted:
+    """Copies of which only those in `over` are over."""
+
+    def __init__(self) -> None:
+        self.over: set[int] = set()
+        self.begun: list[tuple[int, int]] = []
+
+    def start(self, slot: int, key: tuple[int, int], urgent: bool) -> None:  # noqa: ARG002
+        self.begun.append(key)
+
+    def copying(self, slot: int) -> bool:
+        return slot not in self.over
+
+    def hurry(self, slot: int) -> None:
+        pass
+
+    def wait(self, slot: int) -> None:
+        self.over.add(slot)
+
+    def cancel(self, slot: int) -> bool:  # noqa: ARG002
+        return False
+
+    def abandon(self) -> None:
+        pass
+
+
+def test_a_guess_that_is_not_worth_its_copy_yet_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as fewer copies are before it; until its layer is entered."""
+    monkeypatch.setattr(Prices, "is_worth", lambda _self, _layer, _expert, ahead, _needed, **_: ahead < 1)
+    copies: Any = Counted()
+    prices = Prices(LAYERS, 8, clock=lambda: 0.0, copy_seconds=lambda: 1.0)
+    schedule = Schedule(copies, 8, LAYERS, Eviction.LRU, EXPERTS, prices)
+    schedule.begin_pass()
+    schedule.enter(0, [0, 1])
+    schedule.announce(1, [4, 5, 6])
+    schedule.begin_copies()
+    assert copies.begun == [(0, 0), (0, 1)]
+    for expert in (0, 1):
+        schedule.slot(0, expert)
+        schedule.left(0, expert)
+    assert copies.begun[2:] == [(1, 4)]
+    copies.over.add(schedule._cache.slot((1, 4)))
+    schedule.begin_copies()
+    assert copies.begun[3:] == [(1, 5)]
+    schedule.enter(1, [4, 5])
+    copies.over.update(range(8))
+    schedule.begin_copies()
+    assert (1, 6) not in copies.begun

@@ -202,29 +202,44 @@ class Schedule:
     def begin_copies(self, wait: bool = False) -> None:
         """Begins as many copies as there are slots for: first those that the current layer needs, then the guesses.
 
-        With `wait`, the first of them may wait for a slot that is still being copied into.
+        With `wait`, the first of them may wait for a slot that is still being copied into. A guess that is not worth its copy now is
+        asked for again at the next call: it may be when fewer copies are before it.
         """
-        for queue, urgent in ((self._demands, True), (self._prefetches, False)):
-            while queue:
-                key = queue[0]
-                if key in self._cache:
-                    self._cache.pin(key)
-                elif urgent or self._is_worth(key):
-                    slot = self._cache.admit(key) if wait else self._cache.admit(key, self._copies.copying)
-                    if slot is None and wait:  # guesses for later layers hold all slots
-                        self._cache.unpin_all()
-                        slot = self._cache.admit(key)
-                    if slot is None:
-                        return
-                    self._copies.start(slot, key, urgent)
-                    self._under_way[slot] = key[0]
-                    if self._prices is not None:
-                        self._prices.copied(key, self._cache.evicted)
-                    wait = False
-                    self.counters.copies += 1
-                    if self.observer is not None:
-                        self.observer.copy_begun(key, slot)
-                queue.popleft()
+        while self._demands:
+            is_there = self._demands[0] in self._cache
+            if not self._begin(self._demands[0], urgent=True, wait=wait):
+                return
+            self._demands.popleft()
+            wait = wait and is_there
+        later: list[Key] = []
+        while self._prefetches:
+            key = self._prefetches[0]
+            if key not in self._cache and not self._is_worth(key):
+                later.append(key)
+            elif not self._begin(key, urgent=False):
+                break
+            self._prefetches.popleft()
+        self._prefetches.extendleft(reversed(later))
+
+    def _begin(self, key: Key, urgent: bool, wait: bool = False) -> bool:
+        """Whether an expert has a slot or gets one. Its copy begins unless it is there."""
+        if key in self._cache:
+            self._cache.pin(key)
+            return True
+        slot = self._cache.admit(key) if wait else self._cache.admit(key, self._copies.copying)
+        if slot is None and wait:  # guesses for later layers hold all slots
+            self._cache.unpin_all()
+            slot = self._cache.admit(key)
+        if slot is None:
+            return False
+        self._copies.start(slot, key, urgent)
+        self._under_way[slot] = key[0]
+        if self._prices is not None:
+            self._prices.copied(key, self._cache.evicted)
+        self.counters.copies += 1
+        if self.observer is not None:
+            self.observer.copy_begun(key, slot)
+        return True
 
     def _wait(self, key: Key, slot: int) -> None:
         begun = time.perf_counter()
