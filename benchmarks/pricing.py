@@ -6,8 +6,8 @@
 The cells are three links, three shares of slots and three hit rates, of routing drawn as local as that of Qwen3-30B-A3B; and the same
 links and shares with the routing of a trace, guessed training-free and by predictors, whose candidates have calibrated probabilities.
 Their costs are those of the 1.2 B-parameter model of benchmarks/models/moe-1b.json on two cores. The link binds in a cell where
-`on_demand` copies for as long as it computes. The model itself then decodes with and without prices, in turns, and makes the same
-copies in both. Prints tables and writes JSON.
+`on_demand` copies for as long as it computes. The model itself decodes before that with and without prices, in turns, and makes the
+same copies in both. Prints tables and writes JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.predictors.tables import figure_table
 from predict_train.runtime import offloaded
-from predict_train.runtime.guess import Guess
+from predict_train.runtime.guess import FoldedGuesser, Guess
 from predict_train.runtime.host.price import Prices
 from predict_train.runtime.load import load_offloaded
 from predict_train.runtime.measure.plan import Hardware, costs_of, read_shape
@@ -160,7 +160,7 @@ def by_turns(offload: Any, replayed: Any) -> Iterator[Any]:
     for layer in layers:
         number, target = layer.target.number, layer.target
         for is_on in (True, False):
-            own = type(layer.guesser)(speculators[number], target.candidates, False, is_on)
+            own = FoldedGuesser(speculators[number], target.layer.top_k, target.candidates, weighs=False, sure=is_on)
             kinds[is_on][number] = replayed.guesser(target.layer.index, own)
 
     def turn(is_on: bool) -> None:
@@ -245,6 +245,15 @@ def main() -> None:
     arguments = parser.parse_args()
     console, begun = Console(width=120), time.perf_counter()
     result: dict[str, Any] = {"cells": []}
+    if arguments.turns:
+        result["own_cost"] = own_cost(arguments.slots, arguments.turns, arguments.pack)
+        ms, change = result["own_cost"]["ms"], result["own_cost"]["change"]
+        low, _, high = change["quartiles"]
+        console.print(
+            f"prices: {ms['priced']:.2f} ms a token with, {ms['unpriced']:.2f} without, {change['median']:+.2%} "
+            f"(quartiles {low:+.2%} to {high:+.2%})",
+            highlight=False,
+        )
     for horizon in arguments.horizons:
         cells = list(drawn(horizon))
         show(console, f"drawn routing, ms a token, guessed {horizon} ahead", cells)
@@ -255,15 +264,6 @@ def main() -> None:
             cells = list(traced(arguments.trace, predictors, eviction))
             show(console, f"routing of the trace, {eviction}, ms a token", cells)
             result["cells"] += cells
-    if arguments.turns:
-        result["own_cost"] = own_cost(arguments.slots, arguments.turns, arguments.pack)
-        ms, change = result["own_cost"]["ms"], result["own_cost"]["change"]
-        low, _, high = change["quartiles"]
-        console.print(
-            f"prices: {ms['priced']:.2f} ms a token with, {ms['unpriced']:.2f} without, {change['median']:+.2%} "
-            f"(quartiles {low:+.2%} to {high:+.2%})",
-            highlight=False,
-        )
     result |= {
         "seconds": time.perf_counter() - begun,
         "command": command(),
