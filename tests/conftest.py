@@ -14,6 +14,8 @@ from typing import Any
 # The libraries read these when they are imported. The models are tiny: a second thread gains nothing, and waiting for it
 # costs much where the cores are shared.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+# Where Python is told to keep no bytecode, each of the many processes would compile all of our modules.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 import torch
