@@ -1,4 +1,4 @@
-"""Jobs of processes that the fork server begins. Each of them imports this file, so it imports little itself."""
+"""Processes that the fork server begins, and jobs of such. Each of them imports this file, so it imports little itself."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import TextIO
+
+
+def exit_code(
+    forkserver: ForkServerContext, job: Callable[..., object], *given: object, within: int = 100
+) -> int | None:
+    """That of a process which does a job with what is `given`; None if it has not ended within so many seconds."""
+    process = forkserver.Process(target=job, args=given)
+    process.start()
+    process.join(within)
+    return process.exitcode
 
 
 def command_line(arguments: list[str], said: Connection) -> None:
@@ -53,3 +64,15 @@ def module(name: str, arguments: list[str], folder: str, environment: dict[str, 
     sys.path.insert(0, folder)
     sys.argv = [name, *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def inspect_from_a_notebook(folder: Path, figure: Path, told: Path) -> None:
+    """`inspect`, where what a notebook sets is there, and a terminal that knows ASCII only."""
+    from predict_train import cli
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        del sys.modules[name]  # it asks for the environment when it is imported, so it is imported again
+    os.environ |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "LC_ALL": "C"}
+    sys.stdout = sys.stderr = told.open("w", encoding="ascii")
+    sys.argv = ["predict-train", "inspect", str(folder), "--plot", str(figure)]
+    cli.main()

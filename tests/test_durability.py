@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import exit_code
 from predict_train.data_collection.collect import CollectConfig, collect
 from predict_train.data_collection.columns import column_shapes
 from predict_train.data_collection.manifest import TraceError
@@ -99,10 +100,7 @@ def flags(config: CollectConfig) -> list[str]:
 def test_a_start_imports_neither_datasets_nor_lightning(forkserver):
     # The server has imported the command line and the job, and nothing else.
     code = "import sys; sys.exit('datasets' in sys.modules or 'lightning' in sys.modules)"
-    child = forkserver.Process(target=exec, args=(code,))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
+    assert exit_code(forkserver, exec, code, within=60) == 0
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import exit_code
 from huggingface_hub import CommitOperationAdd, ModelCard
 from predict_train.data_collection.examples import make_batch
 from predict_train.data_collection.trace import Trace
@@ -52,10 +53,7 @@ def speculate_elsewhere(folder: Path, predictors: Path, out: Path) -> None:
 
 def test_an_export_speculates_the_same_in_a_new_process(exported, tiny_moe, tiny_moe_folder, tmp_path, forkserver):
     out = tmp_path / "elsewhere.pt"
-    child = forkserver.Process(target=speculate_elsewhere, args=(tiny_moe_folder, exported, out))
-    child.start()
-    child.join(100)
-    assert child.exitcode == 0
+    assert exit_code(forkserver, speculate_elsewhere, tiny_moe_folder, exported, out) == 0
     there = torch.load(out, weights_only=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import exit_code
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.runtime import StoreError, load_experts, load_offloaded, offload_experts, offloaded
 from predict_train.runtime.store import Bytes, HostStore
@@ -258,8 +259,5 @@ def offload_where_memory_is_scarce(file: Path, told: Path) -> None:
 def test_slots_that_find_no_memory(tmp_path: Path, forkserver: ForkServerContext) -> None:
     """A real limit: 128 experts of 3 MB where 150 MB of address space are left."""
     told = tmp_path / "told"
-    child = forkserver.Process(target=offload_where_memory_is_scarce, args=(tmp_path / "experts", told))
-    child.start()
-    child.join(55)
-    assert child.exitcode == 0
+    assert exit_code(forkserver, offload_where_memory_is_scarce, tmp_path / "experts", told, within=55) == 0
     assert "128 experts take 0.4 GiB, which cpu has not left; ask for fewer slots" in told.read_text()

@@ -73,10 +73,7 @@ def test_two_gloo_processes_reach_what_one_does(collected, tmp_path, forkserver)
     shared = arguments(collected, tmp_path / "two", *settings, "--devices", 2, "--strategy", "ddp")
     environment, log = os.environ | {"PYTHONPATH": str(ROOT), "ONLY_OURS": "1"}, tmp_path / "log"
     begun = ("predict_train", shared, str(tmp_path), environment, str(log))
-    first = forkserver.Process(target=alone.module, args=begun)
-    first.start()
-    first.join(250)
-    assert first.exitcode == 0, log.read_text()
+    assert alone.exit_code(forkserver, alone.module, *begun, within=250) == 0, log.read_text()
     assert log.read_text().count("mean hit rate") == 1
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
     assert one["mean"]["predictor"] > one["mean"]["training_free"]

@@ -291,10 +291,7 @@ def test_processes_of_torchrun_collect(place, folder, tiny_moe_folder, text_corp
     # torchrun itself needs no new Python. Its processes are the place's.
     environment, log = place.environment | {"ONLY_OURS": "1", "PYTHON_EXEC": str(place.python)}, folder / "torchrun"
     torchrun = ("torch.distributed.run", given, str(folder), environment, str(log))
-    process = forkserver.Process(target=alone.module, args=torchrun)
-    process.start()
-    process.join(240)
-    assert process.exitcode == 0, log.read_text()
+    assert alone.exit_code(forkserver, alone.module, *torchrun, within=240) == 0, log.read_text()
     assert json.loads((folder / "shared" / "manifest.json").read_text())["processes"] == 2
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
+from alone import exit_code
 from conftest import build_model, save_model
 from predict_train.predictors import weights
 from predict_train.predictors.discovery import find_moe_layers
@@ -401,10 +402,7 @@ def test_a_killed_pack_is_gone_on_with(
 
     monkeypatch.setattr(Gathered, "blocks", counted)
     out = tmp_path / "experts.1"
-    child = forkserver.Process(target=pack_until_killed, args=(folder, out, quantize, 3))
-    child.start()
-    child.join(100)
-    assert child.exitcode == -signal.SIGKILL
+    assert exit_code(forkserver, pack_until_killed, folder, out, quantize, 3) == -signal.SIGKILL
     made.append(0)
     expected = pack(folder, tmp_path / "experts", quantize=quantize).read_bytes()
     left = {file.name: file.read_bytes() for file in tmp_path.glob("experts.*")}

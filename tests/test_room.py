@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import exit_code
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.generation import CACHE
 from predict_train.runtime import room, trial
@@ -94,10 +95,7 @@ def measured_under_limits(told: Path) -> None:
 
 def test_a_limit_on_the_process_is_known(tmp_path: Path, forkserver: ForkServerContext):
     """What is free falls with the limit, and with what is taken."""
-    child = forkserver.Process(target=measured_under_limits, args=(tmp_path / "told",))
-    child.start()
-    child.join(100)
-    assert child.exitcode == 0
+    assert exit_code(forkserver, measured_under_limits, tmp_path / "told") == 0
     before, under, after = map(int, (tmp_path / "told").read_text().split())
     assert under <= min(before, 12 << 30)
     assert under - after >= 1 << 27

@@ -121,7 +121,7 @@ def test_a_model_and_its_simulation_begin_the_same_copies(
     assert ran.begun, "with empty slots something is copied"
 
 
-class Counted:
+class Unfinished:
     """Copies of which only those in `over` are over."""
 
     def __init__(self) -> None:
@@ -150,7 +150,7 @@ class Counted:
 def test_a_guess_that_is_not_worth_its_copy_yet_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as fewer copies are before it; until its layer is entered."""
     monkeypatch.setattr(Prices, "is_worth", lambda _self, _layer, _expert, ahead, _needed, **_: ahead < 1)
-    copies: Any = Counted()
+    copies: Any = Unfinished()
     prices = Prices(LAYERS, 8, clock=lambda: 0.0, copy_seconds=lambda: 1.0)
     schedule = Schedule(copies, 8, LAYERS, Eviction.LRU, EXPERTS, prices)
     schedule.begin_pass()

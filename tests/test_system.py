@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from elsewhere import inspect_from_a_notebook
+from alone import exit_code, inspect_from_a_notebook
 from predict_train.data_collection.progress import LOCK, locked
 from predict_train.data_collection.settings import CollectError
 from predict_train.data_collection.trace import Trace
@@ -210,10 +210,8 @@ def test_a_notebooks_environment_and_an_ascii_terminal_do_no_harm(exported, tmp_
     config["model"]["name"] = "modèle"
     (predictors / "config.json").write_text(json.dumps(files.sealed(config)))
     told = tmp_path / "told"
-    child = forkserver.Process(target=inspect_from_a_notebook, args=(predictors, tmp_path / "figure.png", told))
-    child.start()
-    child.join(100)
-    assert child.exitcode == 0, told.read_bytes()
+    code = exit_code(forkserver, inspect_from_a_notebook, predictors, tmp_path / "figure.png", told)
+    assert code == 0, told.read_bytes()
     assert rb"mod\xe8le" in told.read_bytes()
     assert b"hit rate by layer" in told.read_bytes()
     assert (tmp_path / "figure.png").stat().st_size > 1000

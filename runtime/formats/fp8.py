@@ -60,11 +60,8 @@ class Fp8Format(ShippedFormat):
         factors = (scales * LACKING).repeat_interleave(columns, 1)[:, None]
         at_once = max(1, AT_ONCE // (rows * inputs)) * rows
         wide = torch.empty(outputs, inputs, dtype=dtype, device=packed.device)
-        for begin in range(0, outputs, at_once):
-            part, into, factor = packed, wide, factors
-            if at_once < outputs:
-                part, into = packed[begin : begin + at_once], wide[begin : begin + at_once]
-                factor = factors[begin // rows :][: len(part) // rows]
+        pieces = packed.split(at_once), factors.split(at_once // rows), wide.split(at_once)
+        for part, factor, into in zip(*pieces, strict=True):
             _widen(part, factor, into)
         return wide
 

@@ -31,8 +31,8 @@ PLAIN = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torc
 class Space(NamedTuple):
     """Memory in which some rows of a weight are widened."""
 
-    moves: list[tuple[torch.Tensor, torch.Tensor]]
-    """For each move where the codes are, and where its bits come first."""
+    moves: list[tuple[Move, torch.Tensor, torch.Tensor]]
+    """Each move with where the codes are, and where its bits come first. None where codes are bytes."""
     codes: torch.Tensor
     """`[parts, rows, inputs]`, uint8. Of no parts where codes are bytes."""
     moved: torch.Tensor
@@ -162,7 +162,7 @@ class GgmlType:
         key, make = (self.number, is_wide, rows, inputs), partial(self._space, is_wide, rows, inputs)
         space = SCRATCH.views(key, size, into.device, make)
         codes, moved = packed if self.bits == 8 else space.codes, into if is_wide else space.moved
-        for move, (place, found) in zip(self.moves, space.moves, strict=False):
+        for move, place, found in space.moves:
             _move(packed[move.bytes], move, found)
             if move.adds:
                 place.bitwise_or_(found)
@@ -184,7 +184,7 @@ class GgmlType:
         moves = []
         for move in self.moves if self.unpacked else ():
             place = bits[move.codes]
-            moves.append((place, bits[self.parts : self.parts + move.size] if move.adds else place))
+            moves.append((move, place, bits[self.parts : self.parts + move.size] if move.adds else place))
         return Space(moves, bits[: self.parts], moved)
 
     def _split(self, arranged: torch.Tensor, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,16 +227,16 @@ def _scales_of_8(head: torch.Tensor, blocks: int) -> Scales:
     codes = torch.empty(2, blocks, 2, dtype=torch.int32, device=head.device)
     early, late = codes.unbind(2)
     torch.bitwise_and(first, _word(0x3F), out=early)
-    torch.bitwise_right_shift(first, _word(2, 1), out=late).bitwise_and_(_word(0x30))
+    torch.bitwise_right_shift(first, number(2, torch.int32), out=late).bitwise_and_(_word(0x30))
     late[0].bitwise_or_(high & _word(0x0F))
-    late[1].bitwise_or_((high >> _word(4, 1)).bitwise_and_(_word(0x0F)))
+    late[1].bitwise_or_((high >> number(4, torch.int32)).bitwise_and_(_word(0x0F)))
     scale, least = codes.view(torch.uint8).float().mul_(_halves(head[: 4 * blocks]).view(blocks, 2).T.unsqueeze(-1))
     return scale, least
 
 
-def _word(byte: int, times: int = 0x01010101) -> torch.Tensor:
-    """A word of four such bytes; or with `times` 1 of one."""
-    return number(byte * times, torch.int32)
+def _word(byte: int) -> torch.Tensor:
+    """A word of four such bytes."""
+    return number(0x01010101 * byte, torch.int32)
 
 
 def _scales_of_16(head: torch.Tensor, blocks: int) -> Scales:

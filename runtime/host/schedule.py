@@ -212,6 +212,8 @@ class Schedule:
             self._demands.popleft()
             wait = wait and is_there
         later: list[Key] = []
+        if self._prices is not None and self._prefetches:
+            self._under_way = {slot: layer for slot, layer in self._under_way.items() if self._copies.copying(slot)}
         while self._prefetches:
             key = self._prefetches[0]
             if key not in self._cache and not self._is_worth(key):
@@ -254,7 +256,6 @@ class Schedule:
         """Whether a candidate that is not on the device should be copied."""
         if self._prices is None:
             return True
-        self._under_way = {slot: layer for slot, layer in self._under_way.items() if self._copies.copying(slot)}
         needed = sum(layer <= self._cache.layer for layer in self._under_way.values()) + len(self._demands)
         return self._prices.is_worth(*key, len(self._under_way), needed, evicts=not self._cache.has_free)
 
