@@ -45,6 +45,8 @@ IN_FOLDERS = {*TEXT_SUFFIXES, ".jsonl", ".ndjson", ".parquet"}
 # A longer text file is cut into documents of about this many characters, to bound memory.
 LONGEST_TEXT = 1 << 22
 HELD_OUT_SHARE = 20  # one file in this many is held out
+INSTALLED = {"site-packages", "dist-packages"}
+"""Folders below the standard library that hold what is no part of it."""
 MOST_IN_VAIN = 1000
 """A corpus that begins with so many rows or files that are refused is an error."""
 KINDS = "a text file, a folder, a glob, a .jsonl, .json, .csv or .parquet file, or a Hub dataset as name:config:split"
@@ -79,10 +81,10 @@ def embedded_files(split: Split) -> list[tuple[str, Path]]:
     roots = [(stdlib, stdlib), (Path(torch.__file__).parent, Path(torch.__file__).parent.parent)]
     files: dict[str, Path] = {}
     for root, base in roots:
-        for path in root.rglob("*.py"):
-            name = path.relative_to(base)
-            if not {"site-packages", "dist-packages"} & set(name.parts):
-                files[name.as_posix()] = path
+        for folder, folders, names in os.walk(root):
+            folders[:] = set(folders) - INSTALLED  # of thousands of files, most are in them
+            inside = Path(folder).relative_to(base)
+            files |= {(inside / name).as_posix(): Path(folder, name) for name in names if name.endswith(".py")}
     return sorted(
         ((name, path) for name, path in files.items() if is_held_out(name) == (split == "held_out")),
         key=lambda item: _digest("order:" + item[0]),

@@ -160,28 +160,42 @@ def cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> in
 
     Found on the meta device, from two short texts. Of layers that keep only a window, it counts the whole text.
     """
-    with torch.no_grad():
-        try:
-            model = skeleton(config).eval()
-            short, long = (_cached_numbers(ghost_pass(model, length)[1]) for length in (8, 16))
-        except (RuntimeError, NotImplementedError, ValueError):  # what it computes depends on values
-            text = config.get_text_config()
-            heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-            width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            return 2 * int(text.num_hidden_layers * heads * width) * tokens * dtype.itemsize
+    try:
+        short, long = (ghost_pass(config, length).cached for length in (8, 16))
+    except (RuntimeError, NotImplementedError, ValueError):  # what it computes depends on values
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return 2 * int(text.num_hidden_layers * heads * width) * tokens * dtype.itemsize
     return (short + (long - short) * max(0, tokens - 8) // 8) * dtype.itemsize
 
 
-def _cached_numbers(cache: Any) -> int:
-    """How many numbers a model's cache holds."""
-    return sum(tensor.numel() for layer in getattr(cache, "layers", []) for tensor in _tensors(vars(layer)))
+class Ghost(NamedTuple):
+    """What a pass on the meta device tells of a model."""
+
+    top_ks: dict[str, int]
+    """By the names of its experts modules."""
+    cached: int
+    """How many numbers its cache holds after the pass."""
 
 
-def ghost_pass(model: PreTrainedModel, tokens: int) -> tuple[dict[str, int], Any]:
-    """Runs a model on the meta device, without its experts. Returns by the names of their modules the top k, and the cache.
+_ghosts: dict[tuple[type[PretrainedConfig], str, int], Ghost] = {}
+"""The passes that were made, by a config's class and content and the number of tokens. One of a large model takes seconds."""
+
+
+def ghost_pass(config: PretrainedConfig, tokens: int) -> Ghost:
+    """Runs the model of a config on the meta device, without its experts.
 
     Raises `RuntimeError` or `NotImplementedError` where what the model computes depends on values.
     """
+    key = type(config), config.to_json_string(use_diff=False), tokens
+    if key not in _ghosts:
+        _ghosts[key] = _ghost(skeleton(config).eval(), tokens)
+    return _ghosts[key]
+
+
+@torch.no_grad()
+def _ghost(model: PreTrainedModel, tokens: int) -> Ghost:
     top_ks: dict[str, int] = {}
     with ExitStack() as stack:
         for name, experts in expert_modules(model).items():
@@ -192,7 +206,8 @@ def ghost_pass(model: PreTrainedModel, tokens: int) -> tuple[dict[str, int], Any
 
             stack.enter_context(override_forward(experts, forward))
         output = model(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"), use_cache=True)
-    return top_ks, output[CACHE]
+    layers = getattr(output[CACHE], "layers", [])
+    return Ghost(top_ks, sum(tensor.numel() for layer in layers for tensor in _tensors(vars(layer))))
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -254,6 +254,14 @@ def fitted(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> Path:
     return fit(config, Console(quiet=True))
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit` draws no figures, which take longer than the training of a tiny model. What is drawn is seen in test_board.py."""
+    from predict_train.train.board import Board
+
+    monkeypatch.setattr(Board, "_draw", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, fitted: Path) -> Path:
     """The predictors of the finished run, in fp32, as `export` writes them. Don't write to it."""

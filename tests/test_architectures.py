@@ -26,6 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import default_vectors
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # A post-norm with a shared expert, a router with arguments and 3-D input; no norm; attention beside the block; experts in
 # a space of their own, and dense layers between; a scaled stream; a router whose argument is a buffer.
 PECULIAR = ["afmoe", "flex_olmo", "cohere2_moe", "nemotron_h", "beam", "minimax_m2"]

@@ -33,6 +33,8 @@ from safetensors.torch import load_file
 from test_offload import greedy, prompt
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 QUIET = Console(quiet=True)
 
 

@@ -34,6 +34,8 @@ from predict_train.train.targets import Target
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def config(collected: Path, tmp_path: Path) -> Callable[..., FitConfig]:

@@ -28,6 +28,8 @@ from predict_train.train.targets import Target, choose_targets, hit_rates_of, pa
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def with_inputs(tmp_path_factory, tiny_moe_folder, text_corpus) -> Path:

@@ -101,8 +101,7 @@ class Counted(NamedTuple):
         top_ks: dict[str, int] = {}
         if expert_modules(model):
             try:
-                with torch.no_grad():
-                    top_ks, _ = ghost_pass(model, 8)
+                top_ks = ghost_pass(config, 8).top_ks
             except (RuntimeError, NotImplementedError) as error:
                 raise UnsupportedModelError(
                     f"the experts of {config.model_type} can't be counted, since what it computes depends on values "
