@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The libraries read these when they are imported. The models are tiny: a second thread gains nothing, and waiting for it
 # costs much where the cores are shared.
@@ -18,23 +19,29 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    # Triton's kernels then run in its interpreter. Triton reads this when it is imported, and transformers imports it.
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import transformers
 from hypothesis import settings
 from packaging.version import Version
 from predict_train.runtime import Eviction
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # A busy machine is not a failure: no test is timed.
 settings.register_profile("untimed", deadline=None, max_examples=30)
 settings.load_profile("untimed")
-torch.set_num_threads(1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """torch is imported where tests run only: all others would wait for it in the process that hands them out (xdist)."""
+    if session.config.getoption("dist", "no") != "no":
+        return
+    import torch
+
+    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        # Triton's kernels then run in its interpreter. Triton reads this when it is imported, and transformers imports it.
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 UNTRAINED = [eviction for eviction in Eviction if eviction is not Eviction.LEARNED]
@@ -42,6 +49,8 @@ UNTRAINED = [eviction for eviction in Eviction if eviction is not Eviction.LEARN
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -59,7 +68,7 @@ def pytest_unconfigure() -> None:
 
 
 PINNED = re.search(r"^transformers==(.+)$", (Path(__file__).parents[1] / "constraints.txt").read_text(), re.MULTILINE)
-IS_OLDER_RELEASE = PINNED is not None and Version(transformers.__version__) < Version(PINNED[1])
+IS_OLDER_RELEASE = PINNED is not None and Version(version("transformers")) < Version(PINNED[1])
 """Whether transformers is older than what this was developed with."""
 
 
@@ -68,7 +77,7 @@ def skip_if_lacking(model_type: str) -> None:
     from predict_train.data_collection.catalog import examine
 
     if IS_OLDER_RELEASE and (reason := examine(model_type).reason):
-        pytest.skip(f"transformers {transformers.__version__}: {reason}")
+        pytest.skip(f"transformers {version('transformers')}: {reason}")
 
 
 ROOMS = ("predictors", "data_collection", "train", "runtime")
@@ -126,6 +135,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def build_model(architecture: str, **overrides: Any) -> PreTrainedModel:
     """A random fp32 model of 4 layers, 8 experts, top 2, hidden size 32, whose routing is spread over the experts."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(architecture, **(SHAPE | ARCHITECTURES[architecture] | overrides))
     generator = torch.Generator().manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -163,6 +175,8 @@ def build_moe() -> Callable[..., PreTrainedModel]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and an end-of-text token, which has id 0."""
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     fast = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -193,6 +207,9 @@ def dense_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrained
 @pytest.fixture
 def tiny_moe(tiny_moe_folder: Path) -> PreTrainedModel:
     """A fresh copy of the model in `tiny_moe_folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tiny_moe_folder, dtype=torch.float32).eval()
     return model
 

@@ -51,7 +51,7 @@ def supported_model(model_type: str) -> PreTrainedModel:
     return model
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16)
 PASSES = ((1, 7, 2), (3, 40, 1))
 """Sequences and tokens of prompts, and decode steps after them. With two experts a token, 120 tokens give an expert some 30 rows."""
 LONG = ((3, 300, 1),)
@@ -94,25 +94,24 @@ def random_predictors(model: PreTrainedModel, found: Found) -> Predictors:
 
 @pytest.mark.parametrize("model_type", moe_types())
 def test_every_model_type_has_the_logits_of_plain_transformers(model_type: str) -> None:
-    """Bit for bit, in all dtypes and under both policies, where experts can be guessed at all; every number of slots occurs."""
+    """Bit for bit, under both policies where experts can be guessed at all. float16 takes the way of bfloat16; see below."""
     model, found = offloadable(model_type)
     is_guessed = found.unrecorded is None
     predictors = random_predictors(model, found) if is_guessed and found.unfollowed is not None else None
     total, top_k = sum(layer.stored for layer in found.layers), found.layers[0].top_k
-    sizes = itertools.cycle((top_k, total // 2, top_k + 1, total, total // 3))
+    sizes = itertools.cycle((top_k, total // 2, top_k + 1, total))
     for dtype in DTYPES:
         convert(model, dtype)
-        passes = PASSES[:1] if dtype is torch.float16 else PASSES  # it takes the way of bfloat16
-        plain = all_logits(model, passes)
+        plain = all_logits(model)
         for policy, slots in zip(POLICIES if is_guessed else POLICIES[:1], sizes, strict=False):
             with offloaded(model, predictors, policy=policy, slots=slots, device="cpu") as offload:
                 assert offload.config.policy == policy
-                for number, (ours, theirs) in enumerate(zip(all_logits(model, passes), plain, strict=True)):
+                for number, (ours, theirs) in enumerate(zip(all_logits(model), plain, strict=True)):
                     assert torch.equal(ours, theirs), (dtype, policy, slots, number)
 
 
 def test_long_prompts_have_the_logits_of_plain_transformers(build_moe: Callable[..., PreTrainedModel]) -> None:
-    for dtype, architecture in itertools.product(DTYPES[:2], ("qwen3_moe", "deepseek_v3", "gpt_oss")):
+    for dtype, architecture in itertools.product(DTYPES, ("qwen3_moe", "deepseek_v3", "gpt_oss")):
         model = build_moe(architecture).to(dtype)
         plain = all_logits(model, LONG)
         for policy, slots in zip(POLICIES, (TOP_K, 7), strict=True):

@@ -45,6 +45,7 @@ def fit(trace: Path, out: Path, *more: object) -> list[object]:
     return ["fit", trace, "--out", out, "--width", 16, "--epochs", 2, "--batch-size", 512, "--device", "cpu", *more]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_training_that_is_stopped_can_be_resumed(collected, tmp_path, monkeypatch, capsys, number, code):
     def stop(module: PredictorTraining) -> None:
@@ -86,6 +87,7 @@ def full(patch: pytest.MonkeyPatch, module: Any, after: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_full_disk_ends_a_training_that_can_be_resumed(collected, tmp_path, monkeypatch, capsys):
     from predict_train.train import fit as job
 
