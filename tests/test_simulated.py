@@ -64,7 +64,12 @@ SLOTS = {1: 11, 3: 17}
 FEW = LAYERS * TOP_K
 """Slots of the device's engine, of which three texts leave none for guesses."""
 MOST = 1 << 40
-STORES = {"registered": (MOST, CudaTransfers), "not registered": (0, StagedTransfers), "file": (MOST, StagedTransfers)}
+STORES = {
+    "registered": (MOST, CudaTransfers, slice(None)),
+    "not registered": (0, StagedTransfers, slice(1, None)),
+    "file": (MOST, StagedTransfers, slice(1)),
+}
+"""The bytes that can be registered, what copies, and which of `ORDERS` it meets: two stores have the same transfers."""
 
 
 @cache
@@ -187,9 +192,8 @@ def expected(way: str, batch: int, engine: str, **others: Any) -> torch.Tensor:
 @pytest.mark.parametrize("way", sorted(WAYS.keys() - {"direct"}))  # to the host a guess is like another
 @pytest.mark.parametrize("store", STORES)
 def test_the_engine_of_the_host_is_right_in_every_order(store: str, way: str, batch: int, packed: Path) -> None:
-    (lockable, transfers), right = STORES[store], expected(way, batch, "host")
-    # A file's experts come by the transfers of memory that is not registered.
-    for plan in ORDERS[batch][-1:] if store == "file" else ORDERS[batch]:
+    (lockable, transfers, plans), right = STORES[store], expected(way, batch, "host")
+    for plan in ORDERS[batch][plans]:
         its_own = settings(way, "cuda:0", **({"store": packed} if store == "file" else {}))
         with simulated(plan, lockable=lockable), decided_by("host"), offloaded(model(), **its_own) as offload:
             assert type(offload._engine.transfers) is transfers
