@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -132,9 +133,9 @@ class Paying(Prices):
 
     prefetches = True
 
-    def is_worth(self, *where: Any, **how: Any) -> bool:
-        super().is_worth(*where, **how)
-        return True
+    def least_chance(self, *where: Any, **how: Any) -> float:
+        super().least_chance(*where, **how)
+        return -math.inf
 
 
 class WithMargins:

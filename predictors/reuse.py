@@ -120,7 +120,8 @@ class ReuseScores:
             for part in (predictors.a, predictors.c, predictors.b, predictors.w, predictors.d, predictors.e)
         )
         # What the logits are multiplied by is one matrix, so that one operation does it. Passes add up, beyond what fp32 can tell apart.
-        self._layers = list(zip(np.concatenate((a, d), -1), c, b, w, e.astype(np.float64), strict=True))
+        # The state is half of what is written above: silu(2 y) = y + y tanh(y), which never overflows.
+        self._layers = list(zip(np.concatenate((a / 2, d), -1), c, b / 2, w, e.astype(np.float64), strict=True))
         self._left: NDArray[np.float32] = predictors.left.detach().float().numpy()
         self._state = np.zeros_like(self._left)
         self._age, self._passes = AGES / len(a), 0
@@ -149,7 +150,6 @@ class ReuseScores:
         hidden = state * c
         hidden += said[:width]
         hidden += b
-        hidden *= 0.5  # silu(2 y) = y + y tanh(y), which never overflows
         hidden += hidden * np.tanh(hidden)
         score = hidden @ w
         score += said[width:]

@@ -49,7 +49,7 @@ class Ran:
 
     def is_worth(self, chance: float, layer: int = 1, ahead: int = 0, needed: int = 0, evicts: bool = True) -> bool:
         self.prices.announce(layer, [7], {7: chance}, {7})
-        return self.prices.is_worth(layer, 7, ahead, needed, evicts)
+        return self.prices.chance(layer, 7) > self.prices.least_chance(layer, ahead, needed, evicts)
 
 
 copies = st.floats(0.01, 10.0)
@@ -118,8 +118,9 @@ def test_a_guess_two_layers_ahead_has_more_time_but_holds_up_the_layer_between()
 
 
 def test_without_measurements_everything_is_copied() -> None:
-    assert Prices(LAYERS, SLOTS, lambda: 0.0, lambda: None).is_worth(1, 7, 5, 5, True)
-    assert Prices(LAYERS, SLOTS, lambda: 0.0, lambda: 1.0).is_worth(1, 7, 5, 5, True)
+    for copy in (None, 1.0):
+        prices = Prices(LAYERS, SLOTS, lambda: 0.0, lambda copy=copy: copy)
+        assert prices.chance(1, 7) > prices.least_chance(1, 5, 5, True)
 
 
 def test_what_is_not_known_is_learned_by_the_place_in_a_guess() -> None:
@@ -132,7 +133,8 @@ def test_what_is_not_known_is_learned_by_the_place_in_a_guess() -> None:
             ran.prices.enter(layer, [1, 2], 0)
             ran.prices.left()
     ran.prices.announce(1, [4, 5, 6], None, {4, 6})
-    assert [ran.prices.is_worth(1, expert, 0, 0, True) for expert in (4, 6)] == [True, False]
+    least = ran.prices.least_chance(1, 0, 0, True)
+    assert [ran.prices.chance(1, expert) > least for expert in (4, 6)] == [True, False]
 
 
 def test_what_wrong_copies_cost_follows_from_what_comes_back_and_from_how_busy_the_link_is() -> None:
@@ -223,7 +225,7 @@ def test_guesses_that_do_not_pay_are_made_now_and_then_only() -> None:
             if guesses:
                 ran.prices.guessed(1e-3)
                 ran.prices.announce(layer, [7], {7: 1.0 if pays else 0.0}, {7})
-                if ran.prices.is_worth(layer, 7, 0, 0, True):
+                if ran.prices.chance(layer, 7) > ran.prices.least_chance(layer, 0, 0, True):
                     ran.prices.copied((layer, 7), None)
             ran.now += 1
             ran.prices.enter(layer, [7], 0 if is_there else 1)
@@ -284,12 +286,13 @@ def decide_at_random(monkeypatch: pytest.MonkeyPatch, prefetching: float = 1.0) 
     """
     drawn, said = random.Random(0), set()
 
-    def is_worth(*_: Any, **__: Any) -> bool:
+    def chance(*_: Any) -> float:
         worth = drawn.random() < 0.5
         said.add(worth)
-        return worth
+        return float(worth)
 
-    monkeypatch.setattr(Prices, "is_worth", is_worth)
+    monkeypatch.setattr(Prices, "chance", chance)
+    monkeypatch.setattr(Prices, "least_chance", lambda *_, **__: 0.5)
     monkeypatch.setattr(Prices, "prefetches", property(lambda _: drawn.random() < prefetching))
     return said
 

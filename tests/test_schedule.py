@@ -149,13 +149,13 @@ class Unfinished:
 
 def test_a_guess_that_is_not_worth_its_copy_yet_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As soon as fewer copies are before it; until its layer is entered."""
-    monkeypatch.setattr(Prices, "is_worth", lambda _self, _layer, _expert, ahead, _needed, **_: ahead < 1)
+    monkeypatch.setattr(Prices, "least_chance", lambda _self, _layer, ahead, *_: ahead)
     copies: Any = Unfinished()
     prices = Prices(LAYERS, 8, clock=lambda: 0.0, copy_seconds=lambda: 1.0)
     schedule = Schedule(copies, 8, LAYERS, Eviction.LRU, EXPERTS, prices)
     schedule.begin_pass()
     schedule.enter(0, [0, 1])
-    schedule.announce(1, [4, 5, 6])
+    schedule.announce(1, [4, 5, 6], dict.fromkeys([4, 5, 6], 0.5))
     schedule.begin_copies()
     assert copies.begun == [(0, 0), (0, 1)]
     for expert in (0, 1):

@@ -33,6 +33,7 @@ simulation's. While they are not known, all candidates are copied, as under poli
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -204,6 +205,7 @@ class Prices:
         self._unguessed = Unguessed()
         self._cost = 0.0
         self._gains, self._costs = Mean(), Mean()  # of a pass in which something is guessed
+        self._again, self._queue, self._stall = 0.0, 0.0, math.inf
         self._passes = 0
 
     @property
@@ -232,6 +234,9 @@ class Prices:
         self._passes += 1
         self._is_counted = 0 < tokens <= MOST_TOKENS
         self.link.begin_pass(tokens if self._is_counted else 0)
+        # They hardly change in a pass, and are asked for at every copy.
+        self._again, self._queue = self.link.again, self.link.queue
+        self._stall = math.inf if self.link.stall.value is None else self.link.stall.value
         if self._is_counted:
             self._times = self._of(tokens)
         self._layer, self._stalled, self._missed = -1, 0.0, 0
@@ -290,15 +295,19 @@ class Prices:
         """Says that an expert of the layer that was entered last has been executed."""
         self._left = self.clock()
 
-    def is_worth(self, layer: int, expert: int, ahead: int, needed: int, evicts: bool) -> bool:
-        """Whether the copy of an absent candidate should begin now.
+    def chance(self, layer: int, expert: int) -> float:
+        """The probability that a candidate is right; infinity where nothing is known of it."""
+        return self._chances[layer].get(expert, math.inf)
+
+    def least_chance(self, layer: int, ahead: int, needed: int, evicts: bool) -> float:
+        """The copy of an absent candidate of a layer should begin now if the chance that it is right is greater than this.
 
         `ahead` copies are to be made before it, and the layer that was entered last waits for `needed` of these. `evicts` says
-        that another expert would leave its slot.
+        that another expert would leave its slot. It is infinity if no copy could be worth it.
         """
-        copy, chance, own = self._copy_seconds(), self._chances[layer].get(expert), self._times[layer]
-        if copy is None or chance is None or own.before.value is None:
-            return True
+        copy, own = self._copy_seconds(), self._times[layer]
+        if copy is None or own.before.value is None:
+            return -math.inf
         begin, price = max(0.0, ahead - 0.5) * copy, 0.0  # of the one that is being made, half is over on average
         if self._layer < 0:
             until = self._entered - self.clock()
@@ -311,12 +320,11 @@ class Prices:
             until += float(between.executing) + float(between.stalled)
             if begin >= until:  # what that layer is missing is copied before it
                 begin += float(between.stalled)
-        until += float(own.before)
-        stall = copy if self.link.stall.value is None else min(copy, self.link.stall.value)
-        beside, others = self.link.beside, (self.link.again * evicts + self.link.queue) * stall
+        until += own.before.value
+        beside, others = self.link.beside, (self._again * evicts + self._queue) * min(copy, self._stall)
         wrong = CAUTION * (late(begin, copy, until) * float(own.missing) + others + beside * copy)
         saved = (1 - beside) * min(float(own.exposed) * copy, until - begin)
-        return chance * saved > (1 - chance) * wrong + price
+        return (wrong + price) / (saved + wrong) if saved + wrong > 0 else math.inf
 
     def _leave(self, copy: float | None) -> None:
         """Notes what was measured of the layer that was entered last."""
@@ -331,7 +339,9 @@ class Prices:
         return self._times[layer].right[place].given(self._right[place].given(RIGHT_AT_FIRST))
 
     def _of(self, tokens: int) -> list[LayerTimes]:
-        return self._by_tokens.setdefault(tokens, [LayerTimes() for _ in range(self._layers)])
+        if tokens not in self._by_tokens:
+            self._by_tokens[tokens] = [LayerTimes() for _ in range(self._layers)]
+        return self._by_tokens[tokens]
 
 
 def late(begin: float, copy: float, until: float) -> float:

@@ -11,6 +11,7 @@ each layer of a forward pass, both call
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -85,6 +86,9 @@ class Schedule:
         self._scores: list[Sequence[float]] = [[0.0] * experts for _ in range(layers)]
         self._prices, self._copies = prices, copies
         self._under_way: dict[int, int] = {}  # by slot the layer of copies that were begun; some may be over
+        self._too_many: float = (
+            math.inf
+        )  # with so many under way, no guess is worth its copy, and less and less as time passes
         self._empty_cache = partial(SlotCache, slots, (layers, experts), eviction, self._worth)
         self._cache = self._empty_cache()
         self._guesses: dict[int, list[int]] = {}
@@ -98,6 +102,7 @@ class Schedule:
         """
         self._copies.abandon()
         self._under_way.clear()
+        self._too_many = math.inf
         self._cache = self._empty_cache()
         self._cache.fill(resident)
 
@@ -140,6 +145,7 @@ class Schedule:
         if self._prices is not None:
             absent = {expert for expert in guess if (layer, expert) not in self._cache}
             self._prices.announce(layer, guess, chances, absent)
+        self._too_many = math.inf
         keys = [(layer, expert) for expert in guess]
         # Those of a nearer layer go first, even where those of a farther layer were known before. The sort is stable.
         self._prefetches = deque(sorted([*self._prefetches, *keys], key=itemgetter(0)))
@@ -151,6 +157,7 @@ class Schedule:
         `ids` `[tokens, k]` are what each token uses; by default there is one, which uses `experts`.
         """
         self._cache.layer = layer
+        self._too_many = math.inf
         if self.counted is not None:
             self.counted[layer].add(np.array([[*experts]]) if ids is None else ids)
             self._cache.rated(layer)
@@ -203,7 +210,7 @@ class Schedule:
         """Begins as many copies as there are slots for: first those that the current layer needs, then the guesses.
 
         With `wait`, the first of them may wait for a slot that is still being copied into. A guess that is not worth its copy now is
-        asked for again at the next call: it may be when fewer copies are before it.
+        asked for again when fewer copies are before it.
         """
         while self._demands:
             is_there = self._demands[0] in self._cache
@@ -211,16 +218,33 @@ class Schedule:
                 return
             self._demands.popleft()
             wait = wait and is_there
+        if self._prices is None:
+            while self._prefetches and self._begin(self._prefetches[0], urgent=False):
+                self._prefetches.popleft()
+        elif self._prefetches:
+            self._begin_worthy(self._prices)
+
+    def _begin_worthy(self, prices: Prices) -> None:
+        """Begins the copies of those guesses that are worth it now. The others stay in the queue."""
+        self._under_way = {slot: layer for slot, layer in self._under_way.items() if self._copies.copying(slot)}
+        if len(self._under_way) >= self._too_many:
+            return
         later: list[Key] = []
-        if self._prices is not None and self._prefetches:
-            self._under_way = {slot: layer for slot, layer in self._under_way.items() if self._copies.copying(slot)}
+        least, known = math.inf, (-1, -1)
         while self._prefetches:
-            key = self._prefetches[0]
-            if key not in self._cache and not self._is_worth(key):
-                later.append(key)
-            elif not self._begin(key, urgent=False):
+            layer, expert = key = self._prefetches[0]
+            if key not in self._cache:
+                if known != (layer, len(self._under_way)):  # it is the same for all candidates of a layer
+                    known = layer, len(self._under_way)
+                    least = self._least_chance(prices, layer)
+                if prices.chance(layer, expert) <= least:
+                    later.append(self._prefetches.popleft())
+                    continue
+            if not self._begin(key, urgent=False):
                 break
             self._prefetches.popleft()
+        else:
+            self._too_many = len(self._under_way)
         self._prefetches.extendleft(reversed(later))
 
     def _begin(self, key: Key, urgent: bool, wait: bool = False) -> bool:
@@ -252,12 +276,12 @@ class Schedule:
         if self.observer is not None:
             self.observer.waited(key, begun, time.perf_counter())
 
-    def _is_worth(self, key: Key) -> bool:
-        """Whether a candidate that is not on the device should be copied."""
-        if self._prices is None:
-            return True
-        needed = sum(layer <= self._cache.layer for layer in self._under_way.values()) + len(self._demands)
-        return self._prices.is_worth(*key, len(self._under_way), needed, evicts=not self._cache.has_free)
+    def _least_chance(self, prices: Prices, layer: int) -> float:
+        """See `Prices.least_chance`."""
+        entered, needed = self._cache.layer, len(self._demands)
+        for other in self._under_way.values():
+            needed += other <= entered
+        return prices.least_chance(layer, len(self._under_way), needed, not self._cache.has_free)
 
     def _worth(self, layer: int) -> Sequence[float]:
         """What it is worth to keep each expert of a layer."""
