@@ -34,7 +34,7 @@ from predict_train.predictors.generation import CACHE
 from predict_train.predictors.provenance import command, hardware, versions
 from predict_train.predictors.tables import figure_table
 from predict_train.runtime import offloaded
-from predict_train.runtime.guess import FoldedGuesser, Guess
+from predict_train.runtime.guess import FoldedGuesser
 from predict_train.runtime.host.price import Prices
 from predict_train.runtime.load import load_offloaded
 from predict_train.runtime.measure.plan import Hardware, costs_of, read_shape
@@ -136,19 +136,6 @@ class Paying(Prices):
     def least_chance(self, *where: Any, **how: Any) -> float:
         super().least_chance(*where, **how)
         return -math.inf
-
-
-class WithMargins:
-    """A replayed guesser whose guesses have margins, as those of the model's own guesser do."""
-
-    def __init__(self, replayed: Any, own: Any):
-        self.plain, self.depth, self.ranks = own.plain, own.depth, replayed.ranks
-        self._replayed, self._own = replayed, own
-
-    def guess(self, *reading: Any) -> Guess:
-        guess: Guess = self._replayed.guess(*reading)
-        margins = guess.candidates if self._own.margins is None else self._own.margins
-        return guess._replace(margins=margins)
 
 
 @contextmanager

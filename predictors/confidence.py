@@ -45,6 +45,10 @@ def margins(logits: torch.Tensor, candidates: torch.Tensor, top_k: int) -> torch
     Logits are `[..., experts]`, candidates `[..., m]` with the speculation's `top_k` first, and `m > top_k`: without other
     candidates there is no border. Only differences of logits count, so it does not matter by what kind of scores a router weighs.
     """
-    scores = logits.float().gather(-1, candidates.long())
+    return margins_among(logits.float().gather(-1, candidates.long()), top_k)
+
+
+def margins_among(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The same from the candidates' own logits, `[..., m]`, fp32."""
     border = (scores[..., :top_k].amin(-1, keepdim=True) + scores[..., top_k:].amax(-1, keepdim=True)) / 2
     return scores - border

@@ -52,7 +52,7 @@ class RoutingControl:
     With `in_order`, passes are over whole sequences `[sequences, length]`, and each token remembers the ones before it, as when a
     text is read token by token. Nothing is announced in time then.
 
-    With `sure`, guesses tell the margins of their candidates.
+    With `sure`, guesses tell how sure they are of their candidates (`Guess.values`).
     """
 
     def __init__(
@@ -246,7 +246,7 @@ class RoutingControl:
                 guess = self._made(target, reading, self.memory.read(number))
                 # For a target without a source no layer computes before it. So its copies begin at once.
                 self._pass.guesses[number] = guess
-                self._engine.announce(number, guess.candidates, reading.source is None, guess.margins)
+                self._engine.announce(number, guess.candidates, reading.source is None, guess.values)
                 if self.observer is not None:
                     self.observer.guessed(number, begun, time.perf_counter())
 

@@ -69,11 +69,11 @@ class Ahead:
         """Within it guesses are made from `inputs`, and announced. On a device this may be beside the computation."""
         return nullcontext()
 
-    def announce(self, layer: int, candidates: torch.Tensor, now: bool, margins: torch.Tensor | None = None) -> None:
+    def announce(self, layer: int, candidates: torch.Tensor, now: bool, values: torch.Tensor | None = None) -> None:
         """Takes the candidates `[tokens, m]` of a layer. With `now`, their copies begin at once, if there are slots for them.
 
-        Else they begin when the next layer is executed, after the copies of the experts that this layer is missing. `margins` are
-        theirs, where they are known (`predictors.confidence`).
+        Else they begin when the next layer is executed, after the copies of the experts that this layer is missing. For `values`
+        see `Guess.values`.
         """
 
     def guessed(self, layer: int) -> None:

@@ -16,7 +16,7 @@ from .errors import OffloadError
 from .formats.ggml import kept_kind
 from .formats.gguf import GgufFormat
 from .host.cache import Eviction
-from .host.slots import ExpertSlots
+from .host.slots import Confidences, ExpertSlots
 from .reusing import reuse_scores
 from .settings import OffloadConfig
 from .store import ExpertStore, MemoryStore
@@ -50,7 +50,8 @@ def make_engine(
     reuse, confidences = reuse_scores(predictors, layers, config), None
     # On a CUDA device the host does not see when something is computed or copied, so nothing could be priced.
     if config.policy == AUTO and device.type == "cpu":
-        confidences = [None if predictors is None else predictors.of(layer.index).confidence for layer in layers]
+        found = [None if predictors is None else predictors.of(layer.index).confidence for layer in layers]
+        confidences = Confidences(found, layers[0].top_k)
     host = ExpertSlots(store, config.slots, device, config.readers, Eviction(config.eviction), reuse, confidences)
     hindrance = hindrance_of(store, layers, config.slots, device)
     if hindrance is not None or not isinstance(store, MemoryStore):

@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..predictors.confidence import margins
 from ..predictors.direct import DirectMLP
 from ..predictors.folded import Folded, FoldedDirect, FoldedSpeculator, PlainRouter
 from ..predictors.routing import Routing
@@ -24,8 +23,9 @@ class Guess(NamedTuple):
     """The guessed routing; it may be None where its weights are not executed."""
     free: torch.Tensor | None = None
     """The training-free logits `[tokens, experts]`, of which a memory is made; None where the predictor has none."""
-    margins: torch.Tensor | None = None
-    """The candidates' margins (`predictors.confidence`), `[tokens, m]`, fp32; None unless they are asked for."""
+    values: torch.Tensor | None = None
+    """The speculated logits of the candidates, fp32, and of one more where the router chooses as many: `[tokens, n]`. Their margins
+    follow from them (`predictors.confidence`). None unless they are asked for."""
 
 
 class Guesser(Protocol):
@@ -71,17 +71,14 @@ class FoldedGuesser:
         memory: torch.Tensor | None = None,
     ) -> Guess:
         logits, free = self._speculator.logits(residual, source, memory)
-        distances, weighted = None, None
-        if self._sure:
-            values, chosen = logits.topk(max(self._m, self._top_k + 1), dim=-1)
-            border = values[:, self._top_k - 1 : self._top_k + 1].mean(-1, keepdim=True)
-            distances, chosen = values[:, : self._m] - border, chosen[:, : self._m]
-        else:
-            chosen = logits.topk(self._m, dim=-1).indices
+        weighted, most = None, max(self._m, self._top_k + 1) if self._sure else self._m
+        values, chosen = logits.topk(most, dim=-1)
+        if most > self._m:
+            chosen = chosen[:, : self._m]
         if self._weighs:
             assert self.plain is not None
             weighted = self.plain.weighted(logits, chosen[:, : self._top_k])
-        return Guess(chosen, weighted, free, distances)
+        return Guess(chosen, weighted, free, values if self._sure else None)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
@@ -109,8 +106,8 @@ class ModelGuesser:
             return Guess(candidates(speculation, self._m), speculation, free)
         top_k = speculation.ids.shape[-1]
         found = candidates(speculation, max(self._m, top_k + 1))
-        distances = margins(speculation.logits, found, top_k)[:, : self._m]
-        return Guess(found[:, : self._m], speculation, free, distances)
+        values = speculation.logits.float().gather(-1, found.long())
+        return Guess(found[:, : self._m], speculation, free, values)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
         return logits
@@ -119,8 +116,8 @@ class ModelGuesser:
 def make_guesser(speculator: Speculator, target: Target, weighs: bool, sure: bool = False) -> Guesser:
     """The fastest possible guesser of a target.
 
-    `weighs` says that the weights of the guess will be executed, and `sure` that the candidates' margins are asked for, if it is known
-    what they mean.
+    `weighs` says that the weights of the guess will be executed, and `sure` that `Guess.values` are asked for, if it is known what they
+    mean.
     """
     is_direct = isinstance(speculator.mlp, DirectMLP)
     if weighs and is_direct:

@@ -14,10 +14,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther, moe_shape
 from predict_train.predictors.checkpoint import Predictors, TargetLayer
-from predict_train.predictors.confidence import Confidence
+from predict_train.predictors.confidence import Confidence, margins
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.runtime import offloaded
 from predict_train.runtime.host.price import AT_FIRST, CAUTION, TRIED, TRIED_EVERY, LinkUse, Prices, Unguessed
+from predict_train.runtime.host.slots import Confidences
 from predict_train.runtime.measure.routing import Statistics, draw_routing
 from predict_train.runtime.measure.simulation import Costs, nearest, simulate
 from predict_train.runtime.settings import OffloadConfig
@@ -333,3 +334,17 @@ def test_the_runtime_measures_what_it_needs_and_knows_how_sure_guesses_are() -> 
         assert all(layer.executing.value > 0 for layer in prices._of(1)[:-1])
     assert told
     assert all(chances and all(0 < chance < 1 for chance in chances.values()) for chances in told)
+
+
+@given(st.integers(1, 3), st.integers(2, 6), st.integers(0, 99))
+def test_a_candidate_is_right_if_any_token_needs_it(tokens: int, m: int, seed: int) -> None:
+    """With the probabilities of the tokens' margins, in whatever order the router's own choice comes."""
+    logits, top_k, sure = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(seed)), 2, Confidence(0.5, 0.1)
+    found = logits.topk(max(m, top_k + 1)).indices
+    found[:, :top_k] = found[:, :top_k].flip(1)
+    right = sure.probabilities(margins(logits, found, top_k))
+    needed = torch.ones(8).expand(tokens, 8).scatter(1, found[:, :m], 1 - right[:, :m]).prod(0)
+    values = logits.gather(1, found).tolist()
+    chances = Confidences([sure], top_k).chances(0, zip(found[:, :m].tolist(), values, strict=True))
+    assert chances is not None
+    assert chances == pytest.approx({int(e): 1 - float(needed[e]) for e in found[:, :m].unique()}, abs=1e-6)

@@ -199,9 +199,9 @@ class DeviceSlots(Engine):
         with self._guesses:
             yield
 
-    def announce(self, layer: int, candidates: torch.Tensor, now: bool, margins: torch.Tensor | None = None) -> None:
+    def announce(self, layer: int, candidates: torch.Tensor, now: bool, values: torch.Tensor | None = None) -> None:
         if not self._decides:
-            self._host.announce(layer, candidates, now, margins)
+            self._host.announce(layer, candidates, now, values)
             return
         tables = self._layers[layer]
         best = candidates[:, : tables.slots // len(candidates)]  # of every token

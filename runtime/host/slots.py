@@ -42,6 +42,26 @@ class Envelope(NamedTuple):
         return cls(memory.view(torch.int64).flatten(), register(memory, device), torch.cuda.Event())
 
 
+class Confidences(NamedTuple):
+    """How sure the speculation of each layer is, and how many experts a router chooses."""
+
+    of: list[Confidence | None]
+    """Of each layer, None where it is not known."""
+    top_k: int
+
+    def chances(self, layer: int, by_token: Iterable[tuple[list[int], list[float]]]) -> dict[int, float] | None:
+        """The probabilities that any token needs a candidate, from each token's candidates with their `Guess.values`."""
+        confidence = self.of[layer]
+        if confidence is None:
+            return None
+        wrong: dict[int, float] = {}
+        for candidates, values in by_token:
+            border = (min(values[: self.top_k]) + max(values[self.top_k :])) / 2
+            for expert, value in zip(candidates, values, strict=False):
+                wrong[expert] = wrong.get(expert, 1.0) * (1 - confidence.probability(value - border))
+        return {expert: 1 - chance for expert, chance in wrong.items()}
+
+
 class Mailbox:
     """Takes candidates to the host. On CUDA they are copied while the host goes on.
 
@@ -53,10 +73,10 @@ class Mailbox:
         self._messages: deque[tuple[int, torch.Tensor, torch.Tensor | None, Envelope | None]] = deque()
         self._spare: list[Envelope] = []
 
-    def put(self, number: int, candidates: torch.Tensor, margins: torch.Tensor | None) -> None:
-        """Takes the candidates `[tokens, m]` of layer `number`. From a CUDA device no `margins` are taken."""
+    def put(self, number: int, candidates: torch.Tensor, values: torch.Tensor | None) -> None:
+        """Takes the candidates `[tokens, m]` of layer `number`. From a CUDA device no `values` are taken (`Guess.values`)."""
         if self._device.type != "cuda":
-            self._messages.append((number, candidates, margins, None))
+            self._messages.append((number, candidates, values, None))
             return
         count = candidates.numel()
         envelope = self._spare.pop() if self._spare else None
@@ -67,21 +87,21 @@ class Mailbox:
         envelope.copied.record(torch.cuda.current_stream(candidates.device))
         self._messages.append((number, host, None, envelope))
 
-    def take(self) -> Iterator[tuple[int, list[int], Iterator[tuple[int, float]] | None]]:
+    def take(self) -> Iterator[tuple[int, list[int], Iterator[tuple[list[int], list[float]]] | None]]:
         """The layers with their distinct candidates, in the order of `put`. It waits until each has arrived.
 
-        With them come each token's candidates with their margins, if these are known.
+        With them come each token's candidates with their `values`, if these are known.
 
         The best guess of every token comes before the second one of any token.
         """
         while self._messages:
-            number, host, margins, envelope = self._messages.popleft()
+            number, host, values, envelope = self._messages.popleft()
             if envelope is not None:
                 envelope.copied.synchronize()
             guess = list(dict.fromkeys(host.T.flatten().tolist()))
             if envelope is not None:
                 self._spare.append(envelope)
-            known = None if margins is None else zip(host.flatten().tolist(), margins.flatten().tolist(), strict=True)
+            known = None if values is None else zip(host.tolist(), values.tolist(), strict=True)
             yield number, guess, known
 
     def clear(self) -> None:
@@ -105,7 +125,7 @@ class ExpertSlots(Engine):
         readers: int,
         eviction: Eviction,
         reuse: ReuseScores | None = None,
-        confidences: list[Confidence | None] | None = None,
+        confidences: Confidences | None = None,
     ):
         """`reuse` are those of the model, if they decide who leaves a slot. With `confidences`, how sure the speculation of each layer
         is, guesses are priced."""
@@ -212,8 +232,8 @@ class ExpertSlots(Engine):
         if self.prices is not None:
             self.prices.guessed(time.perf_counter() - begun)
 
-    def announce(self, layer: int, candidates: torch.Tensor, now: bool, margins: torch.Tensor | None = None) -> None:
-        self._mailbox.put(layer, candidates, margins)
+    def announce(self, layer: int, candidates: torch.Tensor, now: bool, values: torch.Tensor | None = None) -> None:
+        self._mailbox.put(layer, candidates, values)
         if now:
             self._broke_off = True
             self._open_mail()
@@ -263,20 +283,11 @@ class ExpertSlots(Engine):
             self._logits[layer] = logits.float().cpu()
 
     def _open_mail(self) -> None:
-        for layer, guess, margins in self._mailbox.take():
-            known = [expert for expert in guess if expert < self._num_experts]
-            self._schedule.announce(layer, known, self._chances(layer, margins))
+        for layer, guess, by_token in self._mailbox.take():
+            known, sure = [expert for expert in guess if expert < self._num_experts], self._confidences
+            chances = None if sure is None or by_token is None else sure.chances(layer, by_token)
+            self._schedule.announce(layer, known, chances)
         self._schedule.begin_copies()
-
-    def _chances(self, layer: int, margins: Iterable[tuple[int, float]] | None) -> dict[int, float] | None:
-        """The probabilities that any token needs a candidate, from each token's candidates with their margins."""
-        confidence = None if self._confidences is None else self._confidences[layer]
-        if confidence is None or margins is None:
-            return None
-        wrong: dict[int, float] = {}
-        for expert, margin in margins:
-            wrong[expert] = wrong.get(expert, 1.0) * (1 - confidence.probability(margin))
-        return {expert: 1 - chance for expert, chance in wrong.items()}
 
     def _jobs(
         self, x: torch.Tensor, ids: torch.Tensor, known: list[int] | None

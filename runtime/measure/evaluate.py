@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...predictors.architecture import MoELayer, first_tensor
 from ...predictors.checkpoint import Predictors, as_predictors, make_speculators
-from ...predictors.confidence import Confidence
+from ...predictors.confidence import Confidence, margins_among
 from ...predictors.direct import DirectMLP
 from ...predictors.discovery import find_moe_layers
 from ...predictors.errors import UserError
@@ -199,9 +199,10 @@ def _controlled(
 
 def _count(calibration: Calibration, confidence: Confidence, guess: Guess, own: torch.Tensor) -> None:
     """Counts the candidates of a guess by their probabilities. `own` are the ids that the router chose."""
-    if guess.margins is not None:
+    if guess.values is not None:
+        found = margins_among(guess.values, own.shape[-1])[:, : guess.candidates.shape[-1]]
         right = (guess.candidates.unsqueeze(-1) == own.unsqueeze(-2)).any(-1)
-        calibration.update(confidence.probabilities(guess.margins)[None].cpu(), right[None].cpu())
+        calibration.update(confidence.probabilities(found)[None].cpu(), right[None].cpu())
 
 
 def _hit_rates(

@@ -277,12 +277,12 @@ class _ReplayedGuesser:
         inner: torch.Tensor | None,
         memory: torch.Tensor | None = None,
     ) -> Guess:
-        found, speculation, free, margins = self._guesser.guess(residual, source, inner, memory)
+        found, speculation, free, values = self._guesser.guess(residual, source, inner, memory)
         now = self._replayed.now(self._target, len(found))
         if now is None:
-            return Guess(found, speculation, free, margins)
+            return Guess(found, speculation, free, values)
         chosen = now[0][:, : found.shape[1]]
-        # The margins are those of other candidates.
+        # The values are those of other candidates.
         return Guess(chosen, speculation and speculation._replace(ids=chosen[:, : speculation.ids.shape[-1]]), free)
 
     def ranks(self, logits: torch.Tensor) -> torch.Tensor:
