@@ -13,6 +13,7 @@ may be a wrong one: without them, training-free speculation would be too sure of
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -52,3 +53,27 @@ def margins_among(scores: torch.Tensor, top_k: int) -> torch.Tensor:
     """The same from the candidates' own logits, `[..., m]`, fp32."""
     border = (scores[..., :top_k].amin(-1, keepdim=True) + scores[..., top_k:].amax(-1, keepdim=True)) / 2
     return scores - border
+
+
+class Confidences(NamedTuple):
+    """How sure the speculation of each layer is, and how many experts a router chooses."""
+
+    of: list[Confidence | None]
+    """Of each layer, None where it is not known."""
+    top_k: int
+
+    def chances(self, layer: int, by_token: Iterable[tuple[list[int], list[float]]]) -> dict[int, float] | None:
+        """The probabilities that any token needs a candidate, from each token's candidates with their logits.
+
+        The router's own choice comes first, and there may be one logit more than candidates. The margins are those of `margins_among`
+        in plain numbers: for so few that is cheaper than operations of torch.
+        """
+        confidence = self.of[layer]
+        if confidence is None:
+            return None
+        wrong: dict[int, float] = {}
+        for candidates, values in by_token:
+            border = (min(values[: self.top_k]) + max(values[self.top_k :])) / 2
+            for expert, value in zip(candidates, values, strict=False):
+                wrong[expert] = wrong.get(expert, 1.0) * (1 - confidence.probability(value - border))
+        return {expert: 1 - chance for expert, chance in wrong.items()}

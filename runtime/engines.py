@@ -9,6 +9,7 @@ import torch
 
 from ..predictors.architecture import ExpertLayer
 from ..predictors.checkpoint import Predictors
+from ..predictors.confidence import Confidences
 from ..predictors.experts import unmarked
 from .automatic import AUTO
 from .engine import Engine
@@ -16,7 +17,7 @@ from .errors import OffloadError
 from .formats.ggml import kept_kind
 from .formats.gguf import GgufFormat
 from .host.cache import Eviction
-from .host.slots import Confidences, ExpertSlots
+from .host.slots import ExpertSlots
 from .reusing import reuse_scores
 from .settings import OffloadConfig
 from .store import ExpertStore, MemoryStore

@@ -71,7 +71,8 @@ class FoldedGuesser:
         memory: torch.Tensor | None = None,
     ) -> Guess:
         logits, free = self._speculator.logits(residual, source, memory)
-        weighted, most = None, max(self._m, self._top_k + 1) if self._sure else self._m
+        weighted = None
+        most = max(self._m, self._top_k + 1) if self._sure else self._m
         values, chosen = logits.topk(most, dim=-1)
         if most > self._m:
             chosen = chosen[:, : self._m]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,8 +161,9 @@ def cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> in
 
     Found on the meta device, from two short texts. Of layers that keep only a window, it counts the whole text.
     """
+    made = cache(lambda: skeleton(config).eval())
     try:
-        short, long = (ghost_pass(config, length).cached for length in (8, 16))
+        short, long = (ghost_pass(config, length, made).cached for length in (8, 16))
     except (RuntimeError, NotImplementedError, ValueError):  # what it computes depends on values
         text = config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -183,14 +185,14 @@ _ghosts: dict[tuple[type[PretrainedConfig], str, int], Ghost] = {}
 """The passes that were made, by a config's class and content and the number of tokens. One of a large model takes seconds."""
 
 
-def ghost_pass(config: PretrainedConfig, tokens: int) -> Ghost:
-    """Runs the model of a config on the meta device, without its experts.
+def ghost_pass(config: PretrainedConfig, tokens: int, make: Callable[[], PreTrainedModel]) -> Ghost:
+    """Runs the model of a config on the meta device, without its experts. `make` makes it, and is called if it has not run before.
 
     Raises `RuntimeError` or `NotImplementedError` where what the model computes depends on values.
     """
     key = type(config), config.to_json_string(use_diff=False), tokens
     if key not in _ghosts:
-        _ghosts[key] = _ghost(skeleton(config).eval(), tokens)
+        _ghosts[key] = _ghost(make(), tokens)
     return _ghosts[key]
 
 

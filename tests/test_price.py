@@ -14,11 +14,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.architecture import farther, moe_shape
 from predict_train.predictors.checkpoint import Predictors, TargetLayer
-from predict_train.predictors.confidence import Confidence, margins
+from predict_train.predictors.confidence import Confidence, Confidences, margins
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.runtime import offloaded
 from predict_train.runtime.host.price import AT_FIRST, CAUTION, TRIED, TRIED_EVERY, LinkUse, Prices, Unguessed
-from predict_train.runtime.host.slots import Confidences
 from predict_train.runtime.measure.routing import Statistics, draw_routing
 from predict_train.runtime.measure.simulation import Costs, nearest, simulate
 from predict_train.runtime.settings import OffloadConfig

@@ -303,7 +303,8 @@ class Prices:
         """The copy of an absent candidate of a layer should begin now if the chance that it is right is greater than this.
 
         `ahead` copies are to be made before it, and the layer that was entered last waits for `needed` of these. `evicts` says
-        that another expert would leave its slot. It is infinity if no copy could be worth it.
+        that another expert would leave its slot. It is the `p` with which both sides of the rule above are equal; infinity if there is
+        none, and less than any chance while too little is known.
         """
         copy, own = self._copy_seconds(), self._times[layer]
         if copy is None or own.before.value is None:

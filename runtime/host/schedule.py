@@ -86,9 +86,8 @@ class Schedule:
         self._scores: list[Sequence[float]] = [[0.0] * experts for _ in range(layers)]
         self._prices, self._copies = prices, copies
         self._under_way: dict[int, int] = {}  # by slot the layer of copies that were begun; some may be over
-        self._too_many: float = (
-            math.inf
-        )  # with so many under way, no guess is worth its copy, and less and less as time passes
+        self._too_many = math.inf
+        """With so many copies under way no guess is worth its own, and ever less as time passes, until another layer is entered."""
         self._empty_cache = partial(SlotCache, slots, (layers, experts), eviction, self._worth)
         self._cache = self._empty_cache()
         self._guesses: dict[int, list[int]] = {}
@@ -102,7 +101,6 @@ class Schedule:
         """
         self._copies.abandon()
         self._under_way.clear()
-        self._too_many = math.inf
         self._cache = self._empty_cache()
         self._cache.fill(resident)
 
@@ -210,7 +208,7 @@ class Schedule:
         """Begins as many copies as there are slots for: first those that the current layer needs, then the guesses.
 
         With `wait`, the first of them may wait for a slot that is still being copied into. A guess that is not worth its copy now is
-        asked for again when fewer copies are before it.
+        asked for again when fewer copies are before it, or another layer is entered.
         """
         while self._demands:
             is_there = self._demands[0] in self._cache
@@ -278,9 +276,7 @@ class Schedule:
 
     def _least_chance(self, prices: Prices, layer: int) -> float:
         """See `Prices.least_chance`."""
-        entered, needed = self._cache.layer, len(self._demands)
-        for other in self._under_way.values():
-            needed += other <= entered
+        needed = sum(other <= self._cache.layer for other in self._under_way.values()) + len(self._demands)
         return prices.least_chance(layer, len(self._under_way), needed, not self._cache.has_free)
 
     def _worth(self, layer: int) -> Sequence[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...predictors.confidence import Confidence
+from ...predictors.confidence import Confidences
 from ...predictors.experts import OnOutputs, group_by_expert, weighted_sum
 from ...predictors.reuse import ReuseScores
 from ..engine import Counters, Decision, Engine
@@ -40,26 +40,6 @@ class Envelope(NamedTuple):
         pages = -(-count * 8 // PAGE)
         memory = empty_blocks(pages, PAGE, torch.device("cpu")).zero_()
         return cls(memory.view(torch.int64).flatten(), register(memory, device), torch.cuda.Event())
-
-
-class Confidences(NamedTuple):
-    """How sure the speculation of each layer is, and how many experts a router chooses."""
-
-    of: list[Confidence | None]
-    """Of each layer, None where it is not known."""
-    top_k: int
-
-    def chances(self, layer: int, by_token: Iterable[tuple[list[int], list[float]]]) -> dict[int, float] | None:
-        """The probabilities that any token needs a candidate, from each token's candidates with their `Guess.values`."""
-        confidence = self.of[layer]
-        if confidence is None:
-            return None
-        wrong: dict[int, float] = {}
-        for candidates, values in by_token:
-            border = (min(values[: self.top_k]) + max(values[self.top_k :])) / 2
-            for expert, value in zip(candidates, values, strict=False):
-                wrong[expert] = wrong.get(expert, 1.0) * (1 - confidence.probability(value - border))
-        return {expert: 1 - chance for expert, chance in wrong.items()}
 
 
 class Mailbox:
@@ -284,8 +264,9 @@ class ExpertSlots(Engine):
 
     def _open_mail(self) -> None:
         for layer, guess, by_token in self._mailbox.take():
-            known, sure = [expert for expert in guess if expert < self._num_experts], self._confidences
-            chances = None if sure is None or by_token is None else sure.chances(layer, by_token)
+            known, chances = [expert for expert in guess if expert < self._num_experts], None
+            if by_token is not None and self._confidences is not None:
+                chances = self._confidences.chances(layer, by_token)
             self._schedule.announce(layer, known, chances)
         self._schedule.begin_copies()
 

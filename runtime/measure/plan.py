@@ -101,7 +101,7 @@ class Counted(NamedTuple):
         top_ks: dict[str, int] = {}
         if expert_modules(model):
             try:
-                top_ks = ghost_pass(config, 8).top_ks
+                top_ks = ghost_pass(config, 8, lambda: model).top_ks
             except (RuntimeError, NotImplementedError) as error:
                 raise UnsupportedModelError(
                     f"the experts of {config.model_type} can't be counted, since what it computes depends on values "
