@@ -199,6 +199,6 @@ class Server(uvicorn.Server):
         if sig == signal.SIGINT and self.should_exit:
             os.write(2, b"predict-train: stopped\n")
             os._exit(130)  # a prompt that is computed can't be broken off, and its thread would be waited for
+        super().handle_exit(sig, frame)  # before all words, since the second one may come while they are written
         if sig == signal.SIGINT and self.server_state.tasks:
             os.write(2, b"the requests that are there are being answered; Ctrl-C again stops at once\n")
-        super().handle_exit(sig, frame)
