@@ -17,6 +17,7 @@ from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.generation import CACHE
 from predict_train.predictors.mlp import ResidualMLP
 from predict_train.runtime import engines
+from predict_train.runtime.device import slots
 from predict_train.runtime.device.slots import DeviceSlots
 from predict_train.runtime.offload import offloaded
 from test_exactness import supported_model
@@ -31,6 +32,8 @@ def deciding(by_device: bool) -> Iterator[None]:
     """Has the device decide, on a CPU too, or the host."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "hindrance_of", lambda *_: None if by_device else "the test wants the host")
+        if DEVICE == "cpu":  # each program takes the interpreter some time, also one that has nothing to copy
+            patch.setattr(slots, "PROGRAMS", (2,))
         yield
 
 

@@ -52,7 +52,7 @@ def supported_model(model_type: str) -> PreTrainedModel:
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-PASSES = ((1, 7, 2), (3, 40, 1))
+PASSES = ((1, 7, 2), (3, 40, 0))
 """Sequences and tokens of prompts, and decode steps after them. With two experts a token, 120 tokens give an expert some 30 rows."""
 LONG = ((3, 300, 1),)
 

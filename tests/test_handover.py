@@ -165,7 +165,7 @@ GUESSED = TOKEN._replace(guesses=[None, Guess([[2, 3]], known=True)])
 TOO_MANY_TO_GUESS = Pass([[[4, 5]] * MOST_TOKENS] * LAYERS, [None, Guess([[4, 5]] * MOST_TOKENS, known=True)], LAYERS)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(passes(), st.integers(LAYERS * TOP_K, LAYERS * EXPERTS), st.sampled_from(ON_DEVICE))
 @example([PROMPT, TOKEN._replace(layers=1), PROMPT], LAYERS * TOP_K, Eviction.LEAST_STALE)
 @example([PROMPT, TOKEN._replace(layers=1), TOKEN], LAYERS * TOP_K, Eviction.FREQUENCY)
