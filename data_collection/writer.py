@@ -38,14 +38,14 @@ class Rows:
         self._capacity = 0
 
     def append(self, columns: Columns, expected: int) -> None:
-        """Copies rows; `expected` is how many bytes all rows together may have."""
+        """Copies rows; `expected` is how many bytes all rows together may have. There may be fewer, so memory grows up to that."""
         count = len(next(iter(columns.values())))
         if not count:
             return
         end = self.count + count
         if end > self._capacity:
             row_bytes = sum(tensor.nbytes for tensor in columns.values()) // count
-            self._grow(columns, max(end + count, expected // row_bytes + 2 * count))
+            self._grow(columns, max(end + count, min(expected // row_bytes + 2 * count, 8 * end)))
         for name, tensor in columns.items():
             self._memory[name][self.count : end] = tensor
             self.bytes += tensor.nbytes

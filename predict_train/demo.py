@@ -32,6 +32,13 @@ PROMPT = 'import os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path,
 
 def demo(config: DemoConfig) -> None:
     """Collects, fits, exports, evaluates, and generates under every policy. Raises what these raise."""
+    try:
+        _demo(config)
+    except KeyboardInterrupt as stop:
+        raise type(stop)("stopped; the next demo begins anew") from stop
+
+
+def _demo(config: DemoConfig) -> None:
     console, out, model = Console(), config.out, str(EMBEDDED_MODEL)
     if out.exists() and not (out / "trace").exists() and any(out.iterdir()):
         raise UserError(f"{out} exists and holds something else than a demo; name another folder with --out")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .errors import UserError
+from .errors import UserError, one_line
 
 
 class UnsupportedModelError(UserError):
@@ -225,6 +225,14 @@ def describe_shape(shape: dict[str, Any]) -> str:
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: it has all modules and takes no memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    """The model of a config on the meta device: it has all modules and takes no memory.
+
+    Raises `UnsupportedModelError` for a config of which transformers can make none.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # transformers raises whatever a wrong value leads to
+        raise UnsupportedModelError(
+            f"transformers can't make a {config.model_type} of this config ({one_line(error)}); correct the config"
+        ) from error

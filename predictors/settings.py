@@ -154,7 +154,10 @@ def _plain(value: Any) -> str:
 
 def shown(value: Any) -> str:
     """A value for a sentence: on one line, and cut if it is long."""
-    text = _SHORT.repr(value)
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        text = "a number that is too long to show"
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
@@ -163,7 +166,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"the settings file {file} can't be read ({error}); name a YAML file") from error
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # a date or a number may be impossible, lists too deep
         raise SettingsError(f"{file} is not YAML ({' '.join(str(error).split())}); mend it") from error
     if not isinstance(values, dict | None):
         raise SettingsError(f"{file} holds no settings; write one `name: value` a line")
@@ -172,6 +179,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 # -- kinds of fields ---------------------------------------------------------------------------------------------
 
+LARGEST = 10**18
+"""Counts are smaller, so that they fit 64 bits whatever they are multiplied by in text."""
 TIMES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES = TypeAdapter(ByteSize)
 
@@ -190,7 +199,7 @@ def choice(plural: str, *names: str) -> BeforeValidator:
 def parse_count(value: Any) -> Any:
     """The whole number that text like `400k`, `1e5` or `2M` gives; other values are returned unchanged."""
     advice = ValueError("give a whole number like 5000, 400k, 1e5 or 2M")
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) >= LARGEST):
         raise advice
     if not isinstance(value, str):
         return value
@@ -198,7 +207,7 @@ def parse_count(value: Any) -> Any:
     times = TIMES.get(text[-1:], 1)
     try:
         number = Decimal(text[:-1] if times > 1 else text)
-        if number.is_finite() and abs(number) < 10**18 and number * times == int(number * times):
+        if number.is_finite() and abs(number) < LARGEST and number * times == int(number * times):
             return int(number * times)
     except ArithmeticError:  # decimal's errors are of this class
         pass

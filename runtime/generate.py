@@ -20,6 +20,9 @@ from .offload import ExpertOffload
 from .settings import Sampling
 from .stops import Stops
 
+COLDEST = 1e-5
+"""Colder temperatures are greedy: logits divided by them would soon not be finite."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -88,7 +91,7 @@ def arguments_of(config: GenerationConfig, sampling: Sampling) -> dict[str, Any]
     if sampling.temperature is not None:
         own |= (
             {"do_sample": True, "temperature": sampling.temperature}
-            if sampling.temperature > 0
+            if sampling.temperature >= COLDEST
             else {"do_sample": False}
         )
     elif {"top_k", "top_p", "min_p"} & sampling.model_fields_set:

@@ -99,7 +99,7 @@ class Offloading(Slots):
     speculated_tokens: Whole = 16
     """In a forward pass over more tokens than this nothing is guessed, and all experts pass through the slots: it needs nearly
     all of them, so a guess would save nothing. Prompts are exact, however short."""
-    readers: Count = 2
+    readers: Annotated[Count, Field(le=1024)] = 2
     """Number of threads that copy experts on the CPU or read them from a file."""
     device: Device = "auto"
     """Where the model computes: `auto` (CUDA where there is one), `cpu` or `cuda`."""
@@ -176,14 +176,14 @@ class Sampling(Settings):
     max_new_tokens: Count = 128
     """The most tokens to generate."""
     temperature: float | None = Field(0.0, ge=0)
-    """Temperature of the sampling; 0 is greedy."""
+    """Temperature of the sampling; 0 is greedy, and so is less than 0.00001."""
     top_k: Count | None = None
     """Draw from this many tokens, the likeliest ones."""
     top_p: float | None = Field(None, gt=0, le=1)
     """Draw from the likeliest tokens that have this much probability together."""
     min_p: float | None = Field(None, ge=0, le=1)
     """Draw from the tokens that are at least this many times as likely as the likeliest one."""
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     """Above 1, tokens that were there before become less likely."""
     stop: str | list[str] | None = None
     """Text after which generation ends. The flag may be given several times."""

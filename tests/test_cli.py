@@ -190,6 +190,7 @@ WRONG = {
     "more candidates than experts": (["evaluate", "{moe}", "--candidates", "9"], "from 2 to 8, or auto"),
     "CUDA where there is none": (["generate", "{moe}", "--prompt", "x", "--device", "cuda"], "no CUDA device"),
     "CUDA for a collection": (["collect", "{moe}", "--device", "cuda", "--out", "{out}"], "no CUDA device"),
+    "more width than memory": (["fit", "{loop}/trace", "--width", "1e12", "--out", "{out}"], "no room in memory for"),
     "nowhere to write figures": (["evaluate", "{moe}", "--json", "{tmp}/no/where.json"], "no folder"),
 }  # fmt: skip
 
@@ -241,6 +242,19 @@ def test_wrong_input_ends_in_one_sentence(
     sentences = [line for line in re.split(r"[\r\n]+", told) if line.strip() and "Loading weights" not in line]
     assert len(sentences) == 1, told
     assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+
+
+def test_a_demo_that_is_stopped_does_not_tell_of_a_flag_that_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from predict_train import demo
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt("stopped; give --resume to go on")
+
+    monkeypatch.setattr(demo, "collect", stopped)
+    assert run(monkeypatch, "demo", "--out", tmp_path / "demo") == 130
+    assert capsys.readouterr().err == "predict-train: stopped; the next demo begins anew\n"
 
 
 def test_the_console_script_is_installed() -> None:

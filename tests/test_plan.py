@@ -161,3 +161,12 @@ def test_what_the_command_refuses(changed: dict[str, object], said: str) -> None
     options: dict[str, object] = {"--device-memory": "2GB", "--link": "25GB/s", "--memory-bandwidth": "768GB/s"}
     with pytest.raises(UserError, match=said):
         plan(SMALLER, *(part for option in (options | changed).items() for part in option))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_experts_per_tok", 0), ("num_attention_heads", 0), ("hidden_act", "nope")]
+)
+def test_a_config_of_which_there_can_be_no_model_is_refused(tmp_path: Path, field: str, value: object) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(json.loads(SMALLER.read_text()) | {field: value}))
+    with pytest.raises(UserError, match="correct the config"):
+        plan(tmp_path / "config.json", "--device-memory", "2GB", "--link", "25GB/s", "--memory-bandwidth", "768GB/s")

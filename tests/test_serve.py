@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,6 +77,13 @@ class Served:
         )
         assert found, name
         return float(found[1])
+
+    def gone(self) -> float:
+        """How many clients went away before their answer began."""
+        try:
+            return self.metric('requests_total{path="/v1/completions",status="gone"}')
+        except AssertionError:  # none so far
+            return 0
 
     def close(self) -> None:
         self._server.should_exit = True
@@ -168,7 +176,9 @@ def test_what_can_not_be_answered_is_refused_in_openais_form(serve: Callable[...
         (TEXT, ok | {"temperature": "hot"}, 400, "temperature"), (TEXT, ok | {"temperature": -1}, 400, "temperature"),
         (TEXT, ok | {"max_tokens": 0}, 400, "max_tokens"), (TEXT, ok | {"top_p": 2}, 400, "top_p"), (TEXT, ok | {"n": 2}, 400, "n is"),
         (TEXT, ok | {"logprobs": 3}, 400, "logprobs"), (TEXT, ok | {"nonsense": 1}, 400, "nonsense"), (TEXT, ok | {"stop": [""]}, 400, "stop"),
-        (TEXT, ok | {"max_tokens": 10**6}, 400, "context"), (TEXT, ok | {"model": "gpt-4"}, 404, "gpt-4"),
+        (TEXT, ok | {"stop": ["a"] * 17}, 400, "up to 16"), (TEXT, ok | {"stop": "a" * 201}, 400, "up to 16"),
+        (TEXT, ok | {"repetition_penalty": 1e-40}, 400, "repetition_penalty"), (TEXT, ok | {"max_tokens": 10**6}, 400, "context"), 
+        (TEXT, ok | {"model": "gpt-4"}, 404, "gpt-4"),
         (TEXT, {"prompt": "x" * 30_000}, 413, "larger"), (TEXT, {"prompt": "\ud800"}, 400, ""), (TEXT, ok | {"seed": 2**64}, 400, "seed"),
         (CHAT, {"messages": [{"role": "user", "content": "x"}]}, 400, "no chat template"), (CHAT, {"messages": []}, 400, "messages"),
         (CHAT, {"messages": [{"role": "cat", "content": "x"}]}, 400, "role"), ("/v1/nothing", ok, 404, "Not Found"),
@@ -179,6 +189,7 @@ def test_what_can_not_be_answered_is_refused_in_openais_form(serve: Callable[...
         assert found == status, (path, body, said)
         assert words in said["error"]["message"], (body, said)
         assert {"message", "type", "param", "code"} == said["error"].keys()
+    assert served.ask(TEXT, ok | {"temperature": 1e-300})[0] == 200
     assert served.ask(TEXT, ok | {"n": 1, "user": "me", "presence_penalty": 0, "logit_bias": None})[0] == 200
     assert served.ask("/v1/models/other", b"", "GET")[0] == 404
     assert served.ask(TEXT, b"", "GET")[0] == 405
@@ -203,6 +214,7 @@ NAMES = st.sampled_from(
         "temperature",
         "top_p",
         "top_k",
+        "repetition_penalty",
         "stop",
         "seed",
         "stream",
@@ -228,7 +240,9 @@ def test_no_request_is_an_error_of_the_server(serve: Callable[..., Served]) -> N
     assert eventually(lambda: served.worker.places == 0)
 
 
-def test_who_goes_away_frees_the_place_and_who_is_too_many_waits_outside(serve: Callable[..., Served]) -> None:
+def test_who_goes_away_frees_the_place_and_who_is_too_many_waits_outside(
+    serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]
+) -> None:
     served = serve(queue=1)
     for streams in (True, False):
         running = served.send(TEXT, LONG | {"stream": streams})
@@ -247,6 +261,13 @@ def test_who_goes_away_frees_the_place_and_who_is_too_many_waits_outside(serve: 
         assert status == 200
         assert time.monotonic() - begun < 5, "the model did not go on with what nobody waits for"
     assert served.metric("generated_tokens_total") == 2, "answers that nobody took are not counted"
+    capsys.readouterr()
+    before = served.gone()
+    with socket.create_connection(("127.0.0.1", served.port)) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        time.sleep(0.1)
+    assert eventually(lambda: served.gone() == before + 1)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_next_turn_of_a_chat_computes_what_is_new(serve: Callable[..., Served], model: PreTrainedModel) -> None:

@@ -178,6 +178,17 @@ def test_what_are_no_layers_is_refused(text: Any) -> None:
         parse_layers(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["seed: 2001-13-45", "seed: !!int abc", "seed: " + "7" * 5000, "seed: " + "[" * 3000, *(f"{name}: 0x" + "f" * 5000 for name in ("slots", "temperature", "expert_memory"))],
+)  # fmt: skip
+def test_values_that_can_not_be_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.yaml").write_text(text + "\n")
+    with pytest.raises(SettingsError) as refused:
+        load_config(GenerateConfig, tmp_path / "settings.yaml", {"model": "m", "prompt": "p"})
+    assert len(str(refused.value)) < 400
+
+
 def test_a_size_needs_its_unit_where_it_is_written(tmp_path: Path) -> None:
     file, needs = tmp_path / "settings.yaml", {"model": "m", "out": "o"}
     for spelled in ("20000", "'20000'", "2_000.5"):

@@ -308,20 +308,20 @@ def _report_predictors(found: dict[str, Any], console: Console) -> None:
     }
     _facts(console, f"predictors {found['path']}", facts)
     k, experts = found["model"]["top_k"], found["model"]["num_experts"]
-    sizes = {name: min(size, 2 * k, experts) for name, size in zip(SIZES, (k, k + 2, 2 * k), strict=True)}
+    sizes = [min(size, 2 * k, experts) for size in (k + 2, 2 * k)]
     rows, remember = [], any(entry["memory"] for entry in found["layers"])
     sure = any(entry["confidence"] for entry in found["layers"])
     for entry in found["layers"]:
         before, after = entry["hit_rate"].get("training_free"), entry["hit_rate"].get("predictor")
-        row = [*_places(entry), str(entry["width"] or "none"), f"{entry['bytes']:,}", _rate(before)]
+        row = [*_places(entry), str(entry["width"] or "none"), f"{entry['bytes'] / 1000:,.0f}", _rate(before)]
         row += [_rate(entry["hit_rate"].get("without_memory"))] if remember else []
         row += [_rate(after), _closed(before, after)]
-        row += [_rate(entry["recall"][size - k]) if entry["recall"] else "" for size in sizes.values()]
+        row += [_rate(entry["recall"][size - k]) if entry["recall"] else "" for size in sizes]
         rows.append(row + ([_rate((entry["confidence"] or {}).get("error"))] if sure else []))
-    headers = ("target", "source", "width", "bytes", "training-free", *_without(remember), "predictor", "gap closed")
+    headers = ("target", "source", "width", "kB", "training-free", *_without(remember), "predictor", "gap closed")
     _print(
         console,
-        map(broken, (*headers, *(f"top {size}" for size in sizes.values()), *(["ECE"] if sure else []))),
+        map(broken, (*headers, *(f"top {size}" for size in sizes), *(["ECE"] if sure else []))),
         rows,
         title="hit rate by layer, on validation sequences",
         caption="top: of the speculation, with so many candidates; without a predictor it is training-free"

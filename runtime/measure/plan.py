@@ -107,6 +107,10 @@ class Counted(NamedTuple):
                     f"the experts of {config.model_type} can't be counted, since what it computes depends on values "
                     f"({str(error).splitlines()[0]}); bench can still measure it"
                 ) from error
+        if 0 in top_ks.values():
+            raise UnsupportedModelError(
+                f"by this config a router of {config.model_type} chooses no expert; correct the config"
+            )
         if not top_ks:
             raise UnsupportedModelError(
                 f"{config.model_type} is not a mixture-of-experts model whose experts are stacked in one module; only such can be planned"

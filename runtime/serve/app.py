@@ -25,7 +25,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -134,6 +134,8 @@ class Door:
         try:
             self._check_key(scope)
             await self._app(scope, limited, watched)
+        except ClientDisconnect:  # before its request was whole
+            return
         except Exception as error:
             if status:  # the answer has begun
                 raise

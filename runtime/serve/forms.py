@@ -46,6 +46,8 @@ class RequestError(Exception):
 
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+MOST_STOPS, LONGEST_STOP = 16, 200
+"""What a request may ask for. transformers compares each character of each stop text with its whole vocabulary before the first token."""
 
 
 class StreamOptions(BaseModel):
@@ -63,7 +65,7 @@ class _Request(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     stop: str | list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool | None = None
@@ -82,8 +84,11 @@ class _Request(BaseModel):
     @field_validator("stop")
     @classmethod
     def _some_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        stops = [stop] if isinstance(stop, str) else stop or []
         if isinstance(stop, list) and not all(stop):
             raise ValueError("stop holds an empty text")
+        if len(stops) > MOST_STOPS or any(len(text) > LONGEST_STOP for text in stops):
+            raise ValueError(f"stop holds up to {MOST_STOPS} texts of up to {LONGEST_STOP} characters")
         return stop or None
 
     def sampling(self, default: Sampling, most: int) -> Sampling:
