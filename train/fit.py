@@ -94,6 +94,12 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
         if is_first():
             config.out.mkdir(parents=True, exist_ok=True)
             _write(config.out / CONFIG, run)
+        console.print(
+            f"{len(targets)} predictors are trained on {trace.rows:,} rows in up to {config.epochs} epochs; "
+            f"tensorboard --logdir {config.out} shows how",
+            highlight=False,
+            soft_wrap=True,
+        )
         logger.log_hyperparams(settings)
         started = time.perf_counter()
         trainer.fit(module, data, ckpt_path=last if config.resume and last.exists() else None, weights_only=True)

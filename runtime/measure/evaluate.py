@@ -63,7 +63,7 @@ def evaluate(
     given = {"predictor": predictors, "training_free": without}
     trained = set() if predictors is None else set(predictors.mlps)
     passes = 3 + (5 if trained else 0) + 5
-    bar = tqdm(total=passes * sum(batch.numel() for batch in batches), unit=" tokens", desc="evaluate", leave=False,
+    bar = tqdm(total=passes * sum(batch.numel() for batch in batches), unit=" tokens", desc=f"evaluate, {passes} passes", leave=False,
                disable=None if progress else True)  # fmt: skip
 
     entropy_of = partial(_cross_entropy, model, batches, bar)
