@@ -93,7 +93,8 @@ def widened_product(kind: GgmlType, blocks: list[torch.Tensor], x: torch.Tensor,
 
 @torch.no_grad()
 def compare(rounds: int) -> None:
-    """Prints the time of a token's product with a weight that is widened first, against the same in bfloat16, by turns."""
+    """Prints the time of a token's product with a weight that is widened first, against the same in bfloat16, by turns and with one thread."""
+    torch.set_num_threads(1)  # torch would share out some of these operations and not the others
     numbers = [torch.randint(0, 256, (WIDTH, WIDTH), dtype=torch.uint8) for _ in range(WEIGHTS)]
     nearly = [(number & 0xF7).view(torch.float8_e4m3fn) for number in numbers]  # none of these stands for no number
     packed = [number[:, : WIDTH // 2].reshape(-1, GROUP // 2, WIDTH) for number in numbers]
