@@ -140,7 +140,7 @@ class Paying(Prices):
 
 @contextmanager
 def by_turns(offload: Any, replayed: Any) -> Iterator[Any]:
-    """Yields a function that turns the prices of an offload, margins included, on or off."""
+    """Yields a function that turns the prices of an offload, with the values of its guesses, on or off."""
     engine, layers = offload._engine, offload._control.layers
     prices = Paying(LAYERS, offload.slots, time.perf_counter, engine.transfers.copy_seconds)
     kinds = {is_on: {layer.target.number: layer.guesser for layer in layers} for is_on in (True, False)}

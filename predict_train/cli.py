@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import signal
 import sys
 from contextlib import nullcontext
@@ -232,13 +231,6 @@ def main() -> None:
     except UserError as error:
         print(f"predict-train: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (MemoryError, RuntimeError) as error:
-        asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))  # torch's words
-        if asked is None and not isinstance(error, MemoryError):
-            raise
-        size = f" for {int(asked[1]):,} bytes" if asked else ""
-        print(f"predict-train: there is no room in memory{size}; give smaller settings", file=sys.stderr)
-        sys.exit(UserError.exit_code)
 
 
 def _terminate(*_: object) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_typ
 import typer
 from pydantic.fields import FieldInfo
 
-from .predictors.errors import StoppedError
+from .predictors.errors import StoppedError, lack_of_memory
 from .predictors.settings import TIMES, Kind, Settings, flag, load_config
 
 S = TypeVar("S", bound=Settings)
@@ -37,6 +37,10 @@ def command(app: typer.Typer) -> Callable[[Callable[[S], None]], Callable[[S], N
                 job(load_config(kind, config, {key: None if value == [] else value for key, value in given.items()}))
             except KeyboardInterrupt as stop:
                 raise StoppedError(stop) from stop
+            except (MemoryError, RuntimeError) as error:
+                if (told := lack_of_memory(error)) is None:
+                    raise
+                raise told from error
 
         hints = {name: _hint(kind, name) for name in _ordered(kind)} | {"config": Annotated[Path | None, FILE]}
         keyword = inspect.Parameter.KEYWORD_ONLY

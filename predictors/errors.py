@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class UserError(ValueError):
     """Bad input. The message is one sentence that says what is wrong and what to do."""
@@ -21,6 +23,15 @@ class StoppedError(UserError):
         super().__init__(str(stop) or "stopped")
         # As a shell counts: 128 and the number of the signal.
         self.exit_code = 143 if isinstance(stop, TerminatedError) else 130
+
+
+def lack_of_memory(error: Exception) -> UserError | None:
+    """What to say if `error` says that the host has not the memory that was asked for; None if it says something else."""
+    asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))  # torch's words
+    if asked is None and not isinstance(error, MemoryError):
+        return None
+    size = f" for {int(asked[1]):,} bytes" if asked else ""
+    return UserError(f"there is no room in memory{size}; give smaller settings")
 
 
 def one_line(error: Exception) -> str:

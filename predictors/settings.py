@@ -166,11 +166,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"the settings file {file} can't be read ({error}); name a YAML file") from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # a date or a number may be impossible, lists too deep
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A date or a number may be impossible, and lists may be too deep.
         raise SettingsError(f"{file} is not YAML ({' '.join(str(error).split())}); mend it") from error
     if not isinstance(values, dict | None):
         raise SettingsError(f"{file} holds no settings; write one `name: value` a line")
@@ -180,7 +177,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 # -- kinds of fields ---------------------------------------------------------------------------------------------
 
 LARGEST = 10**18
-"""Counts are smaller, so that they fit 64 bits whatever they are multiplied by in text."""
+"""Counts are smaller, in text without their unit."""
 TIMES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES = TypeAdapter(ByteSize)
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..predictors.architecture import ExpertLayer, UnsupportedModelError, skeleton
+from ..predictors.architecture import ExpertLayer, skeleton
 from ..predictors.experts import expert_modules
 from ..predictors.generation import CACHE
 from ..predictors.override import override_forward
@@ -164,7 +164,7 @@ def cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> in
     made = cache(lambda: skeleton(config).eval())
     try:
         short, long = (ghost_pass(config, length, made).cached for length in (8, 16))
-    except (RuntimeError, NotImplementedError, ValueError, UnsupportedModelError):  # what it computes depends on values
+    except (RuntimeError, ValueError):  # what it computes depends on values
         text = config.get_text_config()
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -188,7 +188,7 @@ _ghosts: dict[tuple[type[PretrainedConfig], str, int], Ghost] = {}
 def ghost_pass(config: PretrainedConfig, tokens: int, make: Callable[[], PreTrainedModel]) -> Ghost:
     """Runs the model of a config on the meta device, without its experts. `make` makes it, and is called if it has not run before.
 
-    Raises `RuntimeError` or `NotImplementedError` where what the model computes depends on values.
+    Raises `RuntimeError` where what the model computes depends on values.
     """
     key = type(config), config.to_json_string(use_diff=False), tokens
     if key not in _ghosts:

@@ -42,6 +42,8 @@ def _candidates(value: Any) -> Any:
 
 Candidates = Annotated[int | Literal["auto"], BeforeValidator(_candidates)]
 Quantized = Annotated[Quantization, choice("quantisations", *Quantization)]
+Penalty = Annotated[float, Field(ge=0.01, le=100)]
+"""Beyond, logits would soon not be finite."""
 PolicyName = Annotated[Policy | Literal["auto"], choice("policies", *Policy, AUTO)]
 
 
@@ -183,7 +185,7 @@ class Sampling(Settings):
     """Draw from the likeliest tokens that have this much probability together."""
     min_p: float | None = Field(None, ge=0, le=1)
     """Draw from the tokens that are at least this many times as likely as the likeliest one."""
-    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
+    repetition_penalty: Penalty | None = None
     """Above 1, tokens that were there before become less likely."""
     stop: str | list[str] | None = None
     """Text after which generation ends. The flag may be given several times."""

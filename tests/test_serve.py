@@ -71,19 +71,13 @@ class Served:
         text = response.read()
         return response.status, json.loads(text) if response.headers["content-type"] == "application/json" else text
 
-    def metric(self, name: str) -> float:
+    def metric(self, name: str, default: float | None = None) -> float:
+        """What was counted; `default` if nothing was so far."""
         found = re.search(
             rf"^predict_train_{re.escape(name)} (\S+)$", self.ask("/metrics", b"", "GET")[1].decode(), re.M
         )
-        assert found, name
-        return float(found[1])
-
-    def gone(self) -> float:
-        """How many clients went away before their answer began."""
-        try:
-            return self.metric('requests_total{path="/v1/completions",status="gone"}')
-        except AssertionError:  # none so far
-            return 0
+        assert found or default is not None, name
+        return float(found[1] if found else default)
 
     def close(self) -> None:
         self._server.should_exit = True
@@ -177,7 +171,7 @@ def test_what_can_not_be_answered_is_refused_in_openais_form(serve: Callable[...
         (TEXT, ok | {"max_tokens": 0}, 400, "max_tokens"), (TEXT, ok | {"top_p": 2}, 400, "top_p"), (TEXT, ok | {"n": 2}, 400, "n is"),
         (TEXT, ok | {"logprobs": 3}, 400, "logprobs"), (TEXT, ok | {"nonsense": 1}, 400, "nonsense"), (TEXT, ok | {"stop": [""]}, 400, "stop"),
         (TEXT, ok | {"stop": ["a"] * 17}, 400, "up to 16"), (TEXT, ok | {"stop": "a" * 201}, 400, "up to 16"),
-        (TEXT, ok | {"repetition_penalty": 1e-40}, 400, "repetition_penalty"), (TEXT, ok | {"max_tokens": 10**6}, 400, "context"), 
+        (TEXT, ok | {"repetition_penalty": 1e-40}, 400, "repetition_penalty"), (TEXT, ok | {"max_tokens": 10**6}, 400, "context"),
         (TEXT, ok | {"model": "gpt-4"}, 404, "gpt-4"),
         (TEXT, {"prompt": "x" * 30_000}, 413, "larger"), (TEXT, {"prompt": "\ud800"}, 400, ""), (TEXT, ok | {"seed": 2**64}, 400, "seed"),
         (CHAT, {"messages": [{"role": "user", "content": "x"}]}, 400, "no chat template"), (CHAT, {"messages": []}, 400, "messages"),
@@ -262,11 +256,12 @@ def test_who_goes_away_frees_the_place_and_who_is_too_many_waits_outside(
         assert time.monotonic() - begun < 5, "the model did not go on with what nobody waits for"
     assert served.metric("generated_tokens_total") == 2, "answers that nobody took are not counted"
     capsys.readouterr()
-    before = served.gone()
+    gone = 'requests_total{path="/v1/completions",status="gone"}'
+    before = served.metric(gone, default=0)
     with socket.create_connection(("127.0.0.1", served.port)) as half:
         half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
         time.sleep(0.1)
-    assert eventually(lambda: served.gone() == before + 1)
+    assert eventually(lambda: served.metric(gone, default=0) == before + 1)
     assert "Traceback" not in capsys.readouterr().err
 
 
