@@ -47,7 +47,7 @@ def computing(model: Any, file: Path, rounds: int) -> list[float]:
     for _ in range(rounds + 1):
         begun = time.perf_counter()
         for expert_weights in weights[: tokens * layer.top_k]:
-            store.format.output(layer.experts, expert_weights, x)
+            store.format.outputs(layer.experts, [expert_weights], [x])
         found.append(1000 * (time.perf_counter() - begun) / tokens)
     return found[1:]
 

@@ -8,7 +8,7 @@ at the same places. Each expert's weights are read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,7 +109,7 @@ def count_of(experts: nn.Module) -> int:
 
 
 def expert_parameters(experts: nn.Module) -> list[str]:
-    """The names of the stacked parameters of `experts`, `[num_experts, ...]` each, that `expert_output` needs.
+    """The names of the stacked parameters of `experts`, `[num_experts, ...]` each, that `expert_outputs` needs.
 
     Raises `UnsupportedModelError` if the module does not say how its weights lie, holds other weights too, or has a forward that
     is not transformers'.
@@ -152,23 +152,34 @@ def expert_linear(experts: nn.Module, weights: dict[str, torch.Tensor], name: st
     return output if bias is None else output.add_(bias)
 
 
-def expert_output(
-    experts: nn.Module, weights: dict[str, torch.Tensor], x: torch.Tensor, linear: Linear = expert_linear
+def expert_outputs(
+    experts: nn.Module,
+    weights: Sequence[dict[str, torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    linear: Linear = expert_linear,
 ) -> torch.Tensor:
-    """One expert's unweighted output `[n, hidden]` for its inputs `x` `[n, hidden]`, in the dtype of `x`.
+    """The unweighted outputs `[rows, hidden]` of some experts for the `inputs` of each, `[n, hidden]`, in their dtype.
 
-    `weights` maps each name of `expert_parameters(experts)` to this expert's slice of that parameter; `experts` gives
-    only the layout and the gate, so its own weights may lie on another device. `linear` computes other forms of weights.
+    The rows of the first expert come first. `weights` has for each expert a map from each name of `expert_parameters(experts)` to
+    its slice of that parameter; `experts` gives only the layout and the gate, so its own weights may lie on another device.
+    `linear` computes other forms of weights. What is no product is computed for all experts at once: where a token goes to a few
+    experts, starting operations takes longer than the operations.
     """
     marks: Any = marks_of(experts)
-    hidden = linear(experts, weights, "gate_up_proj" if marks.has_gate else "up_proj", x)
+    name = "gate_up_proj" if marks.has_gate else "up_proj"
+    hidden = _joined([linear(experts, own, name, x) for own, x in zip(weights, inputs, strict=True)])
     if isinstance(marks, Unmarked):
         hidden = marks._apply_gate(hidden, experts.act_fn)  # type: ignore[arg-type]
     else:
         hidden = marks._apply_gate(hidden) if marks.has_gate else marks.act_fn(hidden)
-    output = linear(experts, weights, "down_proj", hidden)
+    rows = hidden.split_with_sizes([len(x) for x in inputs])
+    output = _joined([linear(experts, own, "down_proj", x) for own, x in zip(weights, rows, strict=True)])
     # Older releases of transformers have neither this mark nor experts with such a norm.
     return experts.post_expert_norm(output) if getattr(experts, "has_post_expert_norm", False) else output  # type: ignore[operator]
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def group_by_expert(ids: torch.Tensor, num_experts: int) -> Groups:
@@ -224,7 +235,7 @@ def run_experts(
     sorted_x = x[groups.order // groups.choices]
     outputs = [x.new_empty(0, x.shape[-1])]  # for the case of no tokens
     for expert, inputs in zip(groups.experts, sorted_x.split(groups.sizes), strict=True):
-        outputs.append(expert_output(experts, {name: p[expert] for name, p in stacked.items()}, inputs))
+        outputs.append(expert_outputs(experts, [{name: p[expert] for name, p in stacked.items()}], [inputs]))
     grouped = torch.cat(outputs)  # not written in place: autograd refuses that for views made without it
     if on_outputs is not None:
         on_outputs(groups, grouped)

@@ -46,16 +46,12 @@ def _softmax(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return logits.softmax(-1, dtype=torch.float32).gather(-1, ids)
 
 
-def _normalised_softmax(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    scores = _softmax(logits, ids)
-    return scores / scores.sum(-1, keepdim=True)
-
-
 def _softmax_of_chosen(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    # The same as the softmax of all, divided by its sum over the chosen ones.
     return logits.gather(-1, ids).softmax(-1, dtype=torch.float32)
 
 
-WEIGHS: tuple[Weigh, ...] = (_softmax, _normalised_softmax, _softmax_of_chosen)
+WEIGHS: tuple[Weigh, ...] = (_softmax, _softmax_of_chosen)
 
 
 class PlainRouter(NamedTuple):

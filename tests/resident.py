@@ -60,6 +60,6 @@ class ResidentExperts(Away):
         found = [x.new_empty(0, x.shape[-1])]
         for expert, inputs in zip(groups.experts, rows, strict=True):
             tensors = {name: view[expert] for name, view in views.items()}
-            found.append(self._format.output(self._experts, tensors, inputs))
+            found.append(self._format.outputs(self._experts, [tensors], [inputs]))
         outputs = torch.cat(found).index_select(0, groups.order.argsort())
         return combine(outputs, weights, x.dtype)

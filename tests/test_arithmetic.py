@@ -15,7 +15,7 @@ import triton.language as tl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from predict_train.predictors.discovery import find_moe_layers
-from predict_train.predictors.experts import expert_output, expert_parameters
+from predict_train.predictors.experts import expert_outputs, expert_parameters
 from predict_train.runtime.device import arithmetic, quantized
 from predict_train.runtime.device.arithmetic import ExpertArithmetic
 from predict_train.runtime.device.quantized import QuantizedArithmetic
@@ -122,7 +122,7 @@ def expected_output(
     """The weighted sum row by row, on the CPU, and the largest term in it."""
     stacked = {name: getattr(experts, name) for name in expert_parameters(experts)}
     rows = [
-        expert_output(experts, {name: p[expert] for name, p in stacked.items()}, x[token : token + 1])
+        expert_outputs(experts, [{name: p[expert] for name, p in stacked.items()}], [x[token : token + 1]])
         for token, chosen in enumerate(ids.tolist())
         for expert in chosen
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from predict_train.predictors.architecture import UnsupportedModelError
 from predict_train.predictors.discovery import find_moe_layers
-from predict_train.predictors.experts import expert_output, expert_parameters, group_by_expert, run_experts
+from predict_train.predictors.experts import expert_outputs, expert_parameters, group_by_expert, run_experts
 from torch import nn
 from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
@@ -96,7 +96,7 @@ def test_on_outputs_sees_each_experts_own_output(tiny_moe):
         for expert, (pairs, output) in seen.items():
             slices = {name: getattr(layer.experts, name)[expert] for name in expert_parameters(layer.experts)}
             assert (ids.flatten()[pairs] == expert).all()
-            assert torch.equal(output, expert_output(layer.experts, slices, x[pairs // ids.shape[-1]]))
+            assert torch.equal(output, expert_outputs(layer.experts, [slices], [x[pairs // ids.shape[-1]]]))
 
 
 def test_groups_are_a_partition_of_the_pairs():

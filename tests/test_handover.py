@@ -10,7 +10,7 @@ import torch
 from conftest import UNTRAINED
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from predict_train.predictors.experts import combine, expert_output
+from predict_train.predictors.experts import combine, expert_outputs
 from predict_train.runtime import Eviction
 from predict_train.runtime.device.slots import DeviceSlots
 from predict_train.runtime.device.tables import Books
@@ -104,8 +104,8 @@ class Machine:
 
     def expected(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         rows = [
-            expert_output(
-                self.modules[layer], {n: p[expert] for n, p in self.plain[layer].items()}, x[token : token + 1]
+            expert_outputs(
+                self.modules[layer], [{n: p[expert] for n, p in self.plain[layer].items()}], [x[token : token + 1]]
             )
             for token, chosen in enumerate(ids.tolist())
             for expert in chosen

@@ -66,8 +66,8 @@ def test_exact_policies_give_the_resident_models_tokens(
     build_moe: Callable[..., PreTrainedModel], architecture: str, device: str
 ) -> None:
     model = build_moe(architecture).to(device)
-    top_k, experts = 2, 8
-    for batch, sizes in ((1, (top_k, experts // 2)), (3, (top_k + 1, experts))):
+    top_k, experts, all_slots = 2, 8, 24
+    for batch, sizes in ((1, (top_k, experts // 2)), (3, (top_k + 1, experts, all_slots))):
         ids = prompt(batch, 7, device)
         expected, expected_logits = greedy(model, ids), model(ids).logits
         for policy in ("on_demand", "prefetch"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from predict_train.data_collection.catalog import tiny_config
 from predict_train.predictors.discovery import find_moe_layers
 from predict_train.predictors.errors import UserError
-from predict_train.predictors.experts import expert_modules, expert_output
+from predict_train.predictors.experts import expert_modules, expert_outputs
 from predict_train.predictors.generation import CACHE
 from predict_train.runtime import load_experts, load_offloaded, offloaded
 from predict_train.runtime.formats import int4
@@ -149,9 +149,9 @@ def test_an_expert_computes_with_its_widened_weights(model_type: str, quantize: 
         blocks = Gathered(experts, form, tensors).blocks()
         wide = {name: values[5] for name, values in form.read(blocks).items()}
         x = torch.randn(7, width + 1, generator=generator).bfloat16().float()[:, 1:]
-        expected = expert_output(experts, wide, x)
+        expected = expert_outputs(experts, [wide], [x])
         for rows in (x, x.bfloat16(), x.half()):
-            found = form.output(experts, form.views(blocks[5]), rows)
+            found = form.outputs(experts, [form.views(blocks[5])], [rows])
             assert found.dtype == rows.dtype
             torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
 

@@ -16,7 +16,7 @@ import torch
 from conftest import build_model, skip_if_lacking
 from predict_train.data_collection.catalog import tiny_model
 from predict_train.predictors.checkpoint import Predictors
-from predict_train.predictors.experts import expert_output
+from predict_train.predictors.experts import expert_outputs
 from predict_train.predictors.generation import CACHE
 from predict_train.runtime import engines, offload_experts, offloaded
 from predict_train.runtime.device.arithmetic import ExpertArithmetic
@@ -141,7 +141,9 @@ def output(self: ExpertArithmetic, x: torch.Tensor, weights: torch.Tensor, table
     def kernel(result: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, memory: Any) -> None:
         views = FullFormat(self._places, 0).views(memory.view(torch.uint8))
         for token, (inputs, weighs, places) in enumerate(zip(x.split(1), weights, table.tolist(), strict=True)):
-            parts = (expert_output(self._experts, {n: v[place] for n, v in views.items()}, inputs) for place in places)
+            parts = (
+                expert_outputs(self._experts, [{n: v[place] for n, v in views.items()}], [inputs]) for place in places
+            )
             result[token] = sum(weight * part[0] for weight, part in zip(weighs, parts, strict=False))
 
     launch(kernel, result, x, weights, table, self._memory)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -80,8 +81,11 @@ class ExpertFormat(ABC):
         """The parameters in stacked `blocks` `[experts, bytes]`, each `[experts, ...]`, as the model has them."""
 
     @abstractmethod
-    def output(self, experts: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """One expert's unweighted output `[n, hidden]` for `x` `[n, hidden]`, in the dtype of `x`; under autocast in its own.
+    def outputs(
+        self, experts: nn.Module, tensors: Sequence[dict[str, torch.Tensor]], inputs: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """The unweighted outputs `[rows, hidden]` of some experts for the `inputs` of each, `[n, hidden]`, in their dtype; under
+        autocast in the format's own. The rows of the first expert come first.
 
-        `tensors` are the expert's `views`. Only the gate and the norm are taken from `experts`, the model's module.
+        `tensors` are each expert's `views`. Only the gate and the norm are taken from `experts`, the model's module.
         """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import nn
 
-from ...predictors.experts import expert_output
+from ...predictors.experts import expert_outputs
 from ..errors import StoreError
 from . import ExpertFormat, laid_out
 
@@ -52,8 +53,11 @@ class FullFormat(ExpertFormat):
     def read(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.views(blocks)
 
-    def output(self, experts: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return expert_output(experts, tensors, x)
-        with torch.autocast(x.device.type, enabled=False):  # transformers' product knows nothing of autocast
-            return expert_output(experts, tensors, x.to(self.dtype))
+    def outputs(
+        self, experts: nn.Module, tensors: Sequence[dict[str, torch.Tensor]], inputs: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        kind = inputs[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return expert_outputs(experts, tensors, inputs)
+        with torch.autocast(kind, enabled=False):  # transformers' product knows nothing of autocast
+            return expert_outputs(experts, tensors, [x.to(self.dtype) for x in inputs])

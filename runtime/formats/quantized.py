@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...predictors.experts import expert_output
+from ...predictors.experts import expert_outputs
 from . import ExpertFormat, Place, laid_out
 from .full import FullFormat
 
@@ -84,11 +84,14 @@ class QuantizedFormat(ExpertFormat):
                     values.copy_(views[name][expert])
         return found
 
-    def output(self, experts: nn.Module, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_autocast_enabled(x.device.type):
-            return expert_output(experts, tensors, x, self._linear)
-        with torch.autocast(x.device.type, enabled=False):
-            return expert_output(experts, tensors, x.to(self.full.dtype), self._linear)
+    def outputs(
+        self, experts: nn.Module, tensors: Sequence[dict[str, torch.Tensor]], inputs: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        kind = inputs[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return expert_outputs(experts, tensors, inputs, self._linear)
+        with torch.autocast(kind, enabled=False):
+            return expert_outputs(experts, tensors, [x.to(self.full.dtype) for x in inputs], self._linear)
 
     def _linear(self, _: nn.Module, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
         packed, scales, bias = tensors[name], tensors[name + SCALES], tensors.get(f"{name}_bias")

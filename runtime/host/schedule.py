@@ -197,6 +197,11 @@ class Schedule:
             raise
         return slot
 
+    def is_ready(self, layer: int, expert: int) -> bool:
+        """Whether an expert of the current layer is in its slot. Not said where others wait for its slot, so that it is left soon."""
+        key = layer, expert
+        return not self._demands and key in self._cache and not self._copies.copying(self._cache.slot(key))
+
     def left(self, layer: int, expert: int) -> None:
         """Says that the expert has been executed. Its slot may be used for another one now."""
         self._cache.unpin((layer, expert))

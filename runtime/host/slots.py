@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from .counts import DecayedCounts
 from .price import Prices
 from .schedule import Schedule
 from .transfer import make_transfers
+
+FEW = 64
+"""Of so many rows, the experts that are there are computed together. The rows of a prompt would take too much memory, and save nothing."""
 
 
 class Envelope(NamedTuple):
@@ -78,11 +82,11 @@ class Mailbox:
             number, host, values, envelope = self._messages.popleft()
             if envelope is not None:
                 envelope.copied.synchronize()
-            guess = list(dict.fromkeys(host.T.flatten().tolist()))
+            by_token = host.tolist()
             if envelope is not None:
                 self._spare.append(envelope)
-            known = None if values is None else zip(host.tolist(), values.tolist(), strict=True)
-            yield number, guess, known
+            guess = list(dict.fromkeys(chain.from_iterable(zip(*by_token, strict=True))))
+            yield number, guess, None if values is None else zip(by_token, values.tolist(), strict=True)
 
     def clear(self) -> None:
         """Drops all messages. Their envelopes are free when the copies into them are over."""
@@ -241,15 +245,20 @@ class ExpertSlots(Engine):
         outputs = x.new_empty(ids.numel(), x.shape[-1])
         for inputs, positions in returned:
             outputs[positions] = inputs
-        for expert in order:
-            slot = schedule.slot(layer, expert)
-            inputs, positions = jobs[expert]
-            output = self._format.output(experts, self._tensors[slot], inputs)
-            if output.dtype != outputs.dtype:  # under autocast, or with experts in another dtype than the rest
-                outputs = outputs.to(output.dtype)
-            outputs[positions] = output
-            self.transfers.computed(slot)
-            schedule.left(layer, expert)
+        for group in self._groups(layer, order, ids.numel()):
+            slots = [schedule.slot(layer, expert) for expert in group]
+            rows = [jobs[expert][0] for expert in group]
+            found = self._format.outputs(experts, [self._tensors[slot] for slot in slots], rows)
+            if found.dtype != outputs.dtype:  # under autocast, or with experts in another dtype than the rest
+                outputs = outputs.to(found.dtype)
+            if len(x) == 1 and len(group) == ids.numel() and group == [*jobs]:  # they are in the order of the ids
+                outputs = found
+            else:
+                for expert, output in zip(group, found.split_with_sizes([len(inputs) for inputs in rows]), strict=True):
+                    outputs[jobs[expert][1]] = output
+            for expert, slot in zip(group, slots, strict=True):
+                self.transfers.computed(slot)
+                schedule.left(layer, expert)
         self._open_mail()
         if (on_outputs := self._watching.get(layer)) is not None:
             groups = group_by_expert(ids, self._num_experts)
@@ -257,6 +266,15 @@ class ExpertSlots(Engine):
         result = weighted_sum(experts, outputs, ids, decision.weights, x.dtype)
         self._broke_off = False
         return result
+
+    def _groups(self, layer: int, order: list[int], rows: int) -> Iterator[list[int]]:
+        """The experts to compute, in turn: together those that are there, if their rows are few."""
+        waiting = deque(order)
+        while waiting:
+            group = [waiting.popleft()]
+            while waiting and rows <= FEW and self._schedule.is_ready(layer, waiting[0]):
+                group.append(waiting.popleft())
+            yield group
 
     def routed(self, layer: int, logits: torch.Tensor) -> None:
         if self._reuse is not None:
@@ -278,7 +296,7 @@ class ExpertSlots(Engine):
         `known` are the ids of a single token, if the host has them already.
         """
         if len(x) == 1:
-            executed = ids[0].tolist() if known is None else known
+            executed = ids.tolist()[0] if known is None else known
             jobs: dict[int, tuple[torch.Tensor, slice | torch.Tensor]]
             jobs = {expert: (x, slice(i, i + 1)) for i, expert in enumerate(executed)}
             if len(jobs) == len(executed):  # else a router has chosen an expert twice
