@@ -160,7 +160,7 @@ def test_a_guess_that_is_not_worth_its_copy_yet_is_asked_for_again(monkeypatch: 
     assert copies.begun == [(0, 0), (0, 1)]
     for expert in (0, 1):
         schedule.slot(0, expert)
-        schedule.left(0, expert)
+        schedule.left(0, [expert])
     assert copies.begun[2:] == [(1, 4)]
     copies.over.add(schedule._cache.slot((1, 4)))
     schedule.begin_copies()

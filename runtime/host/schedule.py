@@ -6,7 +6,7 @@ each layer of a forward pass, both call
     enter(layer, experts)         drops wrong guesses, and begins the copies of the missing experts
     announce(target, guess) ...   takes the guesses for later layers; their copies begin where there is room
     slot(layer, expert)           for each expert in turn: waits until it is in its slot
-    left(layer, expert)           after its computation: its slot may be used for another expert
+    left(layer, experts)          after their computation: their slots may be used for other experts
 """
 
 from __future__ import annotations
@@ -171,8 +171,11 @@ class Schedule:
                 continue
             self._cache.pin(key)
             slot = self._cache.slot(key)
-            self._copies.hurry(slot)
-            (in_flight if self._copies.copying(slot) else present).append(expert)
+            if self._copies.copying(slot):
+                self._copies.hurry(slot)
+                in_flight.append(expert)
+            else:
+                present.append(expert)
         if self._prices is not None:
             self._prices.enter(layer, experts, len(missing))
         self.counters.hits += len(present) + len(in_flight)
@@ -202,9 +205,10 @@ class Schedule:
         key = layer, expert
         return not self._demands and key in self._cache and not self._copies.copying(self._cache.slot(key))
 
-    def left(self, layer: int, expert: int) -> None:
-        """Says that the expert has been executed. Its slot may be used for another one now."""
-        self._cache.unpin((layer, expert))
+    def left(self, layer: int, experts: Iterable[int]) -> None:
+        """Says that experts have been executed. Their slots may be used for others now."""
+        for expert in experts:
+            self._cache.unpin((layer, expert))
         if self._prices is not None:
             self._prices.left()
         self.begin_copies()

@@ -256,9 +256,9 @@ class ExpertSlots(Engine):
             else:
                 for expert, output in zip(group, found.split_with_sizes([len(inputs) for inputs in rows]), strict=True):
                     outputs[jobs[expert][1]] = output
-            for expert, slot in zip(group, slots, strict=True):
+            for slot in slots:
                 self.transfers.computed(slot)
-                schedule.left(layer, expert)
+            schedule.left(layer, group)
         self._open_mail()
         if (on_outputs := self._watching.get(layer)) is not None:
             groups = group_by_expert(ids, self._num_experts)

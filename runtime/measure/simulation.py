@@ -297,7 +297,7 @@ class _Run:
             for expert in order:
                 self.schedule.slot(layer, expert)
                 self.compute(self.costs.expert)
-                self.schedule.left(layer, expert)
+                self.schedule.left(layer, [expert])
         self.compute(self.costs.rest)
         if self.choice is not None:
             self.choice.took(self.clock.now - begun)
