@@ -19,9 +19,8 @@ from ..predictors.architecture import first_tensor, with_first_tensor
 from ..predictors.override import override_forward
 from ..predictors.routing import Routing
 from ..predictors.speculation import Speculator
-from . import operations
+from .compiled import CompiledControl, is_free
 from .engine import Ahead
-from .errors import OffloadError
 from .gating import RouterCall, decider, prefetch
 from .guess import Guess, make_guesser
 from .layercontrol import LayerControl, Reading, form_of
@@ -66,8 +65,6 @@ class RoutingControl:
         in_order: bool = False,
         sure: bool = False,
     ):
-        self.handle = 0
-        """By this number, compiled graphs know the offload that it belongs to. 0 where it belongs to none."""
         self.is_on = True
         """While it is off, new forward passes are executed as under `on_demand`."""
         self.observer: Observer | None = None
@@ -79,6 +76,7 @@ class RoutingControl:
         self._pass = Pass()
         self.layers: list[LayerControl] = []
         """In the model's order. Empty where nothing is guessed."""
+        self.compiled = CompiledControl(self.layers, self._decide, self._guesses)
         if self._decide is None:
             return
         weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
@@ -89,6 +87,9 @@ class RoutingControl:
         first = targets[0].routed
         device = next(first.router.parameters()).device
         self.memory = Memory(depths, first.num_experts, max_tokens or 0, device)
+        self.compiled.is_free = (
+            device.type == "cpu" and not sure and all(is_free(layer, self._decide) for layer in self.layers)
+        )
         by_index = {layer.target.layer.index: layer for layer in self.layers}
         for layer in self.layers:
             if layer.target.source is not None:
@@ -139,9 +140,7 @@ class RoutingControl:
     def enter(self, layer: LayerControl, x: torch.Tensor) -> None:
         """Guesses a layer without a source from its own input `x` `[..., hidden]`."""
         if layer is self.layers[0]:
-            self._pass.guesses.clear()
-            self._pass.frees.clear()
-            self._rows = len(x) if x.ndim > 2 else 1
+            self._begin(len(x) if x.ndim > 2 else 1)
         state = layer.target.layer.own_input(x)
         if self._guesses(len(state)):
             begun = time.perf_counter()
@@ -150,6 +149,27 @@ class RoutingControl:
                 self.observer.controlled(layer.target.number, begun, time.perf_counter())
         elif self.memory.is_on:
             self._note([layer], Reading(state, None, None))
+
+    def entered(self, layer: LayerControl, candidates: torch.Tensor) -> None:
+        """Takes the guess for a layer without a source, `[tokens, m]`, that a compiled graph has made in the place of `enter`."""
+        if layer is self.layers[0]:
+            self._begin(len(candidates))
+        self._engine.announce(layer.target.number, candidates, True)
+
+    def decided(
+        self, layer: LayerControl, own: torch.Tensor, candidates: torch.Tensor, guesses: list[torch.Tensor]
+    ) -> None:
+        """Takes what a compiled graph has decided and guessed in the place of `route`.
+
+        `candidates` was the guess for the layer, for `own` see `gating.Decided.own`, and `guesses` are those for the layers whose
+        source it is, `[tokens, m]` each.
+        """
+        self._engine.guessed(layer.target.number)
+        layer.count.add(candidates.clone(), own.clone())  # the graph may write to its own
+        for target, guess in zip(
+            layer.targets, guesses, strict=False
+        ):  # there are none where the residual is not known
+            self._engine.announce(target.target.number, guess, False)
 
     def route(
         self,
@@ -179,12 +199,18 @@ class RoutingControl:
                 self._note(layer.targets, Reading(known, routing, inner))
         return routing
 
+    def _begin(self, sequences: int) -> None:
+        """Forgets what was guessed in the pass before."""
+        self._pass.guesses.clear()
+        self._pass.frees.clear()
+        self._rows = sequences
+
     def _attach_router(self, layer: LayerControl) -> None:
         def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 if layer.target.routed.unfollowed is None:
-                    return self._compiled(layer, x)
-                return self._told(layer, x, original(x, *args, **kwargs))
+                    return self.compiled.route(layer, x)
+                return self.compiled.tell(layer, x, original(x, *args, **kwargs))
             if layer.is_guessing:
                 return original(x, *args, **kwargs)
             if layer.target.routed.unfollowed is None:
@@ -203,30 +229,10 @@ class RoutingControl:
             layer.form = form_of(layer.target.routed)
         original = layer.own = self._attached.enter_context(override_forward(layer.target.routed.router, route))
 
-    def _compiled(self, layer: LayerControl, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`route` as a compiler sees it. The residual belongs to the graph, which computes most of it anyway."""
-        with torch.no_grad():
-            state = x.reshape(-1, layer.target.layer.hidden_size)
-            residual, inner = layer.residual(state) if layer.targets else (state, None)
-            return operations.route(x, residual, inner, self.handle, layer.target.number)
-
-    def _told(self, layer: LayerControl, x: torch.Tensor, output: Any) -> Any:
-        """`route` as a compiler sees it where a router may return more than a routing. It belongs to the graph then."""
-        # What the experts are called with comes from the operation, so that no compiler leaves it out or moves it.
-        place = next((n for n, part in enumerate(output) if not part.is_floating_point()), None)
-        if place is None or self._decide is not prefetch:
-            raise OffloadError(
-                f"this policy can't be compiled with a model whose residual can't be followed; give policy {Policy.ON_DEMAND}, or run "
-                "the model uncompiled"
-            )
-        logits, weights, ids = layer.read(output)
-        told = operations.tell(output[place], x, logits, weights, ids, self.handle, layer.target.number)
-        return (*output[:place], told, *output[place + 1 :])
-
     def _attach_entry(self, layer: LayerControl) -> None:
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if torch.compiler.is_compiling():
-                return with_first_tensor(args, kwargs, lambda x: operations.enter(x, self.handle, layer.target.number))
+                return with_first_tensor(args, kwargs, lambda x: self.compiled.enter(layer, x))
             self.enter(layer, first_tensor((*args, *kwargs.values())))
             return None
 

@@ -107,7 +107,7 @@ def _restricted(call: RouterCall, choose: Choose) -> Decided | None:
     """
     layer, plain = call.target.layer, call.guesser.plain
     if plain is not None:  # its weights follow from its logits, so it need not be called
-        begun = time.perf_counter()
+        begun = 0.0 if torch.compiler.is_compiling() else time.perf_counter()
         logits = plain.logits(call.state)
         ranks = call.guesser.ranks(logits)
         routing = plain.weighted(logits, choose(ranks))

@@ -44,6 +44,8 @@ class LayerControl:
         """Is called with each guess and the router's own choice; see `gating.Decided.own`."""
         self.known = False
         """`known` of its last decision; see `engine.Decision`."""
+        self.traced: Guess | None = None
+        """Its guess, if that belongs to the graph that is being traced (`compiled`)."""
         self.is_guessing = False
         """Whether its guess is being made. Meanwhile it is the speculation that calls its router."""
         self.own: Callable[..., Any]

@@ -199,7 +199,7 @@ class ExpertOffload:
             targets, speculators, self.policy, self.gating, config.speculated_tokens, engine, sure=prices is not None
         )
         attached.callback(self._control.detach)
-        self._control.handle, self._passes.control = self._passes.handle, self._control
+        self._control.compiled.handle, self._passes.control = self._passes.handle, self._control
         folded = [layer.target.routed for layer in self._control.layers if isinstance(layer.guesser, FoldedGuesser)]
         folded = [layer for layer in folded if layer.unfollowed is None]  # of others nothing of the model's is folded
         self._guard = self._passes.guard = Guard(model, layers, folded, self.device, attached)
@@ -305,7 +305,7 @@ class ExpertOffload:
     def _in_turn(self, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # each operation takes a turn
-                return original(*args, **kwargs)
+                return self._control.compiled.whole(lambda: original(*args, **kwargs))
             with self._turn, on_device(self.device):
                 # A part of the pass that has its turn, or a pass that waited until the model was detached.
                 if self._passes.is_running or not self._is_attached:

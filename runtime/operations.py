@@ -4,6 +4,8 @@
     enter(x) -> a copy of x                                 at the input of a layer that is guessed from it
     route(x, residual, inner) -> logits, weights, ids       in the place of a router
     tell(part, x, logits, weights, ids) -> a copy of part   behind a router that may return more, of which `part` is one
+    entered(x, candidates) -> a copy of x                   after a guess that the graph has made from a layer's input
+    decided(ids, own, candidates, guesses) -> ids           after a decision of the graph, and its guesses for later layers
     experts(x, ids, weights) -> their weighted sum          in the place of the experts
 
 A compiler does not look into an operation. Each one reads what the one before it has returned, so none of them changes its place.
@@ -48,6 +50,12 @@ class Operated(Protocol):
 
     def tell(self, layer: int, x: torch.Tensor, routing: Routing) -> None:
         """Says what a layer's router has decided for its input `x`, and guesses the layers whose source it is."""
+
+    def entered(self, layer: int, candidates: torch.Tensor) -> None:
+        """See `RoutingControl.entered`."""
+
+    def decided(self, layer: int, own: torch.Tensor, candidates: torch.Tensor, guesses: list[torch.Tensor]) -> None:
+        """See `RoutingControl.decided`."""
 
     def form(self, layer: int) -> Routing:
         """A routing of the layer, for its numbers of columns and its dtypes."""
@@ -123,6 +131,23 @@ def _tell(
     return part.clone()
 
 
+def _entered(x: torch.Tensor, candidates: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
+    _in_turn(handle, lambda offload: offload.entered(layer, candidates))
+    return x.clone()
+
+
+def _decided(
+    ids: torch.Tensor,
+    own: torch.Tensor,
+    candidates: torch.Tensor,
+    guesses: list[torch.Tensor],
+    handle: int,
+    layer: int,
+) -> torch.Tensor:
+    _in_turn(handle, lambda offload: offload.decided(layer, own, candidates, guesses))
+    return ids.clone()
+
+
 def _experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, handle: int, layer: int) -> torch.Tensor:
     return _in_turn(handle, lambda offload: offload.experts(layer, x, ids, weights))
 
@@ -164,6 +189,12 @@ tell = _define(
     _tell,
     _as_x,
 )
+entered = _define("entered(Tensor x, Tensor candidates, int handle, int layer) -> Tensor", _entered, _as_x)
+decided = _define(
+    "decided(Tensor ids, Tensor own, Tensor candidates, Tensor[] guesses, int handle, int layer) -> Tensor",
+    _decided,
+    _as_x,
+)
 experts = _define("experts(Tensor x, Tensor ids, Tensor weights, int handle, int layer) -> Tensor", _experts, _as_sum)
 _refuse = _define("refuse(Tensor gradient) -> Tensor", refuse_gradients, _as_x)
 torch.library.register_autograd(
@@ -175,3 +206,6 @@ torch.library.register_autograd(
     "predict_train::tell", lambda _, gradient: (gradient, None, None, None, None, None, None), lib=_LIBRARY
 )
 torch.library.register_autograd("predict_train::enter", lambda _, gradient: (gradient, None, None), lib=_LIBRARY)
+torch.library.register_autograd(
+    "predict_train::entered", lambda _, gradient: (gradient, None, None, None), lib=_LIBRARY
+)

@@ -92,6 +92,12 @@ class Passes:
         control = self.control.layers[layer]
         self.control.route(control, x, lambda: routing, control.residual)
 
+    def entered(self, layer: int, candidates: torch.Tensor) -> None:
+        self.control.entered(self.control.layers[layer], candidates)
+
+    def decided(self, layer: int, own: torch.Tensor, candidates: torch.Tensor, guesses: list[torch.Tensor]) -> None:
+        self.control.decided(self.control.layers[layer], own, candidates, guesses)
+
     def form(self, layer: int) -> Routing:
         return self.control.layers[layer].form
 

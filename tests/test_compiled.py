@@ -19,7 +19,7 @@ from predict_train.runtime.automatic import BLOCK, BLOCKS, Trial
 from predict_train.runtime.errors import OffloadError
 from predict_train.runtime.observer import Observer
 from test_offload import greedy, prompt
-from test_policy import direct
+from test_policy import direct, with_default_vectors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, StaticCache
@@ -118,6 +118,103 @@ def test_guesses_of_direct_predictors_are_those_of_the_eager_model() -> None:
         compiled(model)(ids)
 
 
+def operations_of(graph: torch.fx.GraphModule) -> set[str]:
+    """The names of the runtime's operations in a graph."""
+    names = (str(node.target) for node in graph.graph.nodes)
+    return {name.split(".")[1] for name in names if name.startswith("predict_train.")}
+
+
+def decoded(model: PreTrainedModel, step: Callable[..., Any], sequences: int) -> tuple[torch.Tensor, list[Any]]:
+    """The logits of a few decode steps over a static cache, and what is counted in them."""
+    ids, offload = prompt(sequences, 12), model.expert_offload
+    cache = StaticCache(model.config, max_cache_len=12)
+    with torch.no_grad():
+        model(ids[:, :4], **{CACHE: cache}, use_cache=True)
+        offload.reset()
+        logits = [step(ids[:, n : n + 1], **{CACHE: cache}, use_cache=True).logits for n in range(4, 12)]
+    counters = offload.counters
+    return torch.cat(logits, 1), [counters.tokens, counters.hits, counters.misses, counters.speculation_hit_rate]
+
+
+IN_GRAPH, BY_OPERATION = {"begin", "entered", "decided", "experts"}, {"begin", "enter", "route", "experts"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "policy", "gating", "horizon", "sequences", "expected"),
+    [
+        ("qwen3_moe", "speculative", "true", 1, 1, IN_GRAPH),
+        ("qwen3_moe", "prefetch", "true", 2, 2, IN_GRAPH),
+        ("qwen2_moe", "speculative", "true", 2, 1, IN_GRAPH),  # its shared experts belong to the residual
+        ("mixtral", "speculative", "speculated", 1, 3, IN_GRAPH),
+        ("qwen3_moe", "speculative", "resident", 1, 1, BY_OPERATION),
+        ("qwen3_moe", "auto", "true", 1, 1, BY_OPERATION),
+        ("deepseek_v3", "speculative", "true", 1, 1, BY_OPERATION),
+    ],
+)
+def test_decode_steps_are_the_eager_ones(
+    build_moe: Callable[..., PreTrainedModel],
+    architecture: str,
+    policy: str,
+    gating: str,
+    horizon: int,
+    sequences: int,
+    expected: set[str],
+) -> None:
+    """Guesses and decisions are in the graph where neither asks the host for anything."""
+    model, found, seen = build_moe(architecture, num_hidden_layers=4 if architecture == "deepseek_v3" else 3), [], set()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.update(operations_of(graph))
+        return graph
+
+    for compiles in (False, True):
+        settings = {"policy": policy, "gating": gating, "horizon": horizon, "slots": 24, "device": "cpu"}
+        predictors = with_default_vectors(model) if horizon == 1 else None
+        with offloaded(model, predictors, **settings), torch.no_grad():
+            for seed in range(3):
+                model(prompt(2, 40 + seed))  # leaves all experts in slots
+            found.append(decoded(model, compiled(model, backend) if compiles else model, sequences))
+    # A compiler takes `addcdiv` apart, so the weights that a guess says are rounded otherwise.
+    rounding = 1e-5 if gating == "speculated" else 0
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=rounding, atol=rounding)
+    if policy != "auto":  # it decides by the clock
+        assert found[1][1] == found[0][1]
+    assert seen == expected
+
+
+@pytest.mark.parametrize("parts", ["layers", "what can be traced"])
+def test_guesses_of_a_model_that_is_compiled_in_parts_are_in_no_graph(
+    parts: str, build_moe: Callable[..., PreTrainedModel]
+) -> None:
+    """A guess and its decision may be in graphs of different passes then."""
+    model, found, seen = build_moe("qwen3_moe", num_hidden_layers=3), [], set()
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.update(operations_of(graph))
+        return graph
+
+    for compiles in (False, True):
+        with offloaded(model, policy="speculative", gating="true", slots=24, device="cpu"), torch.no_grad():
+            model(prompt(2, 40))
+            step: Callable[..., Any] = model
+            if compiles and parts == "layers":
+                for layer in model.model.layers:
+                    layer.compile(backend=backend)
+            elif compiles:
+                hook = model.model.layers[1].self_attn.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+                step = torch.compile(model.forward, backend=backend)
+            found.append(decoded(model, step, 1))
+    if parts == "layers":
+        for layer in model.model.layers:
+            layer._compiled_call_impl = None
+    else:
+        hook.remove()
+    assert torch.equal(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
+    assert "experts" in seen
+    assert not seen & {"entered", "decided"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("architecture", "policy", "gating", "backend"), CASES)
 def test_compiled_decode_steps_on_a_gpu_are_the_eager_ones(
@@ -183,6 +280,8 @@ def test_the_operations_are_what_they_say(tiny_moe: PreTrainedModel) -> None:
         (operations.begin, (x.view(1, 3, 32), handle)),
         (operations.enter, (x.view(1, 3, 32), handle, 0)),
         (operations.route, (x, x, None, handle, 0)),
+        (operations.entered, (x.view(3, 1, 32), ids, handle, 0)),
+        (operations.decided, (ids, ids, ids, [ids], handle, 0)),
         (operations.experts, (x, ids, weights, handle, 3)),
     ):
         torch.library.opcheck(operation, arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -29,6 +29,10 @@ from .transfer import make_transfers
 
 FEW = 64
 """Of so many rows, the experts that are there are computed together. The rows of a prompt would take too much memory, and save nothing."""
+
+
+Job = tuple[torch.Tensor, slice | torch.Tensor]
+"""What one expert is to execute: its rows `[n, hidden]`, and the places of their outputs among `[tokens * top_k]`."""
 
 
 class Envelope(NamedTuple):
@@ -233,32 +237,16 @@ class ExpertSlots(Engine):
         schedule, ids = self._schedule, decision.ids
         guess = schedule.guess(layer) if decision.known and len(x) == 1 else None
         jobs = self._jobs(x, ids, None if guess is None else guess[: ids.shape[-1]])
-        identities = [expert for expert in jobs if expert >= self._num_experts]
-        returned = [jobs.pop(expert) for expert in identities]  # they are in no slot
         if self._reuse is not None and (logits := self._logits.pop(layer, None)) is not None:
             schedule.rate(layer, self._reuse.after(layer, logits.numpy()))
         is_by_token = schedule.counted is not None and len(x) > 1 and decision.tokens is None
-        order = schedule.enter(layer, jobs.keys(), ids.cpu().numpy() if is_by_token else None)
+        # Others return their input, and have no slot.
+        needed = [expert for expert in jobs if expert < self._num_experts]
+        order = schedule.enter(layer, needed, ids.cpu().numpy() if is_by_token else None)
         self._tokens += decision.rows if layer == 0 else 0
         if guess is None or not x.is_cuda:  # else the host would wait for the device here
             self._open_mail()
-        outputs = x.new_empty(ids.numel(), x.shape[-1])
-        for inputs, positions in returned:
-            outputs[positions] = inputs
-        for group in self._groups(layer, order, ids.numel()):
-            slots = [schedule.slot(layer, expert) for expert in group]
-            rows = [jobs[expert][0] for expert in group]
-            found = self._format.outputs(experts, [self._tensors[slot] for slot in slots], rows)
-            if found.dtype != outputs.dtype:  # under autocast, or with experts in another dtype than the rest
-                outputs = outputs.to(found.dtype)
-            if len(x) == 1 and len(group) == ids.numel() and group == [*jobs]:  # they are in the order of the ids
-                outputs = found
-            else:
-                for expert, output in zip(group, found.split_with_sizes([len(inputs) for inputs in rows]), strict=True):
-                    outputs[jobs[expert][1]] = output
-            for slot in slots:
-                self.transfers.computed(slot)
-            schedule.left(layer, group)
+        outputs = self._outputs(layer, experts, x, jobs, order)
         self._open_mail()
         if (on_outputs := self._watching.get(layer)) is not None:
             groups = group_by_expert(ids, self._num_experts)
@@ -266,6 +254,31 @@ class ExpertSlots(Engine):
         result = weighted_sum(experts, outputs, ids, decision.weights, x.dtype)
         self._broke_off = False
         return result
+
+    def _outputs(
+        self, layer: int, experts: nn.Module, x: torch.Tensor, jobs: Mapping[int, Job], order: list[int]
+    ) -> torch.Tensor:
+        """The unweighted outputs of all jobs, `[tokens * top_k, hidden]`. The experts of a layer that have slots are executed in `order`."""
+        count = sum(len(inputs) for inputs, _ in jobs.values())
+        outputs = x.new_empty(count, x.shape[-1])
+        for expert, (inputs, positions) in jobs.items():
+            if expert >= self._num_experts:
+                outputs[positions] = inputs
+        for group in self._groups(layer, order, count):
+            slots = [self._schedule.slot(layer, expert) for expert in group]
+            rows = [jobs[expert][0] for expert in group]
+            found = self._format.outputs(experts, [self._tensors[slot] for slot in slots], rows)
+            if found.dtype != outputs.dtype:  # under autocast, or with experts in another dtype than the rest
+                outputs = outputs.to(found.dtype)
+            if len(x) == 1 and len(group) == count and group == [*jobs]:  # they are in the order of the ids
+                outputs = found
+            else:
+                for expert, output in zip(group, found.split_with_sizes([len(inputs) for inputs in rows]), strict=True):
+                    outputs[jobs[expert][1]] = output
+            for slot in slots:
+                self.transfers.computed(slot)
+            self._schedule.left(layer, group)
+        return outputs
 
     def _groups(self, layer: int, order: list[int], rows: int) -> Iterator[list[int]]:
         """The experts to compute, in turn: together those that are there, if their rows are few."""
@@ -288,17 +301,14 @@ class ExpertSlots(Engine):
             self._schedule.announce(layer, known, chances)
         self._schedule.begin_copies()
 
-    def _jobs(
-        self, x: torch.Tensor, ids: torch.Tensor, known: list[int] | None
-    ) -> dict[int, tuple[torch.Tensor, slice | torch.Tensor]]:
-        """For each expert its rows of `x`, and the places of its outputs among `[tokens * top_k]`.
+    def _jobs(self, x: torch.Tensor, ids: torch.Tensor, known: list[int] | None) -> dict[int, Job]:
+        """The jobs for `x` by expert.
 
         `known` are the ids of a single token, if the host has them already.
         """
         if len(x) == 1:
             executed = ids.tolist()[0] if known is None else known
-            jobs: dict[int, tuple[torch.Tensor, slice | torch.Tensor]]
-            jobs = {expert: (x, slice(i, i + 1)) for i, expert in enumerate(executed)}
+            jobs: dict[int, Job] = {expert: (x, slice(i, i + 1)) for i, expert in enumerate(executed)}
             if len(jobs) == len(executed):  # else a router has chosen an expert twice
                 return jobs
         groups = group_by_expert(ids, self._num_experts)
