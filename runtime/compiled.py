@@ -62,14 +62,14 @@ class CompiledControl:
         finally:
             self._is_whole = False
 
-    @torch.no_grad()
     def enter(self, layer: LayerControl, x: torch.Tensor) -> torch.Tensor:
         """`RoutingControl.enter`. Returns what the layer is to read in the place of `x` `[..., hidden]`."""
         handle, number = self.handle, layer.target.number
         is_step = x.ndim > 2 and x.shape[-2] == 1
         if not (is_step and self.is_free and self._is_whole and self._guesses(x.numel() // x.shape[-1])):
             return operations.enter(x, handle, number)
-        layer.traced = layer.guesser.guess(layer.target.layer.own_input(x), None, None)
+        with torch.no_grad():
+            layer.traced = layer.guesser.guess(layer.target.layer.own_input(x), None, None)
         return operations.entered(x, layer.traced.candidates, handle, number)
 
     @torch.no_grad()

@@ -166,9 +166,8 @@ class RoutingControl:
         """
         self._engine.guessed(layer.target.number)
         layer.count.add(candidates.clone(), own.clone())  # the graph may write to its own
-        for target, guess in zip(
-            layer.targets, guesses, strict=False
-        ):  # there are none where the residual is not known
+        # There are none where the residual is not known.
+        for target, guess in zip(layer.targets, guesses, strict=False):
             self._engine.announce(target.target.number, guess, False)
 
     def route(

@@ -242,6 +242,8 @@ def test_the_users_home_is_found_wherever_a_path_stands(tmp_path: Path, monkeypa
         (GenerateConfig, {"model": "m", "prompt": ""}, "the prompt is empty"),
         (GenerateConfig, {"model": "m"}, "prompt is missing"),
         (PlanConfig, {"model": "m", "device_memory": 9, "link": "fast", "memory_bandwidth": 9}, "link: .*like 25GB/s"),
+        (FitConfig, {"trace": "t", "out": "o", "devices": 10**5}, "devices: .*less than or equal to 64"),
+        (FitConfig, {"trace": "t", "out": "o", "workers": 10**5}, "workers: .*less than or equal to 256"),
         (EvaluateConfig, {"model": "m", "json_file": "/nowhere/x.json"}, "json_file: there is no folder /nowhere"),
     ],
 )

@@ -95,7 +95,7 @@ def fit(config: FitConfig, console: Console | None = None) -> Path:
             config.out.mkdir(parents=True, exist_ok=True)
             _write(config.out / CONFIG, run)
         console.print(
-            f"{len(targets)} predictors are trained on {trace.rows:,} rows in up to {config.epochs} epochs; "
+            f"{len(targets)} predictors are trained on {trace.rows:,} rows (epochs: at most {config.epochs}); "
             f"tensorboard --logdir {config.out} shows how",
             highlight=False,
             soft_wrap=True,

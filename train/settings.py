@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -79,13 +79,13 @@ class FitConfig(Settings):
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     """`bf16-mixed` computes the predictors in bfloat16, and all else, weights included, in fp32 (`32-true`); `auto`
     does so where the device has instructions for it."""
-    devices: Count = 1
+    devices: Annotated[Count, Field(le=64)] = 1
     """Processes that train together on each node, one a device."""
     num_nodes: Count = 1
     """Nodes that train together, each started with the same command (by torchrun or SLURM)."""
     strategy: str = "auto"
     """Lightning's name for the way they train together: `auto`, or a kind of `ddp`."""
-    workers: Whole = 0
+    workers: Annotated[Whole, Field(le=256)] = 0
     """Processes that read the trace; 0 reads it in the main process, which is enough for a CPU."""
 
     @field_validator("budget")
