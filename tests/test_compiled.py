@@ -124,14 +124,16 @@ def operations_of(graph: torch.fx.GraphModule) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("predict_train.")}
 
 
-def decoded(model: PreTrainedModel, step: Callable[..., Any], sequences: int) -> tuple[torch.Tensor, list[Any]]:
+def decoded(
+    model: PreTrainedModel, step: Callable[..., Any], sequences: int, steps: int = 8
+) -> tuple[torch.Tensor, list[Any]]:
     """The logits of a few decode steps over a static cache, and what is counted in them."""
     ids, offload = prompt(sequences, 12), model.expert_offload
     cache = StaticCache(model.config, max_cache_len=12)
     with torch.no_grad():
         model(ids[:, :4], **{CACHE: cache}, use_cache=True)
         offload.reset()
-        logits = [step(ids[:, n : n + 1], **{CACHE: cache}, use_cache=True).logits for n in range(4, 12)]
+        logits = [step(ids[:, n : n + 1], **{CACHE: cache}, use_cache=True).logits for n in range(4, 4 + steps)]
     counters = offload.counters
     return torch.cat(logits, 1), [counters.tokens, counters.hits, counters.misses, counters.speculation_hit_rate]
 
@@ -187,23 +189,23 @@ def test_guesses_of_a_model_that_is_compiled_in_parts_are_in_no_graph(
     parts: str, build_moe: Callable[..., PreTrainedModel]
 ) -> None:
     """A guess and its decision may be in graphs of different passes then."""
-    model, found, seen = build_moe("qwen3_moe", num_hidden_layers=3), [], set()
+    model, found, seen = build_moe("qwen3_moe", num_hidden_layers=2), [], set()
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         seen.update(operations_of(graph))
         return graph
 
     for compiles in (False, True):
-        with offloaded(model, policy="speculative", gating="true", slots=24, device="cpu"), torch.no_grad():
+        with offloaded(model, policy="speculative", gating="true", slots=16, device="cpu"), torch.no_grad():
             model(prompt(2, 40))
             step: Callable[..., Any] = model
             if compiles and parts == "layers":
                 for layer in model.model.layers:
                     layer.compile(backend=backend)
             elif compiles:
-                hook = model.model.layers[1].self_attn.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+                hook = model.model.layers[0].self_attn.register_forward_hook(lambda *_: torch._dynamo.graph_break())
                 step = torch.compile(model.forward, backend=backend)
-            found.append(decoded(model, step, 1))
+            found.append(decoded(model, step, 1, steps=3))
     if parts == "layers":
         for layer in model.model.layers:
             layer._compiled_call_impl = None
