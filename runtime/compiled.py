@@ -56,7 +56,7 @@ class CompiledControl:
         """
         for layer in self._layers:
             layer.traced = None
-        self._is_whole = torch.compiler.is_compiling()
+        self._is_whole = torch.compiler.is_dynamo_compiling()
         try:
             return forward()
         finally:

@@ -26,6 +26,7 @@ from .guess import Guess, make_guesser
 from .layercontrol import LayerControl, Reading, form_of
 from .memory import Memory, in_order
 from .observer import Observer
+from .operations import is_traced
 from .policy import Gating, Policy
 from .targets import Target
 
@@ -206,7 +207,7 @@ class RoutingControl:
 
     def _attach_router(self, layer: LayerControl) -> None:
         def route(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if is_traced():
                 if layer.target.routed.unfollowed is None:
                     return self.compiled.route(layer, x)
                 return self.compiled.tell(layer, x, original(x, *args, **kwargs))
@@ -230,7 +231,7 @@ class RoutingControl:
 
     def _attach_entry(self, layer: LayerControl) -> None:
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if torch.compiler.is_compiling():
+            if is_traced():
                 return with_first_tensor(args, kwargs, lambda x: self.compiled.enter(layer, x))
             self.enter(layer, first_tensor((*args, *kwargs.values())))
             return None

@@ -15,6 +15,7 @@ from ..predictors.experts import count_of, unmarked
 from .engine import Decision
 from .errors import OffloadError
 from .guard import without_gradients
+from .operations import is_traced
 
 Execute = Callable[[torch.Tensor, Decision], torch.Tensor]
 """From `x` `[rows, hidden]` and what is to be executed, one expert a row, to the outputs `[rows, hidden]`."""
@@ -46,7 +47,7 @@ def dense_forward(experts: nn.Module, execute: Execute) -> Callable[[torch.Tenso
     """The forward to put in the place of that of `experts`. Raises `OffloadError` where it is compiled."""
 
     def forward(rows: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if is_traced():
             raise OffloadError(
                 f"{type(experts).__name__} can't be compiled while they are offloaded; run it uncompiled"
             )

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ..predictors.architecture import UnsupportedModelError
 from ..predictors.routing import Routing
 from .guess import Guess, Guesser
+from .operations import is_traced
 from .policy import Gating, Policy
 from .restricted import Choose, RestrictedChoice, allowed, fixed
 from .targets import Target
@@ -107,7 +108,7 @@ def _restricted(call: RouterCall, choose: Choose) -> Decided | None:
     """
     layer, plain = call.target.layer, call.guesser.plain
     if plain is not None:  # its weights follow from its logits, so it need not be called
-        begun = 0.0 if torch.compiler.is_compiling() else time.perf_counter()
+        begun = 0.0 if is_traced() else time.perf_counter()
         logits = plain.logits(call.state)
         ranks = call.guesser.ranks(logits)
         routing = plain.weighted(logits, choose(ranks))

@@ -15,6 +15,7 @@ from ..predictors.routing import Routing, flat_routing, read_routing
 from ..predictors.speculation import Router
 from .guess import Guess, Guesser
 from .hits import HitCount
+from .operations import is_traced
 from .targets import Target
 
 
@@ -27,7 +28,7 @@ def form_of(layer: MoELayer) -> Routing:
 
 def _are_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are one, or views of all of it."""
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         return a.data_ptr() == b.data_ptr()
     # A compiler knows no addresses, and of each view whose it is.
     return (a if a._base is None else a._base) is (b if b._base is None else b._base)

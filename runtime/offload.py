@@ -40,7 +40,7 @@ from .guess import FoldedGuesser, Guesser
 from .host.cache import Eviction
 from .host.slots import ExpertSlots
 from .observer import Observer
-from .operations import on_device
+from .operations import is_traced, on_device
 from .passes import Passes
 from .placement import move_rest
 from .policy import Gating, Policy
@@ -304,7 +304,7 @@ class ExpertOffload:
 
     def _in_turn(self, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # each operation takes a turn
+            if is_traced():  # each operation takes a turn
                 return self._control.compiled.whole(lambda: original(*args, **kwargs))
             with self._turn, on_device(self.device):
                 # A part of the pass that has its turn, or a pass that waited until the model was detached.
@@ -359,7 +359,7 @@ class ExpertOffload:
         def forward(
             hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, *_: Any, **__: Any
         ) -> torch.Tensor:
-            if torch.compiler.is_compiling():
+            if is_traced():
                 return operations.experts(hidden_states, top_k_index, top_k_weights, handle, number)
             with torch.no_grad():
                 control = self._known.get(number)
@@ -370,7 +370,7 @@ class ExpertOffload:
         if number == 0:
 
             def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if torch.compiler.is_compiling():
+                if is_traced():
                     return with_first_tensor(args, kwargs, lambda x: operations.begin(x, handle))
                 self._engine.begin_pass(first_tensor((*args, *kwargs.values())).numel() // layer.input_size)
                 return None

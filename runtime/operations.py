@@ -22,6 +22,7 @@ from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..predictors.routing import Routing
 from .errors import OffloadError
@@ -78,6 +79,18 @@ def register(offload: Operated) -> int:
 def unregister(handle: int) -> None:
     """From now on, graphs of this offload raise `OffloadError`."""
     _offloads.pop(handle, None)
+
+
+def is_traced() -> bool:
+    """Whether this thread is tracing a graph, for `torch.compile` or `torch.export`.
+
+    `torch.compiler.is_compiling` also says so in a thread that runs a model while another one compiles.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return (
+        torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None
+    )  # as `torch.export` traces without dynamo
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

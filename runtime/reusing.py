@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
-
 from ..predictors.architecture import ExpertLayer, MoELayer
 from ..predictors.checkpoint import Predictors
 from ..predictors.reuse import Reuse, ReuseScores
@@ -16,6 +14,7 @@ from .engine import Engine
 from .errors import OffloadError
 from .host.cache import Eviction
 from .layercontrol import LayerControl
+from .operations import is_traced
 from .settings import OffloadConfig, Slots
 
 
@@ -60,7 +59,7 @@ def tell_routed(
 
         def tell(_: Any, __: Any, output: Any, number: int = number) -> None:
             control = known.get(number)
-            if not torch.compiler.is_compiling() and not (control is not None and control.is_guessing):
+            if not is_traced() and not (control is not None and control.is_guessing):
                 engine.routed(number, flat_routing(output).logits.detach())
 
         attached.callback(layer.router.register_forward_hook(tell).remove)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -345,6 +347,38 @@ def test_compiled_passes_of_several_threads(build_moe: Callable[..., PreTrainedM
         assert not counters["graph_break"]
 
 
+def test_an_eager_pass_while_another_thread_compiles(build_moe: Callable[..., PreTrainedModel]) -> None:
+    """It has its turn to the end, and calls no operation of a graph. The other thread waits for it."""
+    model, ids = build_moe("qwen3_moe", num_hidden_layers=2), prompt(1, 5)
+    entered, compiling = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        if not torch.compiler.is_dynamo_compiling() and not entered.is_set():
+            entered.set()
+            compiling.wait(20)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        compiling.set()
+        assert running.result(timeout=20)  # until then this is compiling
+        return graph
+
+    with offloaded(model, policy="prefetch", slots=16, device="cpu") as offload, torch.no_grad():
+        expected = model(ids).logits
+        model.model.layers[1].input_layernorm.register_forward_hook(wait)
+        offload.reset()
+        with mock.patch.object(operations, "_in_turn", side_effect=AssertionError), ThreadPoolExecutor(1) as threads:
+
+            def run_eagerly() -> bool:
+                with torch.no_grad():
+                    return torch.equal(model(ids).logits, expected)
+
+            running = threads.submit(run_eagerly)
+            entered.wait(20)
+            torch.compile(lambda x: x + 1, backend=backend)(ids)
+        assert offload.counters.tokens == ids.numel()
+        assert offload.counters.speculation_hit_rate is not None
+
+
 def test_gradients_and_changes_are_refused_as_by_the_eager_model(build_moe: Callable[..., PreTrainedModel]) -> None:
     model = build_moe("qwen3_moe", num_hidden_layers=1)
     with offloaded(model, policy="on_demand", slots=8, device="cpu"):
@@ -360,9 +394,10 @@ def test_gradients_and_changes_are_refused_as_by_the_eager_model(build_moe: Call
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_model_runs_until_it_is_detached(strict: bool, build_moe: Callable[..., PreTrainedModel]) -> None:
     model, ids = build_moe("qwen3_moe", num_hidden_layers=1), prompt(1, 5)
-    offload_experts(model, policy="prefetch", slots=4, device="cpu")
+    offload_experts(model, policy="speculative", slots=4, device="cpu")
     with torch.no_grad():
-        exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=strict).module()
+        for tokens in (ids[:, :1], ids):  # the first is a decode step
+            exported = torch.export.export(model, (tokens,), {"use_cache": False}, strict=strict).module()
         assert torch.equal(exported(ids, use_cache=False).logits, model(ids).logits)
         model.expert_offload.detach()
         with pytest.raises(OffloadError, match="is detached; compile"):
