@@ -40,13 +40,12 @@ def is_free(layer: LayerControl, decide: Decide) -> bool:
 class CompiledControl:
     """What the hooks of one `RoutingControl` do while they are traced."""
 
-    def __init__(self, layers: list[LayerControl], decide: Decide | None, guesses: Callable[[int], bool]):
-        """`guesses` says of a number of tokens whether they are guessed."""
+    def __init__(self, layers: list[LayerControl], decide: Decide | None):
         self.handle = 0
         """By this number, graphs know the offload that it belongs to. 0 where it belongs to none."""
         self.is_free = False
         """Whether guesses and decisions of decode steps belong to the graph."""
-        self._layers, self._decide, self._guesses = layers, decide, guesses
+        self._layers, self._decide = layers, decide
         self._is_whole = False
 
     def whole(self, forward: Callable[[], Any]) -> Any:
@@ -62,11 +61,14 @@ class CompiledControl:
         finally:
             self._is_whole = False
 
-    def enter(self, layer: LayerControl, x: torch.Tensor) -> torch.Tensor:
-        """`RoutingControl.enter`. Returns what the layer is to read in the place of `x` `[..., hidden]`."""
+    def enter(self, layer: LayerControl, x: torch.Tensor, guesses: Callable[[int], bool]) -> torch.Tensor:
+        """`RoutingControl.enter`. Returns what the layer is to read in the place of `x` `[..., hidden]`.
+
+        `guesses` says of a number of tokens whether they are guessed.
+        """
         handle, number = self.handle, layer.target.number
         is_step = x.ndim > 2 and x.shape[-2] == 1
-        if not (is_step and self.is_free and self._is_whole and self._guesses(x.numel() // x.shape[-1])):
+        if not (is_step and self.is_free and self._is_whole and guesses(x.numel() // x.shape[-1])):
             return operations.enter(x, handle, number)
         with torch.no_grad():
             layer.traced = layer.guesser.guess(layer.target.layer.own_input(x), None, None)

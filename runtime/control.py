@@ -77,7 +77,7 @@ class RoutingControl:
         self._pass = Pass()
         self.layers: list[LayerControl] = []
         """In the model's order. Empty where nothing is guessed."""
-        self.compiled = CompiledControl(self.layers, self._decide, self._guesses)
+        self.compiled = CompiledControl(self.layers, self._decide)
         if self._decide is None:
             return
         weighs = policy is Policy.SPECULATIVE and gating is Gating.SPECULATED
@@ -232,7 +232,7 @@ class RoutingControl:
     def _attach_entry(self, layer: LayerControl) -> None:
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if is_traced():
-                return with_first_tensor(args, kwargs, lambda x: self.compiled.enter(layer, x))
+                return with_first_tensor(args, kwargs, lambda x: self.compiled.enter(layer, x, self._guesses))
             self.enter(layer, first_tensor((*args, *kwargs.values())))
             return None
 
