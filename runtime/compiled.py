@@ -18,7 +18,7 @@ from . import operations
 from .errors import OffloadError
 from .gating import Decide, RouterCall, prefetch, speculated, true
 from .guess import FoldedGuesser
-from .layercontrol import LayerControl, Reading
+from .layercontrol import LayerControl
 from .policy import Policy
 
 FREE = prefetch, speculated, true
@@ -79,10 +79,9 @@ class CompiledControl:
         """`RoutingControl.route` for the router's input `x` `[..., hidden]`."""
         state = x.reshape(-1, layer.target.layer.hidden_size)
         # Most of the residual the graph computes anyway.
-        residual, inner = layer.residual(state) if layer.targets else (state[:0], None)
+        residual, inner = layer.residual(state) if layer.targets else (state, None)
         guess, layer.traced = layer.traced, None
         if guess is None:
-            residual = residual if layer.targets else state
             return Routing(*operations.route(x, residual, inner, self.handle, layer.target.number))
 
         def own() -> Routing:
@@ -92,10 +91,9 @@ class CompiledControl:
         call = RouterCall(layer.target, layer.guesser, guess, state, own, lambda: None, lambda _: None)
         routing, chosen, *_ = self._decide(call)
         guesses = []
-        if len(residual):
-            for target in layer.targets:
-                target.traced = target.guesser.guess(*Reading(residual, routing, inner))
-                guesses.append(target.traced.candidates)
+        for target in layer.targets if len(residual) else []:
+            target.traced = target.guesser.guess(residual, routing, inner)
+            guesses.append(target.traced.candidates)
         ids = operations.decided(routing.ids, chosen, guess.candidates, guesses, self.handle, layer.target.number)
         return routing._replace(ids=ids)
 

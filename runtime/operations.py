@@ -88,9 +88,8 @@ def is_traced() -> bool:
     """
     if torch.compiler.is_dynamo_compiling():
         return True
-    return (
-        torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None
-    )  # as `torch.export` traces without dynamo
+    # Without dynamo, `torch.export` traces under a mode, and modes belong to a thread.
+    return torch.compiler.is_compiling() and _get_current_dispatch_mode() is not None
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -120,10 +120,15 @@ def test_guesses_of_direct_predictors_are_those_of_the_eager_model() -> None:
         compiled(model)(ids)
 
 
-def operations_of(graph: torch.fx.GraphModule) -> set[str]:
-    """The names of the runtime's operations in a graph."""
-    names = (str(node.target) for node in graph.graph.nodes)
-    return {name.split(".")[1] for name in names if name.startswith("predict_train.")}
+def noting(seen: set[str]) -> Callable[..., Any]:
+    """A backend that adds the names of the runtime's operations in each graph to `seen`."""
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names = (str(node.target) for node in graph.graph.nodes)
+        seen.update(name.split(".")[1] for name in names if name.startswith("predict_train."))
+        return graph
+
+    return backend
 
 
 def decoded(
@@ -165,11 +170,8 @@ def test_decode_steps_are_the_eager_ones(
     expected: set[str],
 ) -> None:
     """Guesses and decisions are in the graph where neither asks the host for anything."""
-    model, found, seen = build_moe(architecture, num_hidden_layers=4 if architecture == "deepseek_v3" else 3), [], set()
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        seen.update(operations_of(graph))
-        return graph
+    model, found = build_moe(architecture, num_hidden_layers=4 if architecture == "deepseek_v3" else 3), []
+    seen: set[str] = set()
 
     for compiles in (False, True):
         settings = {"policy": policy, "gating": gating, "horizon": horizon, "slots": 24, "device": "cpu"}
@@ -177,7 +179,7 @@ def test_decode_steps_are_the_eager_ones(
         with offloaded(model, predictors, **settings), torch.no_grad():
             for seed in range(3):
                 model(prompt(2, 40 + seed))  # leaves all experts in slots
-            found.append(decoded(model, compiled(model, backend) if compiles else model, sequences))
+            found.append(decoded(model, compiled(model, noting(seen)) if compiles else model, sequences))
     # A compiler takes `addcdiv` apart, so the weights that a guess says are rounded otherwise.
     rounding = 1e-5 if gating == "speculated" else 0
     torch.testing.assert_close(found[1][0], found[0][0], rtol=rounding, atol=rounding)
@@ -191,11 +193,8 @@ def test_guesses_of_a_model_that_is_compiled_in_parts_are_in_no_graph(
     parts: str, build_moe: Callable[..., PreTrainedModel]
 ) -> None:
     """A guess and its decision may be in graphs of different passes then."""
-    model, found, seen = build_moe("qwen3_moe", num_hidden_layers=2), [], set()
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        seen.update(operations_of(graph))
-        return graph
+    model, found = build_moe("qwen3_moe", num_hidden_layers=2), []
+    seen: set[str] = set()
 
     for compiles in (False, True):
         with offloaded(model, policy="speculative", gating="true", slots=16, device="cpu"), torch.no_grad():
@@ -203,10 +202,10 @@ def test_guesses_of_a_model_that_is_compiled_in_parts_are_in_no_graph(
             step: Callable[..., Any] = model
             if compiles and parts == "layers":
                 for layer in model.model.layers:
-                    layer.compile(backend=backend)
+                    layer.compile(backend=noting(seen))
             elif compiles:
                 hook = model.model.layers[0].self_attn.register_forward_hook(lambda *_: torch._dynamo.graph_break())
-                step = torch.compile(model.forward, backend=backend)
+                step = torch.compile(model.forward, backend=noting(seen))
             found.append(decoded(model, step, 1, steps=3))
     if parts == "layers":
         for layer in model.model.layers:

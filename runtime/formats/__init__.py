@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from ...predictors.experts import expert_outputs
+
 if TYPE_CHECKING:
     from .full import FullFormat
 
@@ -81,6 +83,9 @@ class ExpertFormat(ABC):
         """The parameters in stacked `blocks` `[experts, bytes]`, each `[experts, ...]`, as the model has them."""
 
     @abstractmethod
+    def linear(self, experts: nn.Module, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+        """The linear layer `name` of an expert of which `tensors` are the `views`; see `predictors.experts.Linear`."""
+
     def outputs(
         self, experts: nn.Module, tensors: Sequence[dict[str, torch.Tensor]], inputs: Sequence[torch.Tensor]
     ) -> torch.Tensor:
@@ -89,3 +94,8 @@ class ExpertFormat(ABC):
 
         `tensors` are each expert's `views`. Only the gate and the norm are taken from `experts`, the model's module.
         """
+        kind = inputs[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return expert_outputs(experts, tensors, inputs, self.linear)
+        with torch.autocast(kind, enabled=False):  # transformers' product knows nothing of autocast
+            return expert_outputs(experts, tensors, [x.to(self.full.dtype) for x in inputs], self.linear)

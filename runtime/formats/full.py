@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Self
 
 import torch
 from torch import nn
 
-from ...predictors.experts import expert_outputs
+from ...predictors.experts import expert_linear
 from ..errors import StoreError
 from . import ExpertFormat, laid_out
 
@@ -53,11 +52,5 @@ class FullFormat(ExpertFormat):
     def read(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.views(blocks)
 
-    def outputs(
-        self, experts: nn.Module, tensors: Sequence[dict[str, torch.Tensor]], inputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        kind = inputs[0].device.type
-        if not torch.is_autocast_enabled(kind):
-            return expert_outputs(experts, tensors, inputs)
-        with torch.autocast(kind, enabled=False):  # transformers' product knows nothing of autocast
-            return expert_outputs(experts, tensors, [x.to(self.dtype) for x in inputs])
+    def linear(self, experts: nn.Module, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+        return expert_linear(experts, tensors, name, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...predictors.experts import expert_outputs
 from . import ExpertFormat, Place, laid_out
 from .full import FullFormat
 
@@ -84,16 +83,7 @@ class QuantizedFormat(ExpertFormat):
                     values.copy_(views[name][expert])
         return found
 
-    def outputs(
-        self, experts: nn.Module, tensors: Sequence[dict[str, torch.Tensor]], inputs: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
-        kind = inputs[0].device.type
-        if not torch.is_autocast_enabled(kind):
-            return expert_outputs(experts, tensors, inputs, self._linear)
-        with torch.autocast(kind, enabled=False):
-            return expert_outputs(experts, tensors, [x.to(self.full.dtype) for x in inputs], self._linear)
-
-    def _linear(self, _: nn.Module, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:
+    def linear(self, experts: nn.Module, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         packed, scales, bias = tensors[name], tensors[name + SCALES], tensors.get(f"{name}_bias")
         output = None if x.device.type != "cpu" else self.multiply(x.to(COMPUTED).contiguous(), packed, scales)
         output = F.linear(x, self.widen(packed, scales, x.dtype)) if output is None else output.to(x.dtype)
